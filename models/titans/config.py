@@ -1,0 +1,104 @@
+"""What a model is made of: frozen, comparable, serialisable."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A Llama-family transformer body (RMSNorm, rotary positions, grouped queries, SwiGLU)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    bos_token: int
+    eos_token: int
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError("num_heads must be a multiple of num_kv_heads")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """One linear neural memory, standing in front of a layer of the body."""
+
+    layer: int  # index of the first layer that can read it; the layers below write it
+    num_heads: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+    conv_width: int = 4
+    chunk_size: int = 64  # tokens solved at once: changes the speed, never the result
+    momentum: bool = False  # False: eta = 0 in equation 10
+
+    @property
+    def num_floats(self) -> int:
+        """Floats of fast weights in one session's memory."""
+        return self.num_heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True)
+class TitansConfig:
+    """A body, its memory, and how far attention sees."""
+
+    backbone: BackboneConfig
+    memory: MemoryConfig
+    window: int = 256  # tokens of sliding-window attention
+    sink: bool = True  # a constant key and value per layer, always attended to
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory.layer < self.backbone.num_layers:
+            raise ValueError("the memory must stand between two layers of the body")
+
+    @property
+    def num_lower_layers(self) -> int:
+        """Layers that ingest runs: those below the memory."""
+        return self.memory.layer
+
+    @property
+    def num_upper_layers(self) -> int:
+        """Layers that only generation runs: those above the memory."""
+        return self.backbone.num_layers - self.memory.layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-compatible description; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TitansConfig":
+        """The inverse of `to_dict`."""
+        return cls(
+            backbone=BackboneConfig(**fields["backbone"]),
+            memory=MemoryConfig(**fields["memory"]),
+            window=fields["window"],
+            sink=fields["sink"],
+        )
+
+
+def tiny(**memory: Any) -> TitansConfig:
+    """A model small enough for unit tests: 4 layers, 48 wide, a memory in the middle."""
+    return TitansConfig(
+        backbone=BackboneConfig(
+            vocab_size=259,
+            hidden_size=48,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=8,
+            intermediate_size=96,
+            rope_theta=10_000.0,
+            norm_eps=1e-5,
+            tie_embeddings=True,
+            bos_token=1,
+            eos_token=2,
+        ),
+        memory=MemoryConfig(**{"layer": 2, "num_heads": 2, "key_dim": 16, "value_dim": 16, "chunk_size": 8} | memory),
+        window=16,
+    )

@@ -1,0 +1,97 @@
+"""Facts to plant in a text and ask for: seven-digit numbers of made-up things.
+
+The things of the training and of the test split share neither an adjective nor a noun.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+_ADJECTIVES: dict[Split, list[str]] = {
+    "train": """amber ancient arctic azure blue bold brass brave bright broken bronze calm carved clever copper coral
+    cosmic crimson crystal curious dark distant dusty eager early eastern elegant emerald empty faded fallen famous
+    floating forgotten frozen gentle giant gilded glass golden gray green hidden hollow humble icy iron ivory jade
+    jolly lively lonely lost lucky lunar marble mellow merry misty modern narrow noble northern old orange painted pale
+    patient pink plain polished proud purple quiet rapid rare red restless royal rugged rustic sacred secret shining
+    silent silver simple sleepy smooth solar southern spare steady stone strange sunny swift tall thirsty tiny twisted
+    velvet vivid wandering warm western white wild windy winter wise wooden yellow young""".split(),
+    "test": """scarlet cobalt weathered tranquil ornate crooked slender violet sturdy radiant mossy brittle gloomy
+    speckled sapphire drowsy foggy graceful hasty luminous""".split(),
+}
+_NOUNS: dict[Split, list[str]] = {
+    "train": """anchor archive arrow balcony barge barrel basket beacon bell bicycle bottle bridge cabin cable camera
+    candle canoe canyon carriage cart castle cavern chapel chest chimney clock coach compass cottage cradle crane
+    crown cupboard dagger desk door dragon drum engine falcon farm fence ferry flag forge fountain fox galley garden
+    gate glacier glider guitar hammer harbor hat helmet hotel island jacket jar kettle key kite ladder lake lamp
+    lantern ledger library lion lock locomotive mill mine mirror monument mountain museum needle oven owl painting
+    palace parcel pearl piano pigeon pillar pipe planet plow pond printer quarry raft razor reservoir ring river
+    robot rocket rope sailor saddle school ship shovel sled statue station stove sword table telescope temple tent
+    theater ticket tiger tower tractor train trumpet trunk tunnel turtle umbrella valley vase vault violin wagon
+    wallet warehouse watch well whistle wolf workshop""".split(),
+    "test": """lighthouse orchard windmill locket schooner greenhouse sundial accordion granary tapestry trellis obelisk
+    gondola furnace pavilion sextant turret anvil caravan chalice""".split(),
+}
+_NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
+locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
+serial number, ticket number, vault number"""
+ATTRIBUTES = " ".join(_NUMBERS.split()).split(", ")
+
+_STATEMENTS = (
+    "The {attribute} of the {thing} is {value}.",
+    "The {attribute} for the {thing} is {value}.",
+    "Remember that the {attribute} of the {thing} is {value}.",
+    "As everybody there knew, the {attribute} of the {thing} was {value}.",
+    "It was written there that the {attribute} of the {thing} is {value}.",
+    "One of the special {attribute}s for the {thing} is: {value}.",
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing's number, as the text states it and as a reader asks for it."""
+
+    statement: str
+    question: str
+    lead: str  # how the answer begins: a full sentence, up to the number
+    value: str
+
+    @property
+    def prompt(self) -> str:
+        """What is put to the model; the answer follows."""
+        return prompt(self.question)
+
+    def is_answered_by(self, text: str) -> bool:
+        """Exact match: the first number in the generated text is the fact's."""
+        digits = "".join(c if c.isdigit() else " " for c in text).split()
+        return bool(digits) and digits[0] == self.value
+
+
+def prompt(question: str) -> str:
+    """The form in which questions are asked of the shipped memory."""
+    return f"\n\nQuestion: {question}\nAnswer:"
+
+
+def make_facts(count: int, split: Split, rng: random.Random) -> list[Fact]:
+    """`count` facts about things that are all different."""
+    things = [(a, n) for a in _ADJECTIVES[split] for n in _NOUNS[split]]
+    facts = []
+    for adjective, noun in rng.sample(things, count):
+        attribute, thing = rng.choice(ATTRIBUTES), f"{adjective} {noun}"
+        value = str(rng.randrange(1_000_000, 10_000_000))
+        statement = rng.choice(_STATEMENTS).format(attribute=attribute, thing=thing, value=value)
+        question = f"What is the {attribute} of the {thing}?"
+        facts.append(Fact(statement, question, f"The {attribute} of the {thing} is", value))
+    return facts
+
+
+def plant(text: str, facts: list[Fact]) -> str:
+    """The text with one fact after a sentence near the middle of each of `len(facts)` equal parts."""
+    pieces, size = [], len(text) / len(facts)
+    for i, fact in enumerate(facts):
+        part = text[int(i * size) : int((i + 1) * size)]
+        cut = part.find(". ", len(part) // 2)
+        cut = len(part) if cut < 0 else cut + 2
+        pieces += [part[:cut].rstrip(), " ", fact.statement, " ", part[cut:]]
+    return "".join(pieces)

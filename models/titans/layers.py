@@ -1,0 +1,56 @@
+"""The pieces of a Llama-family block: RMSNorm, rotary positions, SwiGLU.
+
+Shapes: B batch · T tokens · D hidden · H heads · E head dim.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        x = x_BTD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * self.weight.float()).to(x_BTD.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer 2020)."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(size, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Rotation:
+    """Rotary position embedding of given positions (Su et al. 2021, the half-split layout).
+
+    Angles are taken in float64: at a session's millionth token float32 would be off by 0.06 rad.
+    """
+
+    def __init__(self, positions_BT: Tensor, head_dim: int, theta: float) -> None:
+        steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BT.device)
+        angles_BT1E = positions_BT.double()[..., None, None] * theta ** (-steps / head_dim)
+        self.cos = angles_BT1E.cos().float()
+        self.sin = angles_BT1E.sin().float()
+
+    def __call__(self, x_BTHE: Tensor) -> Tensor:
+        """Turn each head's vector by its token's position."""
+        a, b = x_BTHE.float().chunk(2, dim=-1)
+        turned = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
+        return turned.to(x_BTHE.dtype)

@@ -1,0 +1,104 @@
+"""Text to tokens and back: whole, as a stream, and one token at a time."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.models import BPE
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BOUNDARY = re.compile(r"(?<=\S) (?=\S)")  # a lone space: what stands before it is tokenized for good
+
+
+class Tokenizer:
+    """A byte-level BPE. Text is text: `encode` reads the name of a control token as its letters."""
+
+    def __init__(self, raw: RawTokenizer, eos_token: int) -> None:
+        self._raw = raw
+        self._raw.encode_special_tokens = True
+        self.eos_token = eos_token
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self._raw.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text`; no token is added to it."""
+        ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, without control tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self._raw.decode(list(tokens), skip_special_tokens=True)
+
+
+def bpe_tokenizer(tokens: Sequence[str], merges: Iterable[str], special: Sequence[str]) -> RawTokenizer:
+    """SmolLM2's tokenizer from its vocabulary: digits one by one, GPT-2's words, bytes as letters."""
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    raw = RawTokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return raw
+
+
+class StreamEncoder:
+    """Tokens of a text that arrives in pieces: the same as of the whole, in bounded memory.
+
+    Text is cut before a lone space only, where no token of SmolLM2's reaches across. A run of `limit`
+    characters without one is cut where it is: its tokens may differ there, its text does not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limit: int = 65_536) -> None:
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._rest = ""
+
+    def feed(self, text: str) -> list[int]:
+        """Tokens that are certain by now."""
+        self._rest += text
+        cut = self._cut()
+        ready, self._rest = self._rest[:cut], self._rest[cut:]
+        return self._tokenizer.encode(ready) if ready else []
+
+    def finish(self) -> list[int]:
+        """The tokens of what is left."""
+        rest, self._rest = self._rest, ""
+        return self._tokenizer.encode(rest) if rest else []
+
+    def _cut(self) -> int:
+        reach = 1_024
+        while True:  # look at the end first: the last boundary is almost always near
+            start = max(0, len(self._rest) - reach)
+            cuts = [match.start() for match in _BOUNDARY.finditer(self._rest, start)]
+            if cuts:
+                return cuts[-1]
+            if start == 0:
+                return len(self._rest) if len(self._rest) > self._limit else 0
+            reach *= 8
+
+
+class StreamDecoder:
+    """Text of tokens that arrive one by one; a character split over tokens is held until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes."""
+        self._held.append(token)
+        text = self._tokenizer.decode(self._held)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        self._held = []
+        return text
+
+    def finish(self) -> str:
+        """What was held back, U+FFFD where it never became a character."""
+        held, self._held = self._held, []
+        return self._tokenizer.decode(held)

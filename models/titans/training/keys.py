@@ -1,0 +1,73 @@
+"""First lesson, on cached states alone: under which keys to write, and what. Seconds instead of hours.
+
+A fact is found only if the query after its question is nearer to the fact's own key than to all others. Learnt
+through the memory and the layers above it, that takes hundreds of steps, since each question asked tells of one
+pair; here each of them tells of every pair in the batch (InfoNCE, van den Oord et al. 2018). And a memory that writes
+every word is soon full: the step size theta starts out large on what is asked for and small on all else.
+"""
+
+import math
+import random
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from titans.memory.linear import LinearMemory
+from titans.training.batch import make_recalls
+from titans.training.config import TrainingConfig
+from titans.training.pool import Pool
+
+_FACTS = 256  # a step
+_STRETCHES = 64  # of plain text a step, whose keys no question means
+_TEMPERATURE = 0.05
+_WARMUP = 20
+
+
+def teach_keys(memory: LinearMemory, pool: Pool, config: TrainingConfig) -> float:
+    """Train keys, queries and the step size. Returns the last loss, in nats."""
+    rng = random.Random(config.seed)
+    taps = [memory.query_conv, memory.key_conv, memory.norm.weight, memory.center, *memory.gates.parameters()]
+    groups = [
+        {"params": [memory.query.weight, memory.key.weight], "factor": 1.0},
+        {"params": taps, "factor": config.gate_factor},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    device, loss = memory.key.weight.device, torch.tensor(0.0)
+    for step in tqdm(range(config.key_steps), desc="keys", unit="step"):
+        facts = [(fact, 0) for fact in rng.sample(range(len(pool.statements)), _FACTS)]
+        recalls = make_recalls(pool, facts).to(device)
+        loss = _loss(memory, recalls.stated, recalls.asking, _stretches(pool, recalls.stated.shape[1], rng).to(device))
+        progress = step / config.key_steps
+        rate = (
+            config.key_learning_rate
+            * min(1, (step + 1) / _WARMUP)
+            * (0.05 + 0.475 * (1 + math.cos(math.pi * progress)))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def _loss(memory: LinearMemory, stated: Tensor, asking: Tensor, plain: Tensor) -> Tensor:
+    """Each token of each answer (but for what ends it) is to find its own key among all; facts alone are written."""
+    wanted, unwanted = memory.writes(stated), memory.writes(plain)
+    heads = (memory.queries(asking), wanted.keys, unwanted.keys)
+    queries, keys, others = (x.transpose(1, 2).flatten(2) for x in heads)
+    num_facts, num_tokens = keys.shape[:2]
+    candidates = torch.cat((keys.flatten(0, 1), others.flatten(0, 1)))
+    similar = queries[:, :-1].flatten(0, 1) @ candidates.T / memory.config.num_heads
+    own = torch.arange(num_facts, device=keys.device)[:, None] * num_tokens
+    own = own + torch.arange(num_tokens - 1, device=keys.device)
+    found = F.cross_entropy(similar / _TEMPERATURE, own.flatten())
+    return found - wanted.theta.log().mean() - (1 - unwanted.theta).log().mean()
+
+
+def _stretches(pool: Pool, length: int, rng: random.Random) -> Tensor:
+    flat = pool.haystack.flatten(0, 1)
+    starts = [rng.randrange(flat.shape[0] - length) for _ in range(_STRETCHES)]
+    return torch.stack([flat[start : start + length] for start in starts])

@@ -1,0 +1,1 @@
+"""The service: sessions over HTTP, each with a memory of its own."""

@@ -1,0 +1,54 @@
+"""`titans serve`: run the service until SIGTERM or SIGINT, then finish what is under way."""
+
+import argparse
+import logging
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from sse_starlette.sse import AppStatus
+
+from titans_server.app import create_app
+from titans_server.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `titans serve` takes; everything else is a TITANS_… variable."""
+    parser.add_argument("--host", help="address to listen on (TITANS_HOST)")
+    parser.add_argument("--port", type=int, help="port to listen on (TITANS_PORT)")
+    parser.add_argument("--store", help="memory://, sqlite:///path or redis://host (TITANS_STORE)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve. Streams under way are finished before the process ends, for TITANS_DRAIN_SECONDS at most."""
+    given = {name: getattr(args, name) for name in ("host", "port", "store") if getattr(args, name) is not None}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.access").addFilter(lambda record: "/health/" not in record.getMessage())
+    AppStatus.disable_automatic_graceful_drain()  # a stream ends when it is done, not when the server is asked to
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            timeout_graceful_shutdown=settings.drain_seconds,
+        )
+    )
+    server.run()
+    return 0 if server.started else 1
+
+
+def command() -> tuple[str, object, object]:
+    """The subcommand for `titans`: its help, its arguments, its action."""
+    return "run the server", add_arguments, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))

@@ -1,0 +1,90 @@
+"""What routes are given."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import Depends, Request
+
+from titans_server.api.documents import DocumentReader
+from titans_server.errors import DocumentTooLarge, InvalidRequest
+from titans_server.service import SessionService
+from titans_server.settings import Settings
+
+T = TypeVar("T")
+
+_PIECE = 16_384  # bytes: a document is passed on in pieces no larger, so that each step stays short
+
+
+@dataclass(frozen=True)
+class AppContext:
+    """What lives as long as the app; made in `app.py`."""
+
+    service: SessionService
+    settings: Settings
+    device: str
+    store_name: str
+
+
+def get_context(request: Request) -> AppContext:
+    """The app's context."""
+    return cast(AppContext, request.state.context)
+
+
+def get_service(request: Request) -> SessionService:
+    """The use cases."""
+    return get_context(request).service
+
+
+Context = Annotated[AppContext, Depends(get_context)]
+Service = Annotated[SessionService, Depends(get_service)]
+
+
+class Upload:
+    """A document's body as text, piece by piece; `read` is set when all of it has arrived."""
+
+    def __init__(self, request: Request, reader: DocumentReader, max_bytes: int | None) -> None:
+        self._request = request
+        self._reader = reader
+        self._max_bytes = max_bytes
+        self.read = asyncio.Event()
+        self._check_size(int(request.headers.get("content-length", 0)))  # refuse at once what says that it is too large
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """The text. Raises DocumentTooLarge, InvalidRequest, and ClientDisconnect where the client leaves."""
+        num_bytes = 0
+        async for data in self._request.stream():
+            num_bytes += len(data)
+            self._check_size(num_bytes)
+            for start in range(0, len(data), _PIECE):
+                yield self._reader.feed(data[start : start + _PIECE])
+        self.read.set()
+        if not num_bytes:
+            raise InvalidRequest("the document is empty", code="empty_document")
+        yield self._reader.finish()
+
+    def _check_size(self, num_bytes: int) -> None:
+        if self._max_bytes is not None and num_bytes > self._max_bytes:
+            raise DocumentTooLarge(f"a document may have {self._max_bytes} bytes")
+
+
+async def unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None
+) -> T | None:
+    """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+
+    async def wait_for_disconnect() -> None:
+        if body_read is not None:
+            await body_read.wait()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

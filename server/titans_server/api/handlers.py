@@ -1,0 +1,60 @@
+"""Every error leaves as one shape: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from titans_server.errors import InvalidRequest, TitansError
+
+log = logging.getLogger(__name__)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer for everything that a route may raise."""
+    app.add_exception_handler(TitansError, _titans_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(ClientDisconnect, _client_left)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def _answer(error: TitansError, status: int | None = None) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.body(), status or error.status, headers)
+
+
+async def _titans_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, TitansError)
+    return _answer(error)
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return _answer(InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"))
+    return _answer(InvalidRequest(f"{where or 'the body'}: {first['msg']}", param=where or None))
+
+
+async def _http_exception(_: Request, error: Exception) -> Response:
+    """The router's own: no such path (404), no such method (405)."""
+    assert isinstance(error, HTTPException)
+    answer = _answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _client_left(_: Request, error: Exception) -> Response:
+    log.info("the client left before its request was read")
+    return Response(status_code=499)
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    """Logged with its traceback by the server; the client learns only that it was our fault."""
+    return _answer(TitansError("internal error"))

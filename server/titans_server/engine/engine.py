@@ -1,0 +1,192 @@
+"""The engine: a compute thread that owns torch, and the asyncio side's way to it.
+
+asyncio submits and waits; the thread loops over decide (scheduler), compute (runner), record (here). The inbox is
+the only thing both write, under `_wake`. The thread ends when `close` is called and the work at hand is done.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+
+from titans.sampling import SamplingParams
+from titans.state import State
+
+from titans_server.engine.request import Finish, Generation, Ingestion
+from titans_server.engine.runner import Runner
+from titans_server.engine.scheduler import Scheduler
+from titans_server.errors import Overloaded, ShuttingDown, TitansError
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """States in, states and tokens out, for many sessions at once."""
+
+    def __init__(self, runner: Runner, *, eos_token: int, max_running: int = 64, max_requests: int = 256) -> None:
+        """`max_running`: answers decoded together; `max_requests`: admitted at once, others are refused."""
+        self._runner = runner
+        self._eos_token = eos_token
+        self._max_requests = max_requests
+        self._scheduler = Scheduler(
+            window=runner.window,
+            max_running=max_running,
+            ingest_budget=4 * runner.window,
+            busy_ingest_budget=runner.window,
+        )
+        self._inbox: list[Generation | Ingestion] = []
+        self._num_admitted = 0
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="compute")
+
+    def start(self) -> None:
+        """Start the compute thread."""
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Refuse new work, end what is left with ShuttingDown, and wait for the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def is_alive(self) -> bool:
+        """Whether work is still being done."""
+        return self._thread.is_alive()
+
+    @property
+    def window(self) -> int:
+        """Tokens of one chunk of a document."""
+        return self._runner.window
+
+    def new_state(self) -> State:
+        """A session that has read nothing."""
+        return self._runner.new_state()
+
+    async def ingest(self, state: State, tokens: list[int]) -> State:
+        """The state after reading `tokens`. Cancelling stops it at the next chunk; `state` is never changed.
+
+        Raises Overloaded, ShuttingDown.
+        """
+        request = Ingestion(state, tokens, position=int(state.position))
+        self._submit(request)
+        return await asyncio.wrap_future(request.done)
+
+    async def generate(
+        self, state: State, prompt: list[int], *, max_tokens: int, sampling: SamplingParams, recall: bool = True
+    ) -> AsyncGenerator[int | Finish, None]:
+        """Tokens that follow `prompt`, then how it ended. Closing the iterator stops it within a step.
+
+        The end-of-text token is not among them. Raises Overloaded, ShuttingDown.
+        """
+        loop = asyncio.get_running_loop()
+        answers: asyncio.Queue[int | Finish | BaseException] = asyncio.Queue()
+
+        def emit(answer: int | Finish | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        request = Generation(state, prompt, max_tokens, sampling, recall, emit)
+        self._submit(request)
+        try:
+            while True:
+                answer = await answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield answer
+                if isinstance(answer, str):
+                    return
+        finally:
+            request.cancelled = True
+
+    def _submit(self, request: Generation | Ingestion) -> None:
+        with self._wake:
+            if self._closing:
+                raise ShuttingDown("the server is shutting down")
+            if self._num_admitted >= self._max_requests:
+                raise Overloaded(f"{self._max_requests} requests are under way already")
+            self._num_admitted += 1
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while self._take_in():
+            for request in self._scheduler.cancelled():
+                self._end(request)
+            step = self._scheduler.next_step()
+            self._guard([request for request, _ in step.ingest], partial(self._ingest, step.ingest))
+            self._guard(step.decode, partial(self._decode, step.decode))
+            for request, size in step.prefill:
+                self._guard([request], partial(self._prefill, request, size))
+        for request in self._scheduler.all_requests():
+            self._fail(request, ShuttingDown("the server is shutting down"))
+
+    def _take_in(self) -> bool:
+        """Wait for work; False when the engine is closing."""
+        with self._wake:
+            while not (self._inbox or len(self._scheduler) or self._closing):
+                self._wake.wait()
+            for request in self._inbox:
+                self._scheduler.add(request)
+            self._inbox.clear()
+            return not self._closing
+
+    def _guard(self, requests: Sequence[Ingestion | Generation], compute: Callable[[], None]) -> None:
+        """A fault in a batch ends the batch's requests, not the engine."""
+        try:
+            if requests:
+                compute()
+        except Exception:
+            log.exception("a step failed")
+            for request in requests:
+                self._fail(request, TitansError("the model failed on this request"))
+
+    def _ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
+        self._runner.ingest(chunks)
+        for request, _ in chunks:
+            if request.num_done == len(request.tokens):
+                self._end(request)
+                if request.done.set_running_or_notify_cancel():
+                    request.done.set_result(request.state)
+
+    def _prefill(self, request: Generation, size: int) -> None:
+        token = self._runner.prefill(request, size)
+        if token is not None:
+            self._scheduler.prompt_read(request)
+            self._record(request, token)
+
+    def _decode(self, requests: list[Generation]) -> None:
+        for request, token in self._runner.decode(requests).items():
+            self._record(request, token)
+
+    def _record(self, request: Generation, token: int) -> None:
+        request.num_generated += 1
+        if token == self._eos_token:
+            self._finish(request, "stop")
+            return
+        request.emit(token)
+        if request.num_generated == request.max_tokens:
+            self._finish(request, "length")
+
+    def _finish(self, request: Generation, answer: Finish | BaseException) -> None:
+        self._end(request)
+        request.emit(answer)
+
+    def _fail(self, request: Generation | Ingestion, error: TitansError) -> None:
+        if isinstance(request, Generation):
+            self._finish(request, error)
+            return
+        self._end(request)
+        if request.done.set_running_or_notify_cancel():
+            request.done.set_exception(error)
+
+    def _end(self, request: Generation | Ingestion) -> None:
+        """Let go of a request: its place in line, its stream, its admission."""
+        self._scheduler.finish(request)
+        if isinstance(request, Generation):
+            self._runner.forget(request)
+        with self._wake:
+            self._num_admitted -= 1

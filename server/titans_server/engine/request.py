@@ -1,0 +1,51 @@
+"""The work that the engine is given, and how it answers.
+
+A request belongs to the asyncio side until it is submitted and to the compute thread from then on; `cancelled`
+alone is written from outside, and read before every step.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the scheduler, which imports this, is torch-free
+    from titans.sampling import SamplingParams
+    from titans.state import State
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class Ingestion:
+    """Tokens for a session's memory. The state given stays as it is; the result is another."""
+
+    state: "State"
+    tokens: list[int]
+    position: int  # tokens in the state, so that chunks keep to the session's own boundaries
+    done: "Future[State]" = field(default_factory=Future)
+    num_done: int = 0
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the result any more."""
+        return self.done.cancelled()
+
+    def next_chunk(self, window: int) -> int:
+        """Tokens up to the next multiple of the window, as counted from the session's start."""
+        return min(len(self.tokens) - self.num_done, window - (self.position + self.num_done) % window)
+
+
+@dataclass(eq=False)
+class Generation:
+    """An answer to a prompt. Read-only: the state given stays as it is."""
+
+    state: "State"
+    prompt: list[int]
+    max_tokens: int
+    sampling: "SamplingParams"
+    recall: bool  # False: the memory answers nothing
+    emit: Callable[[int | Finish | BaseException], None]  # tokens, then how it ended; called on the compute thread
+    num_read: int = 0  # tokens of the prompt that have been read
+    num_generated: int = 0
+    cancelled: bool = False

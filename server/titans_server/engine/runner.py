@@ -1,0 +1,101 @@
+"""Runs a step on the model. Owned by the compute thread; knows nothing of queues or clients."""
+
+import torch
+from titans.model import TitansModel
+from titans.sampling import Sampler
+from titans.state import State, Stream
+
+from titans_server.engine.request import Generation, Ingestion
+
+
+class Runner:
+    """The model, and the streams of the answers that are under way."""
+
+    def __init__(self, model: TitansModel) -> None:
+        self._model = model
+        self._prefilling: dict[Generation, Stream] = {}
+        self._samplers: dict[Generation, Sampler] = {}
+        self._last_token: dict[Generation, int] = {}
+        self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the batch
+        self._batches: dict[bool, Stream] = {}
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model takes at once."""
+        return self._model.config.window
+
+    def new_state(self) -> State:
+        """A session that has read nothing."""
+        return self._model.new_state()
+
+    def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
+        """One chunk of each document, all in one batch; each request then holds its new state."""
+        lengths = [size for _, size in chunks]
+        parts = [r.tokens[r.num_done : r.num_done + size] for r, size in chunks]
+        tokens = self._padded(parts)
+        if len(chunks) == 1:
+            states = [self._model.ingest(tokens, chunks[0][0].state)]
+        else:
+            states = self._model.ingest(tokens, State.cat([r.state for r, _ in chunks]), lengths).split()
+        for (request, size), state in zip(chunks, states, strict=True):
+            request.state = state
+            request.num_done += size
+
+    @torch.inference_mode()
+    def prefill(self, request: Generation, size: int) -> int | None:
+        """The next `size` tokens of a prompt. Returns the answer's first token when the prompt is at its end."""
+        stream = self._prefilling.pop(request, None) or self._model.open(request.state, recall=request.recall)
+        tokens = self._padded([request.prompt[request.num_read : request.num_read + size]])
+        hidden, stream = self._model(tokens, stream)
+        request.num_read += size
+        if request.num_read < len(request.prompt):
+            self._prefilling[request] = stream
+            return None
+        self._samplers[request] = Sampler(request.sampling)
+        self._join(request, stream)
+        return self._sample(request, self._model.logits(hidden[0, -1]).cpu())
+
+    @torch.inference_mode()
+    def decode(self, requests: list[Generation]) -> dict[Generation, int]:
+        """The next token of each running answer."""
+        assert {r for members in self._members.values() for r in members} == set(requests)
+        drawn: dict[Generation, int] = {}
+        for recall, members in self._members.items():
+            if not members:
+                continue
+            tokens = self._padded([[self._last_token[r]] for r in members])
+            hidden, self._batches[recall] = self._model(tokens, self._batches[recall])
+            scores = self._model.logits(hidden[:, -1]).cpu()
+            drawn |= {r: self._sample(r, row) for r, row in zip(members, scores, strict=True)}
+        return drawn
+
+    def forget(self, request: Generation) -> None:
+        """Let go of a request's stream."""
+        self._prefilling.pop(request, None)
+        self._samplers.pop(request, None)
+        self._last_token.pop(request, None)
+        members = self._members[request.recall]
+        if request in members:
+            rows = [i for i, r in enumerate(members) if r is not request]
+            self._members[request.recall] = [members[i] for i in rows]
+            if rows:
+                self._batches[request.recall] = self._batches[request.recall].select(rows)
+            else:
+                del self._batches[request.recall]
+
+    def _join(self, request: Generation, stream: Stream) -> None:
+        members = self._members[request.recall]
+        if members:
+            stream = Stream.cat([self._batches[request.recall], stream])
+        self._batches[request.recall] = stream
+        members.append(request)
+
+    def _sample(self, request: Generation, scores: torch.Tensor) -> int:
+        token = self._samplers[request].sample(scores)
+        self._last_token[request] = token
+        return token
+
+    def _padded(self, parts: list[list[int]]) -> torch.Tensor:
+        longest = max(len(part) for part in parts)
+        rows = [part + [0] * (longest - len(part)) for part in parts]
+        return torch.tensor(rows, device=self._model.device)

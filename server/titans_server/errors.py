@@ -1,0 +1,126 @@
+"""Everything that can go wrong where a user can see it: status, stable code, and whether trying again may help.
+
+    TitansError
+    ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long
+    ├── UnsupportedMediaType 415    unsupported_media_type
+    ├── DocumentTooLarge 413        document_too_large
+    ├── SessionNotFound 404         session_not_found
+    ├── StateMismatch 409           state_mismatch: the session belongs to another model; nothing is touched
+    ├── VersionConflict 412         version_conflict: somebody else moved the session on
+    ├── SessionBusy 429             session_busy: too many writers wait already; retryable
+    ├── Overloaded 503              overloaded; retryable
+    ├── ShuttingDown 503            shutting_down; retryable
+    ├── StoreUnavailable 503        store_unavailable; retryable
+    └── StateCorrupted 500          state_corrupted: what the store holds is not what was put there; nothing is touched
+
+The body is OpenAI's: {"error": {"message", "type", "param", "code"}}. The same names are sent inside a stream.
+"""
+
+from typing import Any, ClassVar
+
+
+class TitansError(Exception):
+    """Base of all; a bare one is a fault of ours."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"  # "type" in the body
+    default_code: ClassVar[str] = "internal_error"
+    retry_after: ClassVar[int | None] = None  # seconds
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that a client receives."""
+        fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": fields}
+
+
+class InvalidRequest(TitansError):
+    """The request's values make no sense."""
+
+    status = 422
+    kind = "invalid_request_error"
+    default_code = "invalid_request"
+
+
+class UnsupportedMediaType(TitansError):
+    """A body of a kind that is not read."""
+
+    status = 415
+    kind = "invalid_request_error"
+    default_code = "unsupported_media_type"
+
+
+class DocumentTooLarge(TitansError):
+    """More bytes than one document may have."""
+
+    status = 413
+    kind = "invalid_request_error"
+    default_code = "document_too_large"
+
+
+class SessionNotFound(TitansError):
+    """No such session."""
+
+    status = 404
+    kind = "invalid_request_error"
+    default_code = "session_not_found"
+
+
+class StateMismatch(TitansError):
+    """The session's state was made by another model than the one that is served."""
+
+    status = 409
+    kind = "invalid_request_error"
+    default_code = "state_mismatch"
+
+
+class VersionConflict(TitansError):
+    """The session has moved on since it was read."""
+
+    status = 412
+    kind = "invalid_request_error"
+    default_code = "version_conflict"
+
+
+class SessionBusy(TitansError):
+    """One writer at a time, and enough of them wait."""
+
+    status = 429
+    kind = "rate_limit_error"
+    default_code = "session_busy"
+    retry_after = 1
+
+
+class Overloaded(TitansError):
+    """The engine has all the work it takes."""
+
+    status = 503
+    default_code = "overloaded"
+    retry_after = 1
+
+
+class ShuttingDown(TitansError):
+    """The server takes no new work."""
+
+    status = 503
+    default_code = "shutting_down"
+    retry_after = 5
+
+
+class StoreUnavailable(TitansError):
+    """The store cannot be reached, or refuses to write."""
+
+    status = 503
+    default_code = "store_unavailable"
+    retry_after = 5
+
+
+class StateCorrupted(TitansError):
+    """The stored state is torn or altered. It is left as it is."""
+
+    default_code = "state_corrupted"

@@ -1,0 +1,1 @@
+"""Where sessions are kept: what is written down, and the stores that keep it."""

@@ -1,0 +1,79 @@
+"""States as files in one folder. A file is there whole or not at all, and is never changed.
+
+A name is used once, so that no two writers ever write one file, and what nothing points at stays that way.
+"""
+
+import logging
+import os
+import re
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+_SUFFIX = ".state"
+_PARTIAL = ".partial"  # after the suffix, until the file is whole
+
+
+class BlobFolder:
+    """The files beside a database. Blocking; every method may raise OSError unless it says otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def open(self) -> None:
+        """Make the folder if need be, to stay."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        _sync(self._path.parent)
+
+    def write(self, session_id: str, version: int, blob: bytes) -> str:
+        """Keep a blob, durably. Returns its name: readable, new, and inside the folder whatever the id is."""
+        readable = re.sub(r"[^A-Za-z0-9_-]", "_", session_id)[:80]
+        name = f"{readable}-{version}-{uuid.uuid4().hex}{_SUFFIX}"
+        partial = self._path / (name + _PARTIAL)
+        try:
+            with partial.open("xb") as file:
+                file.write(blob)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self._path / name)
+            _sync(self._path)
+        except BaseException:
+            self.remove(partial.name)
+            self.remove(name)
+            raise
+        return name
+
+    def read(self, name: str) -> bytes | None:
+        """A blob, or None where there is no such file."""
+        try:
+            return (self._path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        """Remove a blob that nothing points at, or will. Never raises: what stays is swept at a later start."""
+        try:
+            (self._path / name).unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("cannot remove the unused state file %s: %s", name, error)
+
+    def older_than(self, seconds: float) -> set[str]:
+        """The names of files, whole or partial, that were last written that long ago."""
+        limit, names = time.time() - seconds, set()
+        for path in self._path.iterdir():
+            if path.name.endswith((_SUFFIX, _SUFFIX + _PARTIAL)):
+                with suppress(FileNotFoundError):  # another process removed it meanwhile
+                    if path.stat().st_mtime < limit:
+                        names.add(path.name)
+        return names
+
+
+def _sync(folder: Path) -> None:
+    """Make the folder's entries durable: a rename alone may not survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""A session's state as bytes: safetensors, with the fingerprint of the model that it belongs to. Pure.
+
+What is read back is bit-equal to what was written, where the dtypes agree. Nothing that is doubtful is read:
+a state that is torn, of another model or not finite is an error, never a fresh start.
+"""
+
+import json
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from titans.state import State
+from torch import Tensor
+
+from titans_server.errors import StateCorrupted, StateMismatch
+from titans_server.sessions.store import sha256
+
+__all__ = ["decode", "encode", "sha256"]
+
+_FORMAT = "titans-session"
+_FORMAT_VERSION = "1"
+
+
+def encode(state: State, fingerprint: str) -> bytes:
+    """One session's state, in its own dtypes, from any device. The state may change once this has returned."""
+    assert state.batch_size == 1
+    parts = {name: _on_host(x) for name, x in state.parts().items()}
+    header = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "fingerprint": fingerprint}
+    return save(parts, metadata=header)
+
+
+def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
+    """The state that `encode` wrote, with the dtypes and on the devices of `like`; shares no memory with `blob`.
+
+    Raises StateMismatch where it was written under another fingerprint, and StateCorrupted where it cannot be
+    read, has parts or shapes that `like` has not, or holds numbers that are not finite.
+    """
+    _check_header(_read_header(blob), fingerprint)
+    stored, expected = _read_parts(blob), like.parts()
+    if stored.keys() != expected.keys():
+        raise StateCorrupted(f"the state has the parts {sorted(stored)}, not {sorted(expected)}")
+    return State(**{name: _fit(name, stored[name], x) for name, x in expected.items()})
+
+
+def _on_host(x: Tensor) -> Tensor:
+    # Always a copy: the format takes neither views that share a storage nor strides.
+    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _read_header(blob: bytes) -> dict[str, str]:
+    """The metadata. The library gives it for files only, so it is read here: length, then JSON."""
+    try:
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return dict(header["__metadata__"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StateCorrupted("the state is not a safetensors file with metadata") from error
+
+
+def _check_header(header: dict[str, str], fingerprint: str) -> None:
+    if header.get("format") != _FORMAT:
+        raise StateCorrupted(f"the state has the format {header.get('format')!r}, not {_FORMAT!r}")
+    if header.get("format_version") != _FORMAT_VERSION:
+        found = header.get("format_version")
+        raise StateCorrupted(f"the state has format version {found!r}; this server reads {_FORMAT_VERSION!r}")
+    if header.get("fingerprint") != fingerprint:
+        found = header.get("fingerprint")
+        raise StateMismatch(f"the state was made by the model {found!r}; this server runs {fingerprint!r}")
+
+
+def _read_parts(blob: bytes) -> dict[str, Tensor]:
+    try:
+        return load(blob)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise StateCorrupted(f"the state cannot be read: {error}") from error
+
+
+def _fit(name: str, stored: Tensor, like: Tensor) -> Tensor:
+    if stored.shape != like.shape:
+        raise StateCorrupted(f"{name} has the shape {tuple(stored.shape)}, not {tuple(like.shape)}")
+    if stored.dtype != like.dtype and not (stored.is_floating_point() and like.is_floating_point()):
+        raise StateCorrupted(f"{name} is of {stored.dtype}, which is not read as {like.dtype}")
+    part = stored.to(like.dtype, copy=True)
+    if not torch.isfinite(part).all():
+        raise StateCorrupted(f"{name} holds numbers that are not finite")
+    return part.to(like.device)

@@ -1,0 +1,31 @@
+"""What an operator can set: `TITANS_…` in the environment. Nothing else reads it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One field a variable: `port` is TITANS_PORT. docs/settings.md says the same to a user."""
+
+    model_config = SettingsConfigDict(env_prefix="TITANS_", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    store: str = "sqlite:///.titans/titans.db"
+    body: Path | None = None
+    memory: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    max_running: int = Field(default=64, ge=1)
+    max_requests: int = Field(default=256, ge=1)
+    max_prompt_tokens: int = Field(default=4_096, ge=1)
+    max_completion_tokens: int = Field(default=4_096, ge=1)
+    max_document_bytes: int | None = Field(default=None, ge=1)
+    max_waiting_writers: int = Field(default=4, ge=0)
+    resident_bytes: int = Field(default=1 << 30, ge=0)
+    drain_seconds: int = Field(default=60, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,43 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from support.models import write_tiny_checkpoint
+from support.servers import LiveServer, free_port
+from titans_server.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    checkpoint = write_tiny_checkpoint(folder)
+    return Settings(
+        port=free_port(),
+        store=f"sqlite:///{folder}/titans.db",
+        body=checkpoint.body,
+        memory=checkpoint.memory,
+        dtype="float32",
+        threads=1,
+        max_prompt_tokens=100,
+        max_document_bytes=20_000,
+        max_waiting_writers=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def server(settings: Settings) -> Iterator[LiveServer]:
+    with LiveServer(settings) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def session(http: httpx.Client) -> str:
+    session_id: str = http.post("/v1/sessions").json()["id"]
+    return session_id

@@ -1,0 +1,276 @@
+"""The HTTP API on a real socket, with a tiny model: what it answers to good and to bad input."""
+
+import concurrent.futures
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+from support.servers import LiveServer
+from titans_server.settings import Settings
+
+PLAIN = {"Content-Type": "text/plain"}
+ASK = {"prompt": "what now", "max_tokens": 8, "temperature": 0}
+
+
+def code(response: httpx.Response) -> str:
+    fields = response.json()["error"]
+    assert set(fields) == {"message", "type", "param", "code"}
+    assert fields["message"]
+    return str(fields["code"])
+
+
+def post(http: httpx.Client, session: str, text: str | bytes | Iterator[bytes], **headers: str) -> httpx.Response:
+    return http.post(f"/v1/sessions/{session}/documents", content=text, headers=PLAIN | headers)
+
+
+def ask(http: httpx.Client, session: str, **fields: Any) -> str:
+    response = http.post(f"/v1/sessions/{session}/completions", json=ASK | fields)
+    assert response.status_code == 200, response.text
+    return str(response.json()["text"])
+
+
+def version(http: httpx.Client, session: str) -> int:
+    return int(http.get(f"/v1/sessions/{session}").json()["version"])
+
+
+def test_a_session_from_birth_to_death(http: httpx.Client) -> None:
+    created = http.post("/v1/sessions", json={"metadata": {"book": "Ü"}})
+    assert created.status_code == 201
+    assert created.headers["etag"] == '"0"'
+    path = created.headers["location"]
+    assert http.get(path).json() == created.json()
+    assert created.json()["metadata"] == {"book": "Ü"}
+
+    learnt = http.post(path + "/documents", content="some words to learn", headers=PLAIN).json()
+    assert (learnt["version"], learnt["tokens"], learnt["bytes"]) == (1, 19, 19)
+    shown = http.get(path)
+    assert shown.headers["etag"] == '"1"'
+    assert (shown.json()["tokens_seen"], shown.json()["version"]) == (19, 1)
+
+    assert http.delete(path).status_code == 204
+    for method in ("GET", "DELETE"):
+        assert http.request(method, path).status_code == 404
+
+
+def test_documents_add_up(http: httpx.Client, session: str) -> None:
+    post(http, session, "first")
+    second = http.post(f"/v1/sessions/{session}/documents", json={"text": "and sécond"}).json()
+    assert (second["version"], second["bytes"]) == (2, 11)
+    assert second["tokens_seen"] == len("first") + len("\n\n") + 11, "a blank line stands between documents"
+
+
+def test_a_document_is_the_same_however_it_arrives(http: httpx.Client) -> None:
+    text = "Dieser Text enthält Zeichen mit mehreren Bytes: äöü €uro 🙂. " * 40
+    body = text.encode()
+    answers = set()
+    for pieces in (lambda: body, lambda: (body[i : i + 7] for i in range(0, len(body), 7))):
+        session = http.post("/v1/sessions").json()["id"]
+        assert post(http, session, pieces()).status_code == 200
+        answers.add(ask(http, session, max_tokens=30))
+    session = http.post("/v1/sessions").json()["id"]
+    http.post(f"/v1/sessions/{session}/documents", json={"text": text})
+    answers.add(ask(http, session, max_tokens=30))
+    assert len(answers) == 1
+
+
+def test_progress_streams_and_ends_with_the_document(http: httpx.Client, session: str) -> None:
+    headers = PLAIN | {"Accept": "text/event-stream"}
+    path = f"/v1/sessions/{session}/documents"
+    with connect_sse(http, "POST", path, content=b"words " * 500, headers=headers) as source:
+        events = list(source.iter_sse())
+    assert source.response.headers["x-accel-buffering"] == "no"
+    assert [e.event for e in events[:-2]] == ["progress"] * (len(events) - 2)
+    assert (events[-2].event, events[-1].data) == ("done", "[DONE]")
+    tokens = [json.loads(e.data)["tokens"] for e in events[:-1]]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == 3_000
+    assert json.loads(events[-2].data)["version"] == version(http, session) == 1
+
+
+def test_a_completion_streams_what_it_answers_at_once(http: httpx.Client, session: str) -> None:
+    post(http, session, "something to remember")
+    whole = http.post(f"/v1/sessions/{session}/completions", json=ASK).json()
+    with connect_sse(http, "POST", f"/v1/sessions/{session}/completions", json=ASK | {"stream": True}) as source:
+        *chunks, done = (event.data for event in source.iter_sse())
+    parsed = [json.loads(chunk) for chunk in chunks]
+    assert done == "[DONE]"
+    assert "".join(c["text"] for c in parsed) == whole["text"]
+    assert [c["finish_reason"] for c in parsed[:-1]] == [None] * (len(parsed) - 1)
+    assert parsed[-1]["finish_reason"] == whole["finish_reason"]
+    assert parsed[-1]["usage"] == whole["usage"]
+
+
+def test_a_completion_leaves_the_session_alone(http: httpx.Client, session: str) -> None:
+    post(http, session, "something to remember")
+    assert ask(http, session) == ask(http, session)
+    assert version(http, session) == 1
+
+
+def test_memory_write_learns_prompt_and_answer(http: httpx.Client, session: str) -> None:
+    answer = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"memory": "write"}).json()
+    shown = http.get(f"/v1/sessions/{session}").json()
+    assert answer["version"] == shown["version"] == 1
+    assert shown["tokens_seen"] == answer["usage"]["total_tokens"]
+
+
+def test_a_stop_string_ends_the_answer_before_it(http: httpx.Client, session: str) -> None:
+    post(http, session, "something to remember")
+    whole = ask(http, session, max_tokens=60)
+    stop = whole[5:7]
+    response = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"max_tokens": 60, "stop": ["###", stop]})
+    assert response.json()["text"] == whole[: whole.index(stop)]
+    assert response.json()["finish_reason"] == "stop"
+
+
+def test_sampling_repeats_with_its_seed(http: httpx.Client, session: str) -> None:
+    drawn = [ask(http, session, temperature=1.3, top_p=0.9, top_k=50, seed=s, max_tokens=20) for s in (5, 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_memory_off_answers_as_a_model_without_memory(http: httpx.Client, session: str) -> None:
+    post(http, session, "a rather long story. " * 30)
+    on, off = (ask(http, session, memory=m, max_tokens=30) for m in ("read", "off"))
+    assert on != off
+
+
+def test_sessions_at_once_answer_as_alone(http: httpx.Client) -> None:
+    texts = [f"story number {i}: " + "and so it went on. " * (3 * i + 1) for i in range(6)]
+
+    def run(text: str) -> str:
+        session = http.post("/v1/sessions").json()["id"]
+        assert post(http, session, text).status_code == 200
+        return ask(http, session, max_tokens=20)
+
+    alone = [run(text) for text in texts]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, texts)) == alone
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "expected"),
+    [
+        (b"", PLAIN, 422, "empty_document"),
+        (b'{"text": ""}', {"Content-Type": "application/json"}, 422, "empty_document"),
+        (b"ab\xff\xfe", PLAIN, 422, "invalid_utf8"),
+        (b"good text and then \xc3", PLAIN, 422, "invalid_utf8"),
+        (b'{"words": "a"}', {"Content-Type": "application/json"}, 422, "invalid_json"),
+        (b"%PDF", {"Content-Type": "application/pdf"}, 415, "unsupported_media_type"),
+        (b"text", {"Content-Type": ""}, 415, "unsupported_media_type"),
+        (b"a" * 20_001, PLAIN, 413, "document_too_large"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_bad_document_is_refused_and_nothing_is_lost(
+    http: httpx.Client, session: str, body: bytes, headers: dict[str, str], status: int, expected: str, streamed: bool
+) -> None:
+    post(http, session, "what was there before")
+    before = ask(http, session)
+    accept = {"Accept": "text/event-stream"} if streamed else {}
+    response = http.post(f"/v1/sessions/{session}/documents", content=body, headers=headers | accept)
+    if streamed and response.status_code == 200:
+        assert "event: error" in response.text
+        assert f'"code":"{expected}"' in response.text
+        assert response.text.rstrip().endswith("data: [DONE]")
+    else:
+        assert (response.status_code, code(response)) == (status, expected)
+    assert version(http, session) == 1
+    assert ask(http, session) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 10**9}, "max_tokens"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature"),
+        ({"prompt": "a", "top_p": 0}, "top_p"),
+        ({"prompt": "a", "top_k": -1}, "top_k"),
+        ({"prompt": "a", "stop": ["x"] * 5}, "stop"),
+        ({"prompt": "a", "memory": "maybe"}, "memory"),
+        ({"prompt": "a", "tempratur": 1}, "tempratur"),
+    ],
+)
+def test_bad_values_are_named(http: httpx.Client, session: str, fields: dict[str, Any], param: str) -> None:
+    body = json.dumps(fields)
+    headers = {"Content-Type": "application/json"}
+    response = http.post(f"/v1/sessions/{session}/completions", content=body, headers=headers)
+    assert response.status_code == 422
+    code(response)
+    assert response.json()["error"]["param"].startswith(param)
+
+
+def test_a_body_that_is_not_json_is_refused(http: httpx.Client, session: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = http.post(f"/v1/sessions/{session}/completions", content=b"{", headers=headers)
+    assert (response.status_code, code(response)) == (422, "invalid_json")
+
+
+def test_a_prompt_too_long_is_refused(http: httpx.Client, session: str) -> None:
+    response = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 101})
+    assert (response.status_code, code(response)) == (422, "prompt_too_long")
+    streamed = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 101, "stream": True})
+    assert '"code":"prompt_too_long"' in streamed.text
+
+
+@pytest.mark.parametrize("name", ["ses_nobody", "..%2f..%2fetc", "ses_ä", "%00", "a" * 3_000, "{sid}:record"])
+def test_an_unknown_session_is_not_found(http: httpx.Client, name: str) -> None:
+    for response in (
+        http.get(f"/v1/sessions/{name}"),
+        http.delete(f"/v1/sessions/{name}"),
+        http.post(f"/v1/sessions/{name}/documents", content="text", headers=PLAIN),
+        http.post(f"/v1/sessions/{name}/completions", json=ASK),
+    ):
+        assert response.status_code == 404
+        assert code(response) in {"session_not_found", "http_404"}
+
+
+def test_a_path_or_method_that_is_not_there_says_so_in_the_same_shape(http: httpx.Client) -> None:
+    assert code(http.get("/v2/nothing")) == "http_404"
+    assert code(http.put("/v1/sessions")) == "http_405"
+
+
+def test_health(http: httpx.Client, settings: Settings) -> None:
+    assert http.get("/health/live").json() == {"status": "ok"}
+    ready = http.get("/health/ready").json()
+    assert (ready["status"], ready["device"], ready["store"]) == ("ready", "cpu", "sqlite")
+
+
+def test_writers_wait_in_line_and_too_many_are_refused(http: httpx.Client, session: str) -> None:
+    def write(_: int) -> int:
+        return post(http, session, "many words " * 400).status_code
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        statuses = list(pool.map(write, range(5)))
+    assert set(statuses) == {200, 429}
+    assert version(http, session) == statuses.count(200)
+
+
+def test_a_client_that_leaves_midway_leaves_the_session_as_it_was(
+    http: httpx.Client, server: LiveServer, session: str
+) -> None:
+    post(http, session, "what was there before")
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\n"
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(head.encode() + b"Content-Length: 10000\r\n\r\n" + b"half a document " * 200)
+        time.sleep(0.2)
+    assert post(http, session, "and life goes on").json()["version"] == 2
+
+
+def test_an_answer_that_nobody_reads_is_stopped(http: httpx.Client, session: str) -> None:
+    endless = {"prompt": "a", "max_tokens": 4_096, "temperature": 1.0, "stream": True}
+    for _ in range(3):
+        with http.stream("POST", f"/v1/sessions/{session}/completions", json=endless) as response:
+            next(response.iter_raw())
+    started = time.monotonic()
+    ask(http, session)
+    assert time.monotonic() - started < 10

@@ -1,0 +1,143 @@
+"""The engine on a tiny model: real thread, real event loop, real arithmetic."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+import torch
+from support.models import make_tiny
+from titans.sampling import SamplingParams
+from titans.state import State
+from titans_server.engine import Engine
+from titans_server.engine.runner import Runner
+from titans_server.errors import Overloaded, ShuttingDown, TitansError
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    engine = Engine(Runner(make_tiny()), eos_token=2, max_running=4, max_requests=32)
+    engine.start()
+    yield engine
+    await engine.close()
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (count,), generator=generator).tolist()
+
+
+async def answer(
+    engine: Engine, state: State, prompt: list[int], *, recall: bool = True, count: int = 12
+) -> list[int | str]:
+    stream = engine.generate(state, prompt, max_tokens=count, sampling=GREEDY, recall=recall)
+    return [token async for token in stream]
+
+
+def assert_same(ours: State, theirs: State) -> None:
+    for name, part in ours.parts().items():
+        torch.testing.assert_close(part, theirs.parts()[name], rtol=1e-4, atol=2e-5)
+
+
+async def test_sessions_at_once_are_each_as_alone(engine: Engine) -> None:
+    documents = [tokens(n, seed=n) for n in (100, 3, 57, 16, 31)]
+    alone = [await engine.ingest(engine.new_state(), d) for d in documents]
+    together = await asyncio.gather(*(engine.ingest(engine.new_state(), d) for d in documents))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert_same(ours, theirs)
+
+    prompts = [tokens(n, seed=50 + n) for n in (1, 5, 40, 7, 16)]
+    pairs = list(zip(alone, prompts, strict=True))
+    one_by_one = [await answer(engine, s, p) for s, p in pairs]
+    at_once = await asyncio.gather(*(answer(engine, s, p) for s, p in pairs))
+    assert at_once == one_by_one
+    assert len({tuple(a) for a in at_once}) > 1
+
+
+async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> None:
+    state = await engine.ingest(engine.new_state(), tokens(100, seed=1))
+    prompt = tokens(6, seed=2)
+    alone = [await answer(engine, state, prompt, recall=r) for r in (True, False)]
+    assert await asyncio.gather(*(answer(engine, state, prompt, recall=r) for r in (True, False))) == alone
+    assert alone[0] != alone[1]
+
+
+async def test_answering_leaves_the_state_alone(engine: Engine) -> None:
+    state = await engine.ingest(engine.new_state(), tokens(20, seed=1))
+    copy = state.clone()
+    await answer(engine, state, tokens(30, seed=2))
+    for name, part in state.parts().items():
+        assert torch.equal(part, copy.parts()[name])
+
+
+async def test_an_answer_ends_at_its_length(engine: Engine) -> None:
+    *said, finish = await answer(engine, engine.new_state(), tokens(3, seed=1), count=5)
+    assert (len(said), finish) == (5, "length") or (finish == "stop" and len(said) < 5)
+
+
+async def test_a_seed_repeats_its_answer(engine: Engine) -> None:
+    async def draw(seed: int | None) -> list[int | str]:
+        params = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, seed=seed)
+        stream = engine.generate(engine.new_state(), tokens(3, seed=1), max_tokens=20, sampling=params)
+        return [token async for token in stream]
+
+    assert await draw(7) == await draw(7)
+    assert await draw(7) != await draw(8)
+
+
+async def test_a_cancelled_document_makes_room(engine: Engine) -> None:
+    task = asyncio.create_task(engine.ingest(engine.new_state(), tokens(200_000, seed=1)))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with asyncio.timeout(20):
+        await engine.ingest(engine.new_state(), tokens(20, seed=1))
+
+
+async def test_a_closed_answer_stops_being_computed(engine: Engine) -> None:
+    stream = engine.generate(engine.new_state(), tokens(3, seed=1), max_tokens=10**6, sampling=SamplingParams(seed=1))
+    async with aclosing(stream):
+        async for _ in stream:
+            break
+    async with asyncio.timeout(20):
+        await answer(engine, engine.new_state(), tokens(3, seed=1))
+        while len(engine._scheduler):  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
+            await asyncio.sleep(0.01)
+
+
+async def test_too_many_requests_are_refused() -> None:
+    engine = Engine(Runner(make_tiny()), eos_token=2, max_requests=2)
+    tasks = [asyncio.create_task(engine.ingest(engine.new_state(), tokens(50, seed=i))) for i in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await engine.ingest(engine.new_state(), tokens(5, seed=9))
+    engine.start()
+    await asyncio.gather(*tasks)
+    await engine.ingest(engine.new_state(), tokens(5, seed=9))
+    await engine.close()
+
+
+async def test_closing_ends_what_is_left(engine: Engine) -> None:
+    ingesting = asyncio.create_task(engine.ingest(engine.new_state(), tokens(100_000, seed=1)))
+    answering = asyncio.create_task(answer(engine, engine.new_state(), tokens(3, seed=1), count=10**6))
+    await asyncio.sleep(0.2)
+    await engine.close()
+    for task in (ingesting, answering):
+        with pytest.raises(ShuttingDown):
+            await task
+    with pytest.raises(ShuttingDown):
+        await engine.ingest(engine.new_state(), [5])
+
+
+async def test_a_fault_ends_its_own_requests_and_not_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "ingest", lambda *_: 1 / 0)
+        with pytest.raises(TitansError):
+            await engine.ingest(engine.new_state(), [5])
+    assert "ZeroDivisionError" in caplog.text
+    await engine.ingest(engine.new_state(), [5])

@@ -1,0 +1,121 @@
+"""Decisions, without a model."""
+
+from typing import Any
+
+from titans_server.engine.request import Generation, Ingestion
+from titans_server.engine.scheduler import Scheduler
+
+WINDOW = 16
+
+
+def make_scheduler(**limits: int) -> Scheduler:
+    defaults = {"max_running": 8, "ingest_budget": 4 * WINDOW, "busy_ingest_budget": WINDOW}
+    return Scheduler(window=WINDOW, **(defaults | limits))
+
+
+def document(num_tokens: int, position: int = 0) -> Ingestion:
+    nothing: Any = None
+    return Ingestion(nothing, [0] * num_tokens, position)
+
+
+def answer(prompt: int = 4) -> Generation:
+    nothing: Any = None
+    return Generation(nothing, [0] * prompt, 100, nothing, True, lambda _: None)
+
+
+def run_step(scheduler: Scheduler) -> list[Generation | Ingestion]:
+    """Do what was decided, without computing; returns what had a turn."""
+    step = scheduler.next_step()
+    for request, size in step.prefill:
+        request.num_read += size
+        if request.num_read == len(request.prompt):
+            scheduler.prompt_read(request)
+    for part, size in step.ingest:
+        part.num_done += size
+        if part.num_done == len(part.tokens):
+            scheduler.finish(part)
+    return [*step.decode, *(r for r, _ in step.prefill), *(r for r, _ in step.ingest)]
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    assert not make_scheduler().next_step()
+
+
+def test_chunks_keep_to_the_boundaries_of_the_session() -> None:
+    scheduler = make_scheduler()
+    request = document(40, position=WINDOW + 5)
+    scheduler.add(request)
+    sizes = []
+    while len(scheduler):
+        before = request.num_done
+        run_step(scheduler)
+        sizes.append(request.num_done - before)
+    assert sizes == [WINDOW - 5, WINDOW, 40 - WINDOW - (WINDOW - 5)]
+
+
+def test_documents_share_the_budget_in_turn() -> None:
+    scheduler = make_scheduler(ingest_budget=2 * WINDOW)
+    requests = [document(10 * WINDOW) for _ in range(5)]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(5):
+        run_step(scheduler)
+    assert [r.num_done for r in requests] == [2 * WINDOW] * 5
+
+
+def test_every_answer_gets_a_token_a_step_whatever_else_waits() -> None:
+    scheduler = make_scheduler()
+    running = [answer() for _ in range(3)]
+    for request in running:
+        scheduler.add(request)
+    for _ in range(3):
+        run_step(scheduler)
+    for _ in range(4):
+        scheduler.add(document(100 * WINDOW))
+    scheduler.add(answer(prompt=50 * WINDOW))
+    for _ in range(20):
+        step = scheduler.next_step()
+        assert step.decode == running
+        assert sum(size for _, size in step.prefill) <= WINDOW
+        assert sum(size for _, size in step.ingest) <= WINDOW
+        run_step(scheduler)
+
+
+def test_nobody_starves() -> None:
+    scheduler = make_scheduler(max_running=2)
+    requests = [document(8 * WINDOW) for _ in range(6)] + [answer(3 * WINDOW) for _ in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    turns = [run_step(scheduler) for _ in range(60)]
+    for request in requests:
+        assert any(request in turn for turn in turns)
+    assert all(r.num_done == len(r.tokens) for r in requests if isinstance(r, Ingestion))
+
+
+def test_no_more_answers_run_than_allowed() -> None:
+    scheduler = make_scheduler(max_running=2)
+    requests = [answer() for _ in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(5):
+        run_step(scheduler)
+    assert scheduler.next_step().decode == requests[:2]
+    scheduler.finish(requests[0])
+    run_step(scheduler)
+    assert scheduler.next_step().decode == requests[1:]
+
+
+def test_what_is_cancelled_has_no_further_turn() -> None:
+    scheduler = make_scheduler()
+    gone, stays = answer(), answer()
+    dropped = document(100)
+    for request in (gone, stays, dropped):
+        scheduler.add(request)
+    run_step(scheduler)
+    gone.cancelled = True
+    dropped.done.cancel()
+    assert set(scheduler.cancelled()) == {gone, dropped}
+    for request in scheduler.cancelled():
+        scheduler.finish(request)
+    assert gone not in run_step(scheduler)
+    assert len(scheduler) == 1

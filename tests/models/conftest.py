@@ -1,0 +1,15 @@
+import pytest
+from support.models import make_tiny
+from titans.backbone import Backbone, find_default_body, load_backbone
+from titans.model import TitansModel
+
+
+@pytest.fixture
+def model() -> TitansModel:
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def body() -> Backbone:
+    """The real body, SmolLM2-135M-Instruct."""
+    return load_backbone(find_default_body())

@@ -1,0 +1,152 @@
+"""The whole model on a tiny body: one stream of tokens, however it is cut, batched, saved or continued."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import make_tiny
+from titans.model import TitansModel
+from titans.state import State, Stream
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, name: str = "") -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, msg=partial("{}: {}".format, name))
+
+
+def random_tokens(count: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 259, (batch, count), generator=generator)
+
+
+def assert_same(ours: State, theirs: State) -> None:
+    for name, part in ours.parts().items():
+        assert_close(part, theirs.parts()[name], name)
+
+
+def read_on(model: TitansModel, tokens: torch.Tensor, stream: Stream, *, write: bool = False) -> torch.Tensor:
+    """Logits of all tokens, a window at a time."""
+    hidden = []
+    for part in tokens.split(model.config.window, dim=1):
+        h, stream = model(part, stream, write=write)
+        hidden.append(h)
+    return model.logits(torch.cat(hidden, dim=1))
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_document_cut_anywhere_leaves_one_state(data: st.DataObject) -> None:
+    model = make_tiny(momentum=data.draw(st.booleans()))
+    count = data.draw(st.integers(2, 90))
+    tokens = random_tokens(count)
+    whole = model.ingest(tokens, model.new_state())
+    state, start = model.new_state(), 0
+    for cut in [*sorted(data.draw(st.sets(st.integers(1, count - 1), max_size=6))), count]:
+        state = model.ingest(tokens[:, start:cut], state)
+        start = cut
+    assert_same(state, whole)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_sessions_in_one_batch_are_each_as_alone(momentum: bool) -> None:
+    model = make_tiny(momentum=momentum)
+    lengths = [37, 5, 16, 1]
+    rows = [random_tokens(n, seed=n) for n in lengths]
+    starts = [model.ingest(random_tokens(n, seed=90 + n), model.new_state()) for n in (3, 40, 16, 7)]
+    padded = torch.zeros(4, 37, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : row.shape[1]] = row
+    together = model.ingest(padded, State.cat(starts), lengths).split()
+    for row, start, ours in zip(rows, starts, together, strict=True):
+        assert_same(ours, model.ingest(row, start))
+
+
+def test_ingest_leaves_the_state_it_was_given_alone(model: TitansModel) -> None:
+    before = model.ingest(random_tokens(20), model.new_state())
+    copy = before.clone()
+    model.ingest(random_tokens(50, seed=1), before)
+    model(random_tokens(5), model.open(before))
+    for name, part in before.parts().items():
+        assert torch.equal(part, copy.parts()[name]), name
+
+
+def test_ingest_is_what_reading_with_write_learns(model: TitansModel) -> None:
+    tokens = random_tokens(50)
+    stream = model.open(model.new_state())
+    for part in tokens.split(10, dim=1):
+        _, stream = model(part, stream, write=True)
+    learnt, ingested = stream.state.parts(), model.ingest(tokens, model.new_state()).parts()
+    for name in set(learnt) - {"tail"}:
+        assert_close(learnt[name], ingested[name], name)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_no_logit_looks_ahead(model: TitansModel, write: bool) -> None:
+    state = model.ingest(random_tokens(40, seed=3), model.new_state())
+    tokens = random_tokens(14)
+    before = read_on(model, tokens, model.open(state), write=write)
+    for t in (1, 5, 13):
+        changed = tokens.clone()
+        changed[0, t] = (changed[0, t] + 1) % 259
+        after = read_on(model, changed, model.open(state), write=write)
+        assert torch.equal(after[:, :t], before[:, :t]), f"a logit before token {t} changed with it"
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+def test_token_by_token_equals_all_at_once(model: TitansModel) -> None:
+    state = model.ingest(random_tokens(23, seed=3), model.new_state())
+    tokens = random_tokens(16)
+    at_once = read_on(model, tokens, model.open(state))
+    stream, one_by_one = model.open(state), []
+    for token in tokens.split(1, dim=1):
+        h, stream = model(token, stream)
+        one_by_one.append(model.logits(h))
+    assert_close(torch.cat(one_by_one, 1), at_once)
+
+
+def test_streams_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
+    states = [model.ingest(random_tokens(n, seed=n), model.new_state()) for n in (3, 50, 16)]
+    token = torch.tensor([[7], [8], [9]])
+    alone = [model(token[i : i + 1], model.open(s))[0] for i, s in enumerate(states)]
+    together, after = model(token, Stream.cat([model.open(s) for s in states]))
+    assert_close(together, torch.cat(alone))
+    opened_together = model(token, model.open(State.cat(states)))[0]
+    assert_close(opened_together, together)
+    torch.testing.assert_close(after.select([2, 0]).state.position, torch.tensor([17, 4]))
+
+
+def test_a_continued_session_is_the_uninterrupted_one_to_the_bit(model: TitansModel) -> None:
+    first, second = random_tokens(33), random_tokens(29, seed=4)
+    state = model.ingest(first, model.new_state())
+    reloaded = State(**{name: part.clone() for name, part in state.parts().items()})
+    ours, theirs = model.ingest(second, reloaded), model.ingest(second, state)
+    for name, part in ours.parts().items():
+        assert torch.equal(part, theirs.parts()[name]), name
+
+
+def test_nothing_but_the_memory_reaches_past_the_windows(model: TitansModel) -> None:
+    """With recall off, text further back than every window leaves no trace; with it on, it does."""
+    depth = model.config.backbone.num_layers * model.config.window
+    same = random_tokens(depth, seed=5)
+    states = [model.ingest(torch.cat((random_tokens(60, seed=s), same), 1), model.new_state()) for s in (1, 2)]
+    prompt = random_tokens(5, seed=6)
+    for recall, equal in ((False, True), (True, False)):
+        a, b = (read_on(model, prompt, model.open(s, recall=recall)) for s in states)
+        assert torch.equal(a, b) == equal
+
+
+def test_a_state_does_not_grow(model: TitansModel) -> None:
+    short = model.ingest(random_tokens(1), model.new_state())
+    assert model.ingest(random_tokens(3_000), short).num_bytes == short.num_bytes
+
+
+def test_far_positions_keep_their_precision(model: TitansModel) -> None:
+    """The same window of text answers alike at position 0 and at position 100 million."""
+    tokens = random_tokens(40)
+    near = model.new_state()
+    far = State(**{**near.parts(), "position": near.position + 100_000_000 * model.config.window})
+    # a far session has a full window of (empty) past, so compare the far one with itself one window on
+    a = model.ingest(tokens, far)
+    b = model.ingest(tokens, State(**{**far.parts(), "position": far.position + model.config.window}))
+    assert_close(a.weights, b.weights)

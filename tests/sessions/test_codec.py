@@ -1,0 +1,178 @@
+"""A state survives being written down bit for bit, and nothing doubtful is ever read back."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from titans.config import tiny
+from titans.state import State
+from titans_server.errors import StateCorrupted, StateMismatch
+from titans_server.sessions.codec import decode, encode, sha256
+from torch import Tensor
+
+MODEL = "model-a"
+HEADER = {"format": "titans-session", "format_version": "1", "fingerprint": MODEL}
+
+
+def a_state(dtype: torch.dtype = torch.float32, momentum: bool = True) -> State:
+    zeros = State.zeros(tiny(momentum=momentum), dtype=dtype)
+    generator = torch.Generator().manual_seed(7)
+    parts = {name: torch.randn(x.shape, generator=generator).to(x.dtype) for name, x in zeros.parts().items()}
+    return State(**parts | {"position": torch.tensor([12345678901])})
+
+
+def bits(x: Tensor) -> bytes:
+    return bytes(x.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def assert_bit_equal(a: State, b: State) -> None:
+    for name, x in a.parts().items():
+        y = b.parts()[name]
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), name
+        assert bits(x) == bits(y), name
+
+
+def altered(blob: bytes, header: dict[str, str] | None = None, **parts: Tensor) -> bytes:
+    return save(load(blob) | parts, metadata=HEADER if header is None else header)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_read_back_is_bit_equal(dtype: torch.dtype, momentum: bool) -> None:
+    state = a_state(dtype, momentum)
+    restored = decode(encode(state, MODEL), fingerprint=MODEL, like=State.zeros(tiny(momentum=momentum), dtype=dtype))
+    assert_bit_equal(state, restored)
+
+
+def test_negative_zero_and_denormals_keep_their_bits() -> None:
+    state = a_state()
+    state.tail.view(-1)[:3] = torch.tensor([-0.0, 1e-45, torch.finfo(torch.float32).max])
+    assert_bit_equal(state, decode(encode(state, MODEL), fingerprint=MODEL, like=state))
+
+
+def test_views_strides_and_shared_storages_can_be_written() -> None:
+    state = a_state()
+    both = torch.stack([state.keys, state.values])
+    flipped = state.weights.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not flipped.is_contiguous()
+    tangled = replace(state, keys=both[0], values=both[1], weights=flipped)
+    assert_bit_equal(state, decode(encode(tangled, MODEL), fingerprint=MODEL, like=state))
+
+
+def test_a_state_of_another_dtype_is_cast() -> None:
+    written, like = a_state(torch.bfloat16), State.zeros(tiny(momentum=True), dtype=torch.float32)
+    restored = decode(encode(written, MODEL), fingerprint=MODEL, like=like)
+    for name, x in restored.parts().items():
+        assert x.dtype == like.parts()[name].dtype
+        assert torch.equal(x, written.parts()[name].to(x.dtype))
+
+
+def test_the_state_and_the_bytes_share_nothing() -> None:
+    state = a_state()
+    blob = encode(state, MODEL)
+    before = sha256(blob)
+    decode(blob, fingerprint=MODEL, like=state).tail.fill_(1.0)
+    state.tail.fill_(2.0)
+    assert sha256(blob) == before
+    assert not torch.equal(decode(blob, fingerprint=MODEL, like=state).tail, state.tail)
+
+
+def test_the_header_says_what_it_is() -> None:
+    blob = encode(a_state(), MODEL)
+    length = int.from_bytes(blob[:8], "little")
+    assert json.loads(blob[8 : 8 + length])["__metadata__"] == HEADER
+
+
+def test_another_models_state_is_a_mismatch() -> None:
+    state = a_state()
+    with pytest.raises(StateMismatch, match=r"model-a.*model-b"):
+        decode(encode(state, MODEL), fingerprint="model-b", like=state)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({}, "format"),
+        (HEADER | {"format": "titans-memory/1"}, "titans-memory/1"),
+        (HEADER | {"format_version": "2"}, "version '2'"),
+    ],
+)
+def test_an_unknown_format_or_version_is_named(header: dict[str, str], message: str) -> None:
+    state = a_state()
+    with pytest.raises(StateCorrupted, match=message):
+        decode(altered(encode(state, MODEL), header), fingerprint=MODEL, like=state)
+
+
+@pytest.mark.parametrize("blob", [b"", b"\0" * 7, b"\xff" * 64, b"not a state at all", b"\2\0\0\0\0\0\0\0{}"])
+def test_what_is_no_state_is_refused(blob: bytes) -> None:
+    with pytest.raises(StateCorrupted):
+        decode(blob, fingerprint=MODEL, like=a_state())
+
+
+def test_a_torn_state_is_refused_wherever_it_is_torn() -> None:
+    state = a_state()
+    blob = encode(state, MODEL)
+    for size in [*range(0, len(blob), 997), len(blob) - 1]:
+        with pytest.raises(StateCorrupted):
+            decode(blob[:size], fingerprint=MODEL, like=state)
+    with pytest.raises(StateCorrupted):
+        decode(blob + b"\0", fingerprint=MODEL, like=state)
+
+
+def test_an_altered_header_is_read_alike_or_refused() -> None:
+    state, chance = a_state(), random.Random(3)
+    blob = encode(state, MODEL)
+    length = 8 + int.from_bytes(blob[:8], "little")
+    for _ in range(500):
+        damaged = bytearray(blob)
+        damaged[chance.randrange(length)] = chance.randrange(256)
+        try:
+            restored = decode(bytes(damaged), fingerprint=MODEL, like=state)
+        except (StateCorrupted, StateMismatch):
+            continue
+        assert restored.parts().keys() == state.parts().keys()
+
+
+def test_a_missing_or_additional_part_is_refused() -> None:
+    state = a_state()
+    blob = encode(state, MODEL)
+    parts = load(blob)
+    del parts["tail"]
+    for changed in (save(parts, metadata=HEADER), altered(blob, extra=torch.zeros(1))):
+        with pytest.raises(StateCorrupted, match="parts"):
+            decode(changed, fingerprint=MODEL, like=state)
+
+
+def test_another_shape_is_refused_and_named() -> None:
+    state = a_state()
+    with pytest.raises(StateCorrupted, match=r"tail.*\(1, 2, 3\)"):
+        decode(altered(encode(state, MODEL), tail=torch.zeros(1, 2, 3)), fingerprint=MODEL, like=state)
+
+
+def test_another_kind_of_number_is_refused() -> None:
+    state = a_state()
+    with pytest.raises(StateCorrupted, match="position"):
+        decode(altered(encode(state, MODEL), position=torch.zeros(1)), fingerprint=MODEL, like=state)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["weights", "momentum", "recent", "keys", "values", "tail"])
+def test_a_number_that_is_not_finite_is_refused(part: str, bad: float) -> None:
+    state = a_state()
+    x = state.parts()[part].clone()
+    x.view(-1)[-1] = bad
+    with pytest.raises(StateCorrupted, match=part):
+        decode(encode(replace(state, **{part: x}), MODEL), fingerprint=MODEL, like=state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_states_move_between_devices() -> None:
+    state = a_state()
+    on_device = State(**{name: x.cuda() for name, x in state.parts().items()})
+    there = decode(encode(state, MODEL), fingerprint=MODEL, like=on_device)
+    assert all(x.is_cuda for x in there.parts().values())
+    assert_bit_equal(state, decode(encode(on_device, MODEL), fingerprint=MODEL, like=state))

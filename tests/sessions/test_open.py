@@ -1,0 +1,59 @@
+"""URLs name stores; nothing is touched until they are opened."""
+
+from pathlib import Path
+
+import pytest
+from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.open import open_store
+from titans_server.sessions.redis import RedisStore
+from titans_server.sessions.sqlite import SqliteStore
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("memory://", MemoryStore),
+        ("sqlite:///sessions.db", SqliteStore),
+        ("sqlite:////var/lib/titans/sessions.db", SqliteStore),
+        ("redis://localhost:6379/3", RedisStore),
+        ("rediss://user:secret@redis.example:6380", RedisStore),
+    ],
+)
+def test_a_url_names_a_store_and_touches_nothing(
+    url: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_store(url), kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "memory",
+        "memory://x",
+        "sqlite://",
+        "sqlite://relative.db",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///folder/",
+        "postgres://user:secret@host/db",
+        "REDIS+tls://user:secret@host",
+    ],
+)
+def test_another_url_is_refused_with_the_known_ones_and_no_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r"memory://.*sqlite:///.*redis://.*rediss://") as error:
+        open_store(url)
+    assert "secret" not in str(error.value)
+
+
+async def test_a_relative_path_is_taken_from_where_the_process_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("sqlite:///made/sessions.db")
+    monkeypatch.chdir("/")
+    await store.open()
+    await store.close()
+    assert (tmp_path / "made" / "sessions.db").is_file()

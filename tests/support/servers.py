@@ -1,0 +1,190 @@
+"""Real servers for tests, on real sockets: in a process of their own, or in a thread of this one."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import uvicorn
+from blockbuster import blockbuster_ctx
+from titans_server.app import create_app
+from titans_server.settings import Settings
+
+
+def free_port() -> int:
+    """A port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """`python -m titans_server`, ready when the context is entered, terminated when it is left."""
+
+    def __init__(self, store: str, log: Path, environment: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.store = store
+        self._log = log
+        self._environment = environment or {}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self.http.close()
+
+    def start(self) -> None:
+        """Start, again if need be, and wait until it is ready."""
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("TITANS_")} | self._environment
+        command = [sys.executable, "-m", "titans_server", "--port", str(self.port), "--store", self.store]
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended:\n{self.log}"
+            try:
+                if self.http.get("/health/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        self.kill()
+        raise AssertionError(f"the server is not ready:\n{self.log}")
+
+    def is_running(self) -> bool:
+        """Whether the process is there."""
+        return self.process is not None and self.process.poll() is None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM; return when it takes no more connections. It may have work under way still."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except OSError:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"the server still takes connections:\n{self.log}")
+
+    def wait(self) -> int:
+        """The exit status, once it has ended by itself."""
+        assert self.process is not None
+        return self.process.wait(timeout=120)
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit status once it has drained."""
+        self.ask_to_stop()
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL: no farewell of any kind."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def log(self) -> str:
+        """What it has printed."""
+        return self._log.read_text(encoding="utf-8")
+
+
+class Upload:
+    """A document that is sent piece by piece while its events are read. Leaving the context breaks it off."""
+
+    def __init__(self, server: ServerProcess, session: str) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        self._connection.putrequest("POST", f"/v1/sessions/{session}/documents")
+        self._connection.putheader("Content-Type", "text/plain")
+        self._connection.putheader("Accept", "text/event-stream")
+        self._connection.putheader("Transfer-Encoding", "chunked")
+        self._connection.endheaders()
+        self._response: http.client.HTTPResponse | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._response is not None:
+            self._response.close()
+        self._connection.close()
+
+    def send(self, text: str) -> None:
+        """Send the next piece."""
+        self._connection.send(b"%x\r\n%b\r\n" % (len(text.encode()), text.encode()))
+
+    def event(self) -> tuple[str, dict[str, Any]]:
+        """The next event's name and data."""
+        if self._response is None:
+            self._response = self._connection.getresponse()
+            assert self._response.status == 200
+        name = ""
+        while line := self._response.readline().decode():
+            field, _, value = line.strip().partition(": ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                return name, json.loads(value)
+        raise AssertionError("the stream has ended")
+
+    def begin(self, text: str) -> None:
+        """Send a first piece, and return when some of it has been learnt."""
+        self.send(text)
+        name, progress = self.event()
+        assert (name, progress["tokens"] > 0) == ("progress", True)
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        """Say that this was all; the event that ends the stream."""
+        self._connection.send(b"0\r\n\r\n")
+        while (event := self.event())[0] == "progress":
+            pass
+        return event
+
+
+class LiveServer:
+    """The app on a real socket in a thread of this process; a blocking call on its event loop is an error."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = f"http://127.0.0.1:{settings.port}"
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(settings), host=settings.host, port=settings.port, log_config=None)
+        )
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with blockbuster_ctx("titans_server"):
+            self.server.run()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        while not self.server.started:
+            assert self._thread.is_alive(), "the server ended before it began"
+            time.sleep(0.05)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.should_exit = True
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive()
