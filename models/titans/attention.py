@@ -70,7 +70,7 @@ class Block:
         rows, columns = (columns_T < lengths_B[:, None]).nonzero(as_tuple=True)
         return cls(
             rotation=Rotation(new_BT, head_dim, theta),
-            sink_rotation=Rotation((new_BT - start + 1).clamp(max=window), head_dim, theta),
+            sink_rotation=Rotation((new_BT + 1).clamp(max=window), head_dim, theta),
             mask_BTS=mask_BTS,
             rows=rows,
             columns=columns,

@@ -7,7 +7,7 @@ package knows how other projects name or store theirs.
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Backbone:
     """A loaded body."""
 
     config: BackboneConfig
-    tensors: dict[str, Tensor]  # under the names of `titans.model.TitansModel`
+    tensors: dict[str, Tensor] = field(repr=False)  # under the names of `titans.model.TitansModel`
     tokenizer: Tokenizer
 
 

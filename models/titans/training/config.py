@@ -29,7 +29,7 @@ class TrainingConfig:
     recall_weight: float = 1.0  # of the memory's own error on all that a document stated
     text_rows: int = 4  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.2
-    num_facts: int = 4_000  # in the pool
+    num_facts: int = 2_000  # in the pool
     haystack_tokens: int = 400_000
     context_tokens: int = 16  # plain text to the left of a cached fact or question
     stages: tuple[Stage, ...] = field(

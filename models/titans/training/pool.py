@@ -5,7 +5,6 @@ already, and a step runs the memory and the layers above it, over the questions 
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +65,16 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     rng = random.Random(config.seed)
     facts = make_facts(config.num_facts, "train", rng)
     contexts = [_snippet(tokens, config.context_tokens, rng) for _ in facts]
-    stated = [c + tokenizer.encode(f" {f.statement}") for f, c in zip(facts, contexts, strict=True)]
+    spacing = [_snippet(tokens, 2 * config.context_tokens, rng) for _ in facts]
+    stated = [c + tokenizer.encode(f" {f.statement}") for f, c in zip(facts, spacing, strict=True)]
     asked = [_question(tokenizer, f, c) for f, c in zip(facts, contexts, strict=True)]
     questions = []
     for (_, targets, answer), hidden in zip(asked, _short(model, [q[0] for q in asked], "questions"), strict=True):
         questions.append((hidden, torch.tensor(targets), config.context_tokens, answer))
     return {
-        "haystack": _long(model, tokens),
+        "haystack": _long(model, tokens, "haystack"),
         "haystack_tokens": tokens,
-        "statements": [h[config.context_tokens :].clone() for h in _short(model, stated, "statements")],
+        "statements": [h[2 * config.context_tokens :].clone() for h in _short(model, stated, "statements")],
         "questions": questions,
     }
 
@@ -102,22 +102,26 @@ def _question(tokenizer: Tokenizer, fact: Fact, context: list[int]) -> tuple[lis
     return asked + lead + answer, targets, len(answer)
 
 
-def _long(model: TitansModel, tokens: Tensor) -> Tensor:
-    """[texts, T, D]: the texts read as a server reads them."""
+def _long(model: TitansModel, tokens: Tensor, name: str) -> Tensor:
+    """[texts, T, D]: the texts read as a server reads them; T is a multiple of the window."""
     state, window, states = model.new_state(tokens.shape[0]), model.config.window, []
-    for start in tqdm(range(0, tokens.shape[1], window), desc="haystack", unit="window"):
+    for start in tqdm(range(0, tokens.shape[1], window), desc=name, unit="window"):
         state = model.ingest(tokens[:, start : start + window].to(model.device), state)
         states.append(state.tail.cpu())
     return torch.cat(states, dim=1)
 
 
-@torch.no_grad()
-def _short(model: TitansModel, runs: list[list[int]], name: str, batch: int = 32) -> Iterator[Tensor]:
-    """[T, D] for each run of tokens, which stands alone, well into a text."""
-    for start in tqdm(range(0, len(runs), batch), desc=name, unit="batch"):
-        part = runs[start : start + batch]
-        length = max(len(run) for run in part)
-        tokens = torch.tensor([run + [0] * (length - len(run)) for run in part], device=model.device)
-        block = model.place(length, offset=4 * model.config.window, batch=len(part))
-        hidden = model.lower(model.embedding(tokens), block, None).cpu()
-        yield from (h[: len(run)].clone() for h, run in zip(hidden, part, strict=True))
+def _short(model: TitansModel, runs: list[list[int]], name: str, streams: int = 10) -> list[Tensor]:
+    """[T, D] for each run of tokens, read one after another, so that each stands in a full window of text."""
+    each = -(-len(runs) // streams)
+    groups = [runs[i : i + each] for i in range(0, len(runs), each)]
+    lines = [[token for run in group for token in run] for group in groups]
+    length = -(-max(map(len, lines)) // model.config.window) * model.config.window
+    hidden = _long(model, torch.tensor([line + [0] * (length - len(line)) for line in lines]), name)
+    pieces = []
+    for row, group in zip(hidden, groups, strict=True):
+        start = 0
+        for run in group:
+            pieces.append(row[start : start + len(run)].clone())
+            start += len(run)
+    return pieces

@@ -44,7 +44,8 @@ def generate(model: TitansModel, tokenizer: Tokenizer, stream: Stream, prompt: s
     tokens = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     answer: list[int] = []
     while len(answer) < max_tokens:
-        h, stream = model(tokens, stream)
+        for part in tokens.split(model.config.window, dim=1):
+            h, stream = model(part, stream)
         tokens = model.logits(h[:, -1:]).argmax(-1)
         answer.append(int(tokens))
         if answer[-1] == tokenizer.eos_token or "\n" in tokenizer.decode(answer):
