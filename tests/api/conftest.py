@@ -8,7 +8,7 @@ from support.servers import LiveServer, free_port
 from titans_server.settings import Settings
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder: Path = tmp_path_factory.mktemp("tiny")
     checkpoint = write_tiny_checkpoint(folder)
@@ -25,7 +25,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(settings: Settings) -> Iterator[LiveServer]:
     with LiveServer(settings) as server:
         yield server

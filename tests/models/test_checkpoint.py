@@ -61,4 +61,4 @@ def test_a_torn_or_missing_memory_is_refused(tiny: TinyCheckpoint) -> None:
 
 def test_the_shipped_memory_is_small_and_has_its_card() -> None:
     assert DEFAULT_MEMORY.stat().st_size < 10_000_000
-    assert "Licence" in DEFAULT_MEMORY.with_suffix(".md").read_text(encoding="utf-8")
+    assert "licence" in DEFAULT_MEMORY.with_suffix(".md").read_text(encoding="utf-8")
