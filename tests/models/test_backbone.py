@@ -74,8 +74,6 @@ def test_the_sink_is_the_bos_token_in_front(body: Backbone, theirs: Any, tokens:
 
 @torch.no_grad()
 def test_the_window_with_its_sink_stays_near_full_attention(body: Backbone, theirs: Any, tokens: torch.Tensor) -> None:
-    """Measured on this text: 3.43 nats a token with the window, 3.33 without; far more without the sink."""
-
     def far_loss(logits: torch.Tensor) -> float:
         return next_token_loss(logits[:, 1_023:-1], tokens[:, 1_024:]).item()
 
@@ -86,7 +84,10 @@ def test_the_window_with_its_sink_stays_near_full_attention(body: Backbone, thei
 
 
 def test_a_hugging_face_directory_is_the_same_body(body: Backbone, theirs: Any, tmp_path: Path) -> None:
-    theirs.save_pretrained(tmp_path)
+    fields = {k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"}
+    plain = type(theirs)(type(theirs.config).from_dict(fields))
+    plain.load_state_dict(theirs.state_dict())
+    plain.save_pretrained(tmp_path)
     body.tokenizer._raw.save(str(tmp_path / "tokenizer.json"))
     loaded = load_backbone(tmp_path)
     assert replace(loaded.config, norm_eps=0.0) == replace(body.config, norm_eps=0.0)
