@@ -64,9 +64,9 @@ def load(
     if config.backbone != backbone.config:
         raise CheckpointError(f"{memory} does not fit the shape of {body}")
     model = build(backbone, config)
+    ready(model, device, dtype or preferred_dtype(device))
     with safe_open(str(memory), framework="pt") as file:
         model.memory.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    ready(model, device, dtype or preferred_dtype(device))
     model.requires_grad_(False).memory.cast_projections(model.dtype)
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
 
@@ -85,6 +85,7 @@ def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
 def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
     """Move a model to where it runs: the body in `dtype`, the memory's own weights in float32, sinks set."""
     model.to(device, dtype).eval()
+    model.memory.float()
     model.set_sinks()
 
 

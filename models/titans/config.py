@@ -38,11 +38,6 @@ class MemoryConfig:
     chunk_size: int = 64  # tokens solved at once: changes the speed, never the result
     momentum: bool = False  # False: eta = 0 in equation 10
 
-    @property
-    def num_floats(self) -> int:
-        """Floats of fast weights in one session's memory."""
-        return self.num_heads * self.key_dim * self.value_dim
-
 
 @dataclass(frozen=True)
 class TitansConfig:
