@@ -3,7 +3,7 @@
 from titans.backbone import Backbone, BackboneError, load_backbone
 from titans.checkpoint import CheckpointError, Loaded, load
 from titans.config import BackboneConfig, MemoryConfig, TitansConfig
-from titans.memory import LinearMemory, MemoryState
+from titans.memory import MemoryState, NeuralMemory
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
@@ -13,10 +13,10 @@ __all__ = [
     "BackboneConfig",
     "BackboneError",
     "CheckpointError",
-    "LinearMemory",
     "Loaded",
     "MemoryConfig",
     "MemoryState",
+    "NeuralMemory",
     "State",
     "Stream",
     "TitansConfig",

@@ -1,7 +1,8 @@
 """What a model is made of: frozen, comparable, serialisable."""
 
+import itertools
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,50 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """One linear neural memory, standing in front of a layer of the body."""
+    """One neural memory, standing in front of a layer of the body."""
 
     layer: int  # index of the first layer that can read it; the layers below write it
     num_heads: int = 4
-    key_dim: int = 128
+    key_dim: int = 256
     value_dim: int = 128
     conv_width: int = 4
-    chunk_size: int = 64  # tokens solved at once: changes the speed, never the result
+    chunk_size: int = 64  # tokens learnt at once
     momentum: bool = False  # False: eta = 0 in equation 10
+    rule: Literal["exact", "chunk"] = "exact"  # where gradients are taken: at the last token, or where the chunk began
+    depth: int = 1  # layers of the memory (L_M); more than one: rule "chunk"
+    expansion: int = 4  # width of the layers between, in keys
+    residual: bool = False  # M(x) = x + LN(...): the camera-ready form
+    learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
+    output_norm: bool = False  # normalise what a head answers
+
+    def __post_init__(self) -> None:
+        if self.rule == "exact" and (self.depth > 1 or self.residual):
+            raise ValueError("the exact rule is for a linear memory: depth 1, no residual")
+        if self.residual and self.key_dim != self.value_dim:
+            raise ValueError("with residual, key_dim and value_dim must be equal")
+        if min(self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size, self.depth) < 1:
+            raise ValueError("the sizes of a memory start at 1")
+
+    @property
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of each layer of the memory."""
+        hidden = [self.expansion * self.key_dim] * (self.depth - 1)
+        return list(itertools.pairwise([self.key_dim, *hidden, self.value_dim]))
+
+    @property
+    def num_weights(self) -> int:
+        """Floats of weights a head."""
+        return sum(inputs * outputs for inputs, outputs in self.layer_shapes)
+
+    @property
+    def num_gates(self) -> int:
+        """Of a token, head and layer: theta, alpha and, with momentum, eta."""
+        return 3 if self.momentum else 2
+
+    @property
+    def num_recent(self) -> int:
+        """Inputs that a state keeps: what the convolutions reach and, of the chunk rule, the chunk begun."""
+        return self.conv_width - 1 + (self.chunk_size - 1 if self.rule == "chunk" else 0)
 
 
 @dataclass(frozen=True)

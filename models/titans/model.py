@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans.attention import Attention, Block, Ring
+from titans.attention import Attention, Block, Ring, Rings
 from titans.config import BackboneConfig, TitansConfig
 from titans.layers import RMSNorm, SwiGLU
-from titans.memory.linear import LinearMemory, MemoryState
+from titans.memory.neural import MemoryState, NeuralMemory
 from titans.state import State, Stream
 
 
@@ -35,8 +35,8 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(size, config.norm_eps)
         self.mlp = SwiGLU(size, config.intermediate_size)
 
-    def forward(self, h_BTD: Tensor, block: Block, ring: Ring | None) -> Tensor:
-        """[B, T, D] to [B, T, D]; the ring, where given, moves on."""
+    def forward(self, h_BTD: Tensor, block: Block, ring: Ring) -> Tensor:
+        """[B, T, D] to [B, T, D]; the ring moves on."""
         h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), block, ring)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))  # type: ignore[no-any-return]
 
@@ -51,12 +51,12 @@ class TitansModel(nn.Module):
         self.embedding = nn.Embedding(body.vocab_size, body.hidden_size)
         layers = (Layer(body, sink=config.sink) for _ in range(body.num_layers))
         self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
-        self.memory = LinearMemory(config.memory, body.hidden_size, body.norm_eps)
+        self.memory = NeuralMemory(config.memory, body.hidden_size, body.norm_eps)
         self.norm = RMSNorm(body.hidden_size, body.norm_eps)
         self.head = nn.Linear(body.hidden_size, body.vocab_size, bias=False)
         if body.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._place = partial(Block.place, window=config.window, head_dim=body.head_dim, theta=body.rope_theta)
+        self.place = partial(Block.place, window=config.window, head_dim=body.head_dim, theta=body.rope_theta)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,7 +70,7 @@ class TitansModel(nn.Module):
 
     def new_state(self, batch: int = 1) -> State:
         """Sessions that have read nothing."""
-        return State.zeros(self.config, batch, self.dtype, self.device)
+        return State.start(self.config, self.memory.new_state(batch, self.dtype))
 
     @torch.no_grad()
     def ingest(self, tokens_BT: Tensor, state: State, lengths: Sequence[int] | None = None) -> State:
@@ -86,10 +86,10 @@ class TitansModel(nn.Module):
         return state
 
     def _ingest_window(self, tokens_BT: Tensor, state: State, lengths_B: Tensor) -> State:
-        block = self._place(state.position, lengths_B, tokens_BT.shape[1])
+        block = self.place(state.position, lengths_B, tokens_BT.shape[1])
         h_BTD = self.lower(self.embedding(tokens_BT), block, state)
         state.tail[block.rows, block.slots] = h_BTD[block.rows, block.columns]
-        return self._moved(state, self.memory.write(h_BTD, state.memory, lengths_B), lengths_B)
+        return _moved(state, self.memory.write(h_BTD, state.memory, lengths_B))
 
     @torch.no_grad()
     def open(self, state: State, *, recall: bool = True) -> Stream:
@@ -100,13 +100,13 @@ class TitansModel(nn.Module):
         body, window = self.config.backbone, self.config.window
         shape = (state.batch_size, self.config.num_upper_layers, body.num_kv_heads, window, body.head_dim)
         keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        stream = Stream(state.clone(), keys, torch.zeros_like(keys), recall)
+        stream = Stream(state.clone(), keys, torch.zeros_like(keys), self.memory.settle(state.memory), recall)
         length = int(state.position.max().clamp(max=window))
         if length:  # oldest first; columns before a session's first token are masked by their position
             start_B = state.position - length
             slots = (start_B[:, None] + torch.arange(length, device=self.device)) % window
             tail = state.tail.gather(1, slots[..., None].expand(-1, -1, body.hidden_size))
-            block = self._place(start_B, torch.full_like(start_B, length), length)
+            block = self.place(start_B, torch.full_like(start_B, length), length)
             self.upper(tail, block, stream)
         return stream
 
@@ -121,45 +121,40 @@ class TitansModel(nn.Module):
         """Hidden states [B, T, D] of tokens that follow a stream, and the stream after them (`logits` scores them).
 
         Each token reads the memory; with `write` it is also learnt, before the next one reads, and the stream's
-        state is then what `ingest` makes of the tokens, but for its tail. At most a window of tokens at a time
-        where T > 1. The stream given must not be used again: its rings have moved on.
+        state is then what `ingest` makes of the tokens, but for its tail; a stream writes all its tokens or none.
+        At most a window of tokens at a time where T > 1. The stream given must not be used again: its rings have
+        moved on.
         """
         lengths_B = self._lengths(tokens_BT, lengths)
         state = stream.state
-        block = self._place(state.position, lengths_B, tokens_BT.shape[1])
+        block = self.place(state.position, lengths_B, tokens_BT.shape[1])
         h_BTD = self.lower(self.embedding(tokens_BT), block, state)
         if write:
             assert lengths is None, "rows of one length only, where tokens are learnt as they are read"
             y_BTD, memory = self.memory(h_BTD, state.memory)
         else:
-            y_BTD, memory = self.memory.read(h_BTD, state.memory, lengths_B)
+            y_BTD, recent = self.memory.read(h_BTD, stream.weights, state.recent, lengths_B)
+            memory = state.memory._replace(position=state.position + lengths_B, recent=recent)
         if stream.recall:
             h_BTD = h_BTD + y_BTD
         h_BTD = self.upper(h_BTD, block, stream)
-        state = self._moved(state, memory, lengths_B)
-        return h_BTD, Stream(state, stream.keys, stream.values, stream.recall)
+        return h_BTD, Stream(_moved(state, memory), stream.keys, stream.values, stream.weights, stream.recall)
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., D] hidden states to [..., N] scores, float32."""
         return self.head(self.norm(h)).float()  # type: ignore[no-any-return]
 
-    def lower(self, h_BTD: Tensor, block: Block, state: State | None) -> Tensor:
-        """The layers below the memory; without a state the tokens see each other only."""
+    def lower(self, h_BTD: Tensor, block: Block, rings: Rings) -> Tensor:
+        """The layers below the memory; the rings move on."""
         for i, layer in enumerate(self.layers[: self.config.memory.layer]):
-            h_BTD = layer(h_BTD, block, state.ring(i) if state else None)
+            h_BTD = layer(h_BTD, block, rings.ring(i))
         return h_BTD
 
-    def upper(self, h_BTD: Tensor, block: Block, stream: Stream | None) -> Tensor:
-        """The layers above the memory, likewise."""
+    def upper(self, h_BTD: Tensor, block: Block, rings: Rings) -> Tensor:
+        """The layers above the memory; the rings move on."""
         for i, layer in enumerate(self.layers[self.config.memory.layer :]):
-            h_BTD = layer(h_BTD, block, stream.ring(i) if stream else None)
+            h_BTD = layer(h_BTD, block, rings.ring(i))
         return h_BTD
-
-    def place(self, num_tokens: int, *, offset: int = 0, batch: int = 1) -> Block:
-        """The block of tokens that stand alone, `offset` tokens into a text that they cannot see."""
-        position_B = torch.full((batch,), offset, device=self.device)
-        lengths_B = torch.full_like(position_B, num_tokens)
-        return self._place(position_B, lengths_B, num_tokens, start=offset, ring=False)
 
     @torch.no_grad()
     def set_sinks(self) -> None:
@@ -178,17 +173,10 @@ class TitansModel(nn.Module):
         batch, num_tokens = tokens_BT.shape
         return torch.tensor(lengths or [num_tokens] * batch, device=self.device)
 
-    @staticmethod
-    def _moved(state: State, memory: MemoryState, lengths_B: Tensor) -> State:
-        return State(
-            position=state.position + lengths_B,
-            weights=memory.weights,
-            momentum=memory.momentum,
-            recent=memory.recent,
-            keys=state.keys,
-            values=state.values,
-            tail=state.tail,
-        )
+
+def _moved(state: State, memory: MemoryState) -> State:
+    """The state with its memory moved on; the rings and the tail have moved in place."""
+    return State(**{**state.parts(), **memory._asdict()})
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A state is a pure function of the tokens ingested so far. Its size is fixed by t
 costs what the first did. There is no input or output here; `titans_server.sessions.codec` writes it down.
 
 Shapes: B sessions · L layers below the memory · G kv heads · W window · E head dim · D hidden ·
-H memory heads · K key dim · V value dim.
+H memory heads · N floats of weights a head · R inputs that the memory keeps.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titans.attention import Ring
 from titans.config import TitansConfig
-from titans.memory.linear import MemoryState
+from titans.memory.neural import MemoryState
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,27 @@ class State:
     """The states of B sessions side by side. The model never changes one that it was given."""
 
     position: Tensor  # [B] int64: tokens ingested
-    weights: Tensor  # [B, H, K, V] float32: the memory, M
-    momentum: Tensor  # [B, H, K, V] float32: its momentum, S (no heads where the memory has none)
-    recent: Tensor  # [B, conv_width - 1, D]: the last inputs of the memory's convolutions
+    weights: Tensor  # [B, H, N] float32: the memory, M
+    momentum: Tensor  # [B, H, N] float32: its momentum, S (no heads where the memory has none)
+    recent: Tensor  # [B, R, D]: the memory's last inputs
     keys: Tensor  # [B, L, G, W, E]: the window of the layers below the memory; token p in slot p % W
     values: Tensor  # [B, L, G, W, E]
     tail: Tensor  # [B, W, D]: hidden states of the last W tokens where the memory stands; slots as above
 
     @classmethod
-    def zeros(
-        cls,
-        config: TitansConfig,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> "State":
-        """Sessions that have read nothing."""
-        body, device = config.backbone, torch.device(device)
-        memory = MemoryState.zeros(config.memory, body.hidden_size, batch, dtype, device)
+    def start(cls, config: TitansConfig, memory: MemoryState) -> "State":
+        """Sessions that have read nothing, whose memories are `memory`."""
+        body, recent = config.backbone, memory.recent
+        batch = recent.shape[0]
         window = (batch, config.num_lower_layers, body.num_kv_heads, config.window, body.head_dim)
         return cls(
-            position=torch.zeros(batch, dtype=torch.int64, device=device),
+            position=memory.position,
             weights=memory.weights,
             momentum=memory.momentum,
-            recent=memory.recent,
-            keys=torch.zeros(window, dtype=dtype, device=device),
-            values=torch.zeros(window, dtype=dtype, device=device),
-            tail=torch.zeros(batch, config.window, body.hidden_size, dtype=dtype, device=device),
+            recent=recent,
+            keys=recent.new_zeros(window),
+            values=recent.new_zeros(window),
+            tail=recent.new_zeros(batch, config.window, body.hidden_size),
         )
 
     @classmethod
@@ -72,6 +66,11 @@ class State:
             State(**{name: x[i : i + 1].clone() for name, x in self.parts().items()}) for i in range(self.batch_size)
         ]
 
+    def select(self, rows: Sequence[int]) -> "State":
+        """Some of the sessions, in any order, any number of times; a copy."""
+        index = torch.tensor(rows, device=self.position.device)
+        return State(**{name: x[index] for name, x in self.parts().items()})
+
     def clone(self) -> "State":
         """A copy that shares nothing."""
         return State(**{name: x.clone() for name, x in self.parts().items()})
@@ -89,7 +88,7 @@ class State:
     @property
     def memory(self) -> MemoryState:
         """The part that the memory carries."""
-        return MemoryState(self.weights, self.momentum, self.recent)
+        return MemoryState(self.position, self.weights, self.momentum, self.recent)
 
     def ring(self, layer: int) -> Ring:
         """The window of one layer below the memory: views."""
@@ -106,6 +105,7 @@ class Stream:
     state: State
     keys: Tensor  # [B, U, G, W, E], U layers above the memory
     values: Tensor  # [B, U, G, W, E]
+    weights: Tensor  # [B, H, N]: the memory as a reader finds it
     recall: bool  # False: the memory answers nothing (the control)
 
     @classmethod
@@ -116,14 +116,14 @@ class Stream:
             State.cat([s.state for s in streams]),
             torch.cat([s.keys for s in streams]),
             torch.cat([s.values for s in streams]),
+            torch.cat([s.weights for s in streams]),
             streams[0].recall,
         )
 
     def select(self, rows: Sequence[int]) -> "Stream":
         """Some of the streams; a copy."""
         index = torch.tensor(rows, device=self.keys.device)
-        state = State(**{name: x[index] for name, x in self.state.parts().items()})
-        return Stream(state, self.keys[index], self.values[index], self.recall)
+        return Stream(self.state.select(rows), self.keys[index], self.values[index], self.weights[index], self.recall)
 
     def ring(self, layer: int) -> Ring:
         """The window of one layer above the memory: views."""

@@ -1,5 +1,6 @@
 """The recipe on a tiny body: it learns, and a run that was cut goes on as if it had not been."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -7,29 +8,34 @@ import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
 from titans.checkpoint import digest, load
-from titans.evaluation.facts import make_facts
-from titans.model import TitansModel
-from titans.training.batch import make_batch
-from titans.training.config import Stage, TrainingConfig
+from titans.evaluation.facts import make_facts, words_of
+from titans.model import TitansModel, next_token_loss
+from titans.training.batch import _rows, make_batch
+from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer
+from titans.training.plot import plot
 from titans.training.pool import Pool, load_pool
 from titans.training.score import Scorer
 
+WINDOW = 192  # a question and its answer, in bytes
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
+FAST = Rates(keys=1e-2, values=1e-2, gates=3e-2, readout=1e-2)
 CONFIG = TrainingConfig(
     key_steps=6,
-    num_facts=256,
+    num_facts=300,
+    held_out_facts=20,
     haystack_tokens=4_096,
-    num_questions=8,
+    asking_stride=3,
     warmup_steps=2,
-    learning_rate=1e-2,
-    stages=(Stage(400, 4, 3, 2), Stage(600, 4, 3, 2)),
+    alone=FAST,
+    joint=FAST,
+    stages=(Stage(400, 4, 3, 2, 0), Stage(600, 4, 3, 2, 8)),
 )
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), window=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +59,42 @@ def make_trainer(tiny: TinyCheckpoint, pool: Pool, run: Path) -> Trainer:
 
 def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -> None:
     model = load_tiny(tiny)
-    state = model.ingest(pool.haystack_tokens[:1, :40], model.new_state())
-    slots = torch.arange(40 - 16, 40) % 16
-    torch.testing.assert_close(state.tail[0, slots], pool.haystack[0, 24:40], rtol=1e-4, atol=1e-4)
+    state = model.ingest(pool.haystack_tokens[:1, :300], model.new_state())
+    slots = torch.arange(300 - WINDOW, 300) % WINDOW
+    torch.testing.assert_close(state.tail[0, slots], pool.haystack[0, 300 - WINDOW : 300], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, pool, tmp_path / "run")
+    words = words_of([TEXT.read_text(encoding="utf-8")] * 2)
+    fact = make_facts(CONFIG.num_facts, "train", random.Random(CONFIG.seed), words)[-1]
+    asked = f"{fact.prompt} {fact.lead} {fact.value}.\n"
+    tokens = torch.tensor([load_backbone(tiny.body).tokenizer.encode(asked)])
+
+    model, question = trainer.model, pool.questions[-1]
+    text, end = pool.tails.text[question.tail], pool.tails.position[question.tail]
+    state = model.ingest(pool.haystack_tokens[text, :end][None], model.new_state())
+    hidden, _ = model(tokens, model.open(state))
+    logits = model.logits(hidden[:, -question.answer - 1 : -1])
+    expected = next_token_loss(logits, tokens[:, -question.answer :])
+    loss, _, _ = trainer._answer(state.memory, _rows(pool, [question], [0]))
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_training_lowers_the_loss_and_leaves_the_body_alone(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
     trainer = make_trainer(tiny, pool, tmp_path / "run")
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
-    batch = make_batch(pool, CONFIG, CONFIG.stages[0], step=99)
-    untrained = trainer.losses(batch).answer.item()
+    batch = make_batch(pool, CONFIG, CONFIG.stages[1], step=99)
+    untrained = trainer.losses(batch).figures()
     trainer.train()
-    assert trainer.losses(batch).answer.item() < untrained
+    for name in ("answer", "recall"):
+        assert trainer.losses(batch).figures()[name] < untrained[name]
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("memory."), name
     assert "generated" in trainer.history[-1]
+    plot(tmp_path / "run" / "log.json", tmp_path / "run" / "training.png")
+    assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
@@ -95,8 +122,6 @@ def stop_after_first_stage(trainer: Trainer) -> None:
 
 
 def test_training_and_test_facts_share_no_word() -> None:
-    import random
-
     def things(split: str) -> set[str]:
         facts = make_facts(300, split, random.Random(0))  # type: ignore[arg-type]
         return {word for f in facts for word in f.question.rstrip("?").split(" of the ")[-1].split()}

@@ -1,7 +1,7 @@
 """Small models that tests share."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tiny(seed: int = 0, **memory: object) -> TitansModel:
+def make_tiny(seed: int = 0, *, window: int = 16, **memory: object) -> TitansModel:
     """An untrained float32 model whose memory writes and answers strongly enough to be seen."""
     torch.manual_seed(seed)
-    model = TitansModel(tiny(**memory)).eval().requires_grad_(False)
+    model = TitansModel(replace(tiny(**memory), window=window)).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -48,11 +48,11 @@ class TinyCheckpoint:
         }
 
 
-def write_tiny_checkpoint(folder: Path, seed: int = 0) -> TinyCheckpoint:
+def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> TinyCheckpoint:
     """`make_tiny` on disk, with a tokenizer whose tokens are bytes."""
     body, memory = folder / f"tiny-{seed}", folder / f"memory-{seed}.safetensors"
     body.mkdir(parents=True)
-    model, alphabet = make_tiny(seed), sorted(ByteLevel.alphabet())
+    model, alphabet = make_tiny(seed, window=window), sorted(ByteLevel.alphabet())
     mute = [i for i, letter in enumerate([*_SPECIAL, *alphabet]) if not (letter.isascii() and letter.isalnum())]
     model.embedding.weight[mute] = 0.0  # so that what it says is text that can be told apart
     config = model.config.backbone

@@ -4,6 +4,9 @@ The things of the training and of the test split share neither an adjective nor 
 """
 
 import random
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +39,7 @@ _NOUNS: dict[Split, list[str]] = {
 _NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
 locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
 serial number, ticket number, vault number"""
+_COMMON = 8  # times in the texts
 ATTRIBUTES = " ".join(_NUMBERS.split()).split(", ")
 
 _STATEMENTS = (
@@ -73,11 +77,25 @@ def prompt(question: str) -> str:
     return f"\n\nQuestion: {question}\nAnswer:"
 
 
-def make_facts(count: int, split: Split, rng: random.Random) -> list[Fact]:
-    """`count` facts about things that are all different."""
-    things = [(a, n) for a in _ADJECTIVES[split] for n in _NOUNS[split]]
+def words_of(texts: list[str]) -> list[str]:
+    """The common words of some texts, but for those of the test split."""
+    counts = Counter(re.findall(r"\b[a-z]{4,10}\b", " ".join(texts)))
+    unseen = {*_ADJECTIVES["test"], *_NOUNS["test"]}
+    return sorted(word for word, count in counts.items() if count >= _COMMON and word not in unseen)
+
+
+def make_facts(count: int, split: Split, rng: random.Random, words: Sequence[str] = ()) -> list[Fact]:
+    """`count` facts about things that are all different; where `words` are given, half of them about two of these."""
+    things = {(a, n) for a in _ADJECTIVES[split] for n in _NOUNS[split]}
+    chosen = rng.sample(sorted(things), count - count // 2 if words else count)
+    while len(chosen) < count:
+        pair = rng.choice(words), rng.choice(words)
+        if pair not in things:
+            things.add(pair)
+            chosen.append(pair)
+    rng.shuffle(chosen)
     facts = []
-    for adjective, noun in rng.sample(things, count):
+    for adjective, noun in chosen:
         attribute, thing = rng.choice(ATTRIBUTES), f"{adjective} {noun}"
         value = str(rng.randrange(1_000_000, 10_000_000))
         statement = rng.choice(_STATEMENTS).format(attribute=attribute, thing=thing, value=value)

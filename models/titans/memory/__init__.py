@@ -1,5 +1,5 @@
 """Neural memories: weights that gradient descent trains while the model reads."""
 
-from titans.memory.linear import LinearMemory, MemoryState
+from titans.memory.neural import MemoryState, NeuralMemory
 
-__all__ = ["LinearMemory", "MemoryState"]
+__all__ = ["MemoryState", "NeuralMemory"]

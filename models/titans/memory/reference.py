@@ -1,35 +1,87 @@
-"""The oracle: the linear memory token by token, in float64, as the paper writes it. Slow, and right by inspection."""
+"""The oracle: any memory token by token, in float64, as the paper writes it. Slow, and right by inspection.
+
+The gradient is autograd's, of the forward pass below and nothing else.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from titans.memory.linear import Writes
+from titans.config import MemoryConfig
+from titans.memory.rule import Writes
 
 
-def absorb_tokens(writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Titans equations 10, 12, 13 and 15 for one token after the other.
+class Walked(NamedTuple):
+    """What a walk over T tokens leaves; float64."""
 
-    `weights` and `momentum` are M_0 and S_0 [B, H, K, V]; `queries` [B, H, T, K]. The gradient is autograd's.
-    Returns (M_T, S_T, reads [B, H, T, V]) in float64.
+    weights: Tensor  # M_T [B, H, N]
+    momentum: Tensor  # S_T [B, H, N]
+    begun_weights: Tensor  # M where the last chunk began
+    begun_momentum: Tensor  # S there
+    reads: Tensor  # [B, H, T, V]: q_t answered by M_t
+
+
+def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> Walked:
+    """Titans equations 10, 12, 13, 15 and 16 for one token after the other, from a chunk's beginning.
+
+    `weights` and `momentum` are M_0 and S_0 [B, H, N] (S_0 counts where there is momentum); `queries` [B, H, T, K].
     """
     keys, values, theta, log_keep = (x.double() for x in writes[:4])
     eta = torch.zeros_like(theta) if writes.log_eta is None else writes.log_eta.double().exp()
-    memory, surprise = weights.double(), momentum.double()
-    if writes.log_eta is None:
-        surprise = torch.zeros_like(memory)
-    reads = []
+    memory = split(config, weights.double())
+    surprise = split(config, momentum.double() if config.momentum else torch.zeros_like(weights))
+    begun, begun_surprise, reads = memory, surprise, []
     for t in range(keys.shape[2]):
-        gradient = _gradient(memory, keys[:, :, t], values[:, :, t])
-        surprise = eta[:, :, t, None, None] * surprise - theta[:, :, t, None, None] * gradient  # eq. 10, 14
-        memory = log_keep[:, :, t, None, None].exp() * memory + surprise  # eq. 13
-        reads.append((queries[:, :, t, None].double() @ memory).squeeze(2))  # eq. 15
-    return memory, surprise, torch.stack(reads, dim=2)
+        if config.rule == "exact" or t % config.chunk_size == 0:
+            begun, begun_surprise = memory, surprise  # where gradients are taken (eq. 16)
+        gradients = _gradients(config, begun, keys[:, :, t], values[:, :, t])
+        rates = [x[:, :, i, t, None, None] for x in (eta, theta, log_keep) for i in range(config.depth)]
+        etas, thetas, keeps = rates[: config.depth], rates[config.depth : -config.depth], rates[-config.depth :]
+        steps = zip(etas, surprise, thetas, gradients, strict=True)
+        surprise = [e * s - r * g for e, s, r, g in steps]  # eq. 10, 14
+        memory = [k.exp() * m + s for k, m, s in zip(keeps, memory, surprise, strict=True)]  # eq. 13
+        reads.append(answer(config, memory, queries[:, :, t].double()))  # eq. 15
+    return Walked(join(memory), join(surprise), join(begun), join(begun_surprise), torch.stack(reads, dim=2))
 
 
-def _gradient(memory: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """d/dM of 1/2 |k M - v|^2 (eq. 12), by autograd."""
+def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
+    """M(x) for one token a head, [B, H, K] to [B, H, V]; what each layer was given is added to `inputs`."""
+    h = x
+    for i, layer in enumerate(memory):
+        if inputs is not None:
+            inputs.append(h)
+        z = (h[:, :, None] @ layer).squeeze(2)
+        h = F.gelu(z) if i < len(memory) - 1 else z
+    if inputs is not None:
+        inputs.append(h)
+    return x + F.layer_norm(h, h.shape[-1:]) if config.residual else h
+
+
+def split(config: MemoryConfig, flat: Tensor) -> list[Tensor]:
+    """[B, H, N] to the layers' matrices."""
+    sizes = [inputs * outputs for inputs, outputs in config.layer_shapes]
+    return [x.unflatten(-1, shape) for x, shape in zip(flat.split(sizes, -1), config.layer_shapes, strict=True)]
+
+
+def join(layers: list[Tensor]) -> Tensor:
+    """The inverse of `split`."""
+    return torch.cat([layer.flatten(2) for layer in layers], dim=-1)
+
+
+def _gradients(config: MemoryConfig, memory: list[Tensor], key: Tensor, value: Tensor) -> list[Tensor]:
+    """d/dM of 1/2 |M(k) - v|^2 (eq. 12), by autograd; of the chunk rule with normalised steps."""
     with torch.enable_grad():
-        memory = memory.detach().requires_grad_()
-        loss = 0.5 * ((key[:, :, None] @ memory).squeeze(2) - value).square().sum()
-        (gradient,) = torch.autograd.grad(loss, memory)
-    return gradient
+        memory = [layer.detach().requires_grad_() for layer in memory]
+        inputs: list[Tensor] = []
+        loss = 0.5 * (answer(config, memory, key, inputs) - value).square().sum()
+        gradients = list(torch.autograd.grad(loss, memory))
+    if config.rule == "exact":
+        return gradients
+    out = inputs.pop()
+    if config.residual:
+        spread = out.var(-1, correction=0, keepdim=True) + 1e-5
+        gradients = [g * spread.clamp(max=1)[..., None] for g in gradients]
+    sizes = [x.square().sum(-1).clamp(min=1)[..., None, None] for x in inputs[1:]]
+    return [gradients[0], *(g / size for g, size in zip(gradients[1:], sizes, strict=True))]

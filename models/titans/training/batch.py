@@ -7,19 +7,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from titans.attention import Ring
 from titans.training.config import Stage, TrainingConfig
-from titans.training.pool import Pool, Row
+from titans.training.pool import Pool, Question
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Short runs of tokens for the layers above the memory, right-padded."""
+    """Short runs of tokens for the layers above the memory, right-padded, each after the end of a text."""
 
     hidden: Tensor  # [R, S, D]
     targets: Tensor  # [R, S]: the next token, -100 where it does not count
-    asks: Tensor  # [R, S, 1]: 1 where a token asks the memory
     is_answer: Tensor  # [R, S]: True where only the document can tell the target
     document_of: Tensor  # [R]: whose memory is asked
+    keys: Tensor  # [R, U, G, W, E]: of the text before, in the layers above
+    values: Tensor  # [R, U, G, W, E]
+    recent: Tensor  # [R, conv_width - 1, D]: the memory's inputs before the row
+    position: Tensor  # [R]: tokens before the row
+
+    def ring(self, layer: int) -> Ring:
+        """The window of one of the layers above the memory: views."""
+        return Ring(self.keys[:, layer], self.values[:, layer])
 
     def to(self, device: torch.device) -> "Rows":
         """The same on another device."""
@@ -32,6 +40,7 @@ class Recalls:
 
     stated: Tensor  # [F, S + 3, D]: the answers' tokens where a document states them
     asking: Tensor  # [F, S + 3, D]: the tokens after which each of them is the answer
+    answers: Tensor  # [F, S]: the answers
     document_of: Tensor  # [F]
 
     def to(self, device: torch.device) -> "Recalls":
@@ -44,60 +53,69 @@ class Batch:
     """What one step learns from."""
 
     documents: Tensor  # [B, T, D]
-    rows: Rows
     recalls: Recalls
+    rows: Rows | None  # None: the layers above the memory take no part
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
-        return Batch(self.documents.to(device), self.rows.to(device), self.recalls.to(device))
+        rows = self.rows.to(device) if self.rows else None
+        return Batch(self.documents.to(device), self.recalls.to(device), rows)
 
 
-def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int) -> Batch:
-    """The batch of a step: a function of the seed and the step alone, so that a resumed run goes on as it was."""
+def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, held_out: bool = False) -> Batch:
+    """The batch of a step: a function of the seed and the step alone, so that a resumed run goes on as it was.
+
+    `held_out`: of the facts that training keeps aside.
+    """
     rng = random.Random(f"{config.seed}/{step}")
+    known = len(pool.statements) - config.held_out_facts
+    chosen = range(known, len(pool.statements)) if held_out else range(known)
     documents, rows, owners = [], [], []
     planted: list[tuple[int, int]] = []
-    questions_each = -(-config.num_questions // stage.num_documents)
+    questions_each = -(-stage.num_questions // stage.num_documents)
     for i in range(stage.num_documents):
-        facts = rng.sample(range(len(pool.statements)), rng.randint(1, stage.max_facts))
+        facts = rng.sample(chosen, rng.randint(1, stage.max_facts))
         documents.append(_document(pool, stage.num_tokens, facts, rng))
         planted += [(fact, i) for fact in facts]
         for fact in rng.sample(facts, min(questions_each, len(facts))):
             rows.append(pool.questions[fact])
             owners.append(i)
-    for _ in range(config.text_rows):
-        rows.append(pool.text_row(rng, config.context_tokens))
+    for _ in range(config.text_rows if rows else 0):
+        rows.append(pool.text_row(rng))
         owners.append(rng.randrange(stage.num_documents))
-    return Batch(torch.stack(documents), _rows(rows, owners), make_recalls(pool, planted))
+    recalls = make_recalls(pool, planted)
+    return Batch(torch.stack(documents), recalls, _rows(pool, rows, owners) if rows else None)
 
 
 def _document(pool: Pool, num_tokens: int, facts: list[int], rng: random.Random) -> Tensor:
     """Haystack from a random place with the facts' statements at random places: exactly `num_tokens`."""
-    plain = num_tokens - sum(len(pool.statements[fact]) for fact in facts)
+    plain = num_tokens - sum(len(pool.statements[fact].hidden) for fact in facts)
     flat = pool.haystack.flatten(0, 1)
     start = rng.randrange(flat.shape[0] - plain + 1)
     hay = flat[start : start + plain]
     cuts = sorted(rng.randrange(plain + 1) for _ in facts)
     pieces = []
     for before, cut, fact in zip([0, *cuts], cuts, facts, strict=False):
-        pieces += [hay[before:cut], pool.statements[fact]]
+        pieces += [hay[before:cut], pool.statements[fact].hidden]
     return torch.cat([*pieces, hay[cuts[-1] :]])
 
 
-def _rows(rows: list[Row], owners: list[int]) -> Rows:
-    asks, answers = [], []
+def _rows(pool: Pool, rows: list[Question], owners: list[int]) -> Rows:
+    answers = []
     for row in rows:
-        asks.append(torch.ones(len(row.targets), 1))
-        asks[-1][: row.context] = 0.0
         answers.append(torch.zeros(len(row.targets), dtype=torch.bool))
         if row.answer:
             answers[-1][-row.answer - 1 : -1] = True
+    tails = torch.tensor([row.tail for row in rows])
     return Rows(
         hidden=pad_sequence([row.hidden for row in rows], batch_first=True),
         targets=pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100),
-        asks=pad_sequence(asks, batch_first=True),
         is_answer=pad_sequence(answers, batch_first=True),
         document_of=torch.tensor(owners),
+        keys=pool.tails.keys[tails],
+        values=pool.tails.values[tails],
+        recent=pool.tails.recent[tails],
+        position=pool.tails.position[tails],
     )
 
 
@@ -106,10 +124,12 @@ def make_recalls(pool: Pool, planted: list[tuple[int, int]]) -> Recalls:
 
     A statement ends with its answer's tokens but for the line's end; so does a question's row.
     """
-    stated, asking = [], []
+    stated, asking, answers = [], [], []
     for fact, _ in planted:
-        row = pool.questions[fact]
-        size = row.answer - 1 + 3
-        stated.append(pool.statements[fact][-size:])
-        asking.append(row.hidden[-size - 2 : -2])
-    return Recalls(torch.stack(stated), torch.stack(asking), torch.tensor([owner for _, owner in planted]))
+        statement, question = pool.statements[fact], pool.questions[fact]
+        size = question.answer - 1 + 3
+        stated.append(statement.hidden[statement.length - size : statement.length])
+        asking.append(question.hidden[-size - 2 : -2])
+        answers.append(question.targets[-question.answer - 1 : -2])
+    owners = torch.tensor([owner for _, owner in planted])
+    return Recalls(torch.stack(stated), torch.stack(asking), torch.stack(answers), owners)

@@ -11,6 +11,17 @@ class Stage:
     num_documents: int  # a step
     num_steps: int
     max_facts: int  # planted in a document
+    num_questions: int  # a step, about: asked through the layers above; 0: the memory learns by itself
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates at their highest."""
+
+    keys: float  # of keys and queries; twice what is set here unlearns them while the readout is still noise
+    values: float  # of values and what becomes of an answer
+    gates: float  # of gates, convolutions and norms
+    readout: float  # of what reads the memory in place of the layers above
 
 
 @dataclass(frozen=True)
@@ -18,27 +29,29 @@ class TrainingConfig:
     """Everything that decides the outcome, but for the texts."""
 
     seed: int = 0
-    key_steps: int = 150
+    key_steps: int = 200
     key_learning_rate: float = 3e-3
-    learning_rate: float = 1.5e-3
-    gate_factor: float = 3.0  # gates and convolutions learn faster
+    alone: Rates = Rates(keys=1e-3, values=1e-3, gates=3e-3, readout=5e-3)
+    joint: Rates = Rates(keys=2e-4, values=3e-3, gates=6e-4, readout=1e-3)
     weight_decay: float = 0.01
-    warmup_steps: int = 30
+    warmup_steps: int = 20
     max_norm: float = 1.0
-    num_questions: int = 32  # a step, about: asked through the layers above, spread over the documents
-    recall_weight: float = 1.0  # of the memory's own error on all that a document stated
-    text_rows: int = 4  # stretches of plain text a step, so that reading does no harm to language
+    recall_weight: float = 1.0  # of what is read straight from the memory
+    text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.2
-    num_facts: int = 2_000  # in the pool
-    haystack_tokens: int = 400_000
-    context_tokens: int = 16  # plain text to the left of a cached fact or question
+    num_facts: int = 5_000  # in the pool
+    haystack_tokens: int = 160_000
+    after_tokens: int = 8  # of the text after a fact, as they are once it is stated
+    asking_stride: int = 4  # windows of a text between two places where facts are asked for
+    held_out_facts: int = 200  # of the pool, never trained on: for the log
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(512, 16, 80, 8),
-            Stage(1_024, 16, 60, 10),
-            Stage(2_048, 16, 30, 12),
-            Stage(4_096, 12, 20, 16),
-            Stage(16_384, 6, 15, 16),
+            Stage(512, 16, 200, 12, 0),
+            Stage(1_024, 16, 250, 16, 0),
+            Stage(1_024, 16, 40, 12, 16),
+            Stage(1_024, 16, 40, 12, 16),
+            Stage(4_096, 8, 30, 16, 16),
+            Stage(16_384, 4, 20, 16, 16),
         )
     )
 
@@ -54,3 +67,8 @@ class TrainingConfig:
                 return stage
             step -= stage.num_steps
         return self.stages[-1]
+
+    def lesson_at(self, step: int) -> tuple[int, int]:
+        """Steps done and steps in all of the lesson that a step belongs to: the memory by itself, or with the body."""
+        alone = sum(stage.num_steps for stage in self.stages if not stage.num_questions)
+        return (step, alone) if step < alone else (step - alone, self.num_steps - alone)

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from titans.checkpoint import save_memory
-from titans.memory.linear import LinearMemory, MemoryState
+from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
-from titans.training.batch import Batch, Recalls, make_batch
-from titans.training.config import TrainingConfig
+from titans.training.batch import Batch, Recalls, Rows, make_batch
+from titans.training.config import Stage, TrainingConfig
 from titans.training.keys import teach_keys
 from titans.training.pool import Pool
 from titans.training.score import Scorer
 
+_SAVE_EVERY = 20  # steps
 _SEGMENT = 512  # tokens between two states that are kept for the backward pass; longer is slower on a CPU
 
 
@@ -27,10 +29,16 @@ _SEGMENT = 512  # tokens between two states that are kept for the backward pass;
 class Losses:
     """Of one step."""
 
-    answer: Tensor  # nats a token of the answers
-    text: Tensor  # nats a token of plain text
-    recall: Tensor  # relative squared error of what the memory gives back
-    right: float  # share of answers of which every token came first (teacher-forced)
+    recall: Tensor  # nats a token of all that was stated, read straight from the memory
+    recalled: float  # share of it of which every token came first
+    answer: Tensor | None = None  # nats a token of the answers
+    text: Tensor | None = None  # nats a token of plain text
+    right: float | None = None  # share of answers of which every token came first (teacher-forced)
+
+    def figures(self) -> dict[str, float]:
+        """What there is, as numbers."""
+        figures = {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in figures.items()}
 
 
 class Trainer:
@@ -50,103 +58,124 @@ class Trainer:
         self.body_digest = body_digest
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self.alphabet = torch.cat([q.targets[-q.answer - 1 : -2] for q in pool.questions]).unique().to(model.device)
+        self.readout = nn.Linear(model.config.backbone.hidden_size, len(self.alphabet), device=model.device)
         model.requires_grad_(False)
         model.memory.float().requires_grad_(True)
-        fast = [
-            p for n, p in model.memory.named_parameters() if any(x in n for x in ("gate", "conv", "norm", "center"))
-        ]
-        slow = [p for n, p in model.memory.named_parameters() if not any(p is f for f in fast)]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": slow, "factor": 1.0, "weight_decay": config.weight_decay},
-                {"params": fast, "factor": config.gate_factor, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
 
     def train(self) -> None:
         """From where the run stands to its end; the memory is then in `run/memory.safetensors`."""
         if not self._resume():
             calibrate(self.model.memory, self.pool.haystack)
             tqdm.write(f"keys: {teach_keys(self.model.memory, self.pool, self.config):.3f} nats")
+            self._save()
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step")
         while self.step < self.config.num_steps:
             stage = self.config.stage_at(self.step)
-            losses = self._take_step(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
+            row = {"tokens": stage.num_tokens} | self._take_step(stage)
             self.step += 1
-            row = {"step": self.step, "tokens": stage.num_tokens, "answer": losses.answer.item()}
-            row |= {"text": losses.text.item(), "recall": losses.recall.item(), "right": losses.right}
-            if self.step == self.config.num_steps or self.config.stage_at(self.step) != stage:
-                row["generated"] = self.scorer.score(self.model, stage.num_tokens)
-                tqdm.write(f"step {self.step}: generated exact match {row['generated']}")
-            self.history.append(row)
-            bar.set_postfix({name: f"{row[name]:.2f}" for name in ("answer", "text", "recall", "right")})
+            ends = self.step == self.config.num_steps or self.config.stage_at(self.step) != stage
+            if self.step % _SAVE_EVERY == 0 or ends:
+                row |= {f"held_out_{name}": value for name, value in self._check(stage).items()}
+                if ends and stage.num_questions:
+                    row["generated"] = self.scorer.score(self.model, stage.num_tokens)
+                tqdm.write(f"step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()))
+            self.history.append({"step": self.step} | row)
+            bar.set_postfix({name: f"{value:.2f}" for name, value in row.items()})
             bar.update()
-            if self.step % 20 == 0 or "generated" in row:
+            if self.step % _SAVE_EVERY == 0 or ends:
                 self._save()
         bar.close()
 
     def losses(self, batch: Batch) -> Losses:
-        """Learn the documents, answer the rows."""
-        memory, rows = self._learn(batch.documents), batch.rows
-        y, _ = self.model.memory.read(rows.hidden, _of(memory, rows.document_of, rows.hidden))
-        num_rows, num_tokens = rows.targets.shape
-        block = self.model.place(num_tokens, offset=4 * self.model.config.window, batch=num_rows)
-        h = self.model.upper(rows.hidden + y * rows.asks.to(y.dtype), block, None)
+        """Learn the documents, give back all they stated, answer the rows."""
+        memory = self._learn(batch.documents)
+        memory = memory._replace(weights=self.model.memory.settle(memory))
+        recall, recalled = self._recall(memory, batch.recalls)
+        if batch.rows is None:
+            return Losses(recall, recalled)
+        answer, text, right = self._answer(memory, batch.rows)
+        return Losses(recall, recalled, answer, text, right)
+
+    def _recall(self, memory: MemoryState, recalls: Recalls) -> tuple[Tensor, float]:
+        """Every fact, asked or not, by a linear readout of what the memory answers.
+
+        The layers above take no part: this is the cheap signal that teaches keys, queries, values and gates.
+        """
+        context = recalls.asking.shape[1] - recalls.answers.shape[1]
+        recent = torch.zeros_like(memory.recent[recalls.document_of])
+        y, _ = self.model.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
+        y = y[:, context:].float()
+        logits = self.readout(F.rms_norm(y, y.shape[-1:]))
+        targets = torch.searchsorted(self.alphabet, recalls.answers)
+        right = (logits.argmax(-1) == targets).all(1).float().mean().item()
+        return next_token_loss(logits, targets), right
+
+    def _answer(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor, float]:
+        """The questions and the plain text, through the layers above."""
+        y, _ = self.model.memory.read(rows.hidden, memory.weights[rows.document_of], rows.recent)
+        num_tokens = rows.hidden.shape[1]
+        block = self.model.place(rows.position, torch.full_like(rows.position, num_tokens), num_tokens)
+        h = self.model.upper(rows.hidden + y, block, rows)
         counts = rows.targets != -100
         logits, targets, is_answer = self.model.logits(h[counts]), rows.targets[counts], rows.is_answer[counts]
         wrong = torch.zeros_like(counts)
         wrong[counts] = (logits.argmax(-1) != targets) & is_answer
-        asked = rows.is_answer.any(1)
-        return Losses(
-            next_token_loss(logits[is_answer], targets[is_answer]),
-            next_token_loss(logits[~is_answer], targets[~is_answer]),
-            self._recall_error(memory, batch.recalls),
-            1 - wrong[asked].any(1).float().mean().item(),
-        )
+        right = 1 - wrong[rows.is_answer.any(1)].any(1).float().mean().item()
+        answer = next_token_loss(logits[is_answer], targets[is_answer])
+        return answer, next_token_loss(logits[~is_answer], targets[~is_answer]), right
 
-    def _recall_error(self, memory: MemoryState, recalls: Recalls) -> Tensor:
-        """How far the memory's answers are from the values it was told, of every fact, asked or not.
-
-        1: no better than the mean answer. The layers above take no part: this is the cheap signal that teaches
-        keys, queries and gates.
-        """
-        values = self.model.memory.writes(recalls.stated).values.detach()
-        reads = self.model.memory.queries(recalls.asking) @ memory.weights[recalls.document_of]
-        spread = (values - values.mean(0)).square().mean((0, 2, 3))
-        return ((reads - values).square().mean((0, 2, 3)) / spread).mean()
+    @torch.no_grad()
+    def _check(self, stage: Stage) -> dict[str, float]:
+        """The same on facts that training never saw."""
+        batch = make_batch(self.pool, self.config, stage, self.step, held_out=True)
+        return self.losses(batch.to(self.model.device)).figures()
 
     def _learn(self, documents: Tensor) -> MemoryState:
         """The memory after each document; activations are kept for one segment at a time."""
-        model = self.model
-        config, size = model.config.memory, model.config.backbone.hidden_size
-        state = MemoryState.zeros(config, size, documents.shape[0], documents.dtype, documents.device)
+        memory = self.model.memory
+        state = memory.new_state(documents.shape[0], documents.dtype)
         if documents.shape[1] <= _SEGMENT:
-            return model.memory.write(documents, state)
+            return memory.write(documents, state)
         for segment in documents.split(_SEGMENT, dim=1):
-            state = MemoryState(*checkpoint(model.memory.write, segment, state, use_reentrant=False))
+            state = MemoryState(*checkpoint(memory.write, segment, state, use_reentrant=False))
         return state
 
-    def _take_step(self, batch: Batch) -> Losses:
+    def _take_step(self, stage: Stage) -> dict[str, float]:
+        rates, share = vars(self.config.joint if stage.num_questions else self.config.alone), self._schedule()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * group["factor"] * self._schedule()
-        losses = self.losses(batch)
-        loss = losses.answer + self.config.text_weight * losses.text + self.config.recall_weight * losses.recall
+            group["lr"] = rates[group["kind"]] * share
+        losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
+        loss = self.config.recall_weight * losses.recall
+        if losses.answer is not None and losses.text is not None:
+            loss = loss + losses.answer + self.config.text_weight * losses.text
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.memory.parameters(), self.config.max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return losses
+        return losses.figures()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.model.memory.parameters(), *self.readout.parameters()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: dict[str, list[nn.Parameter]] = {"keys": [], "values": [], "gates": [], "readout": []}
+        for name, parameter in self.model.memory.named_parameters():
+            groups[kind_of(name)].append(parameter)
+        groups["readout"] += self.readout.parameters()
+        decay = {"keys": self.config.weight_decay, "values": self.config.weight_decay, "gates": 0.0, "readout": 0.0}
+        return [{"params": params, "kind": kind, "weight_decay": decay[kind]} for kind, params in groups.items()]
 
     def _schedule(self) -> float:
-        warm = min(1.0, (self.step + 1) / self.config.warmup_steps)
-        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.num_steps)))
+        step, num_steps = self.config.lesson_at(self.step)
+        warm = min(1.0, (step + 1) / self.config.warmup_steps)
+        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
     def _save(self) -> None:
         part = self.run / "trainer.part"
-        fields = {"step": self.step, "memory": self.model.memory.state_dict()}
+        fields = {"step": self.step, "memory": self.model.memory.state_dict(), "readout": self.readout.state_dict()}
         torch.save(fields | {"optimizer": self.optimizer.state_dict()}, part)
         part.replace(self.run / "trainer.pt")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
@@ -161,13 +190,21 @@ class Trainer:
         fields = torch.load(path, map_location=self.model.device, weights_only=True)
         self.step = fields["step"]
         self.model.memory.load_state_dict(fields["memory"])
+        self.readout.load_state_dict(fields["readout"])
         self.optimizer.load_state_dict(fields["optimizer"])
         self.history = json.loads((self.run / "log.json").read_text())["history"]
         return True
 
 
+def kind_of(name: str) -> str:
+    """Which learning rate a parameter of the memory has."""
+    if any(part in name for part in ("gates", "conv", "norm", "center")):
+        return "gates"
+    return "keys" if name.startswith(("query", "key")) else "values"
+
+
 @torch.no_grad()
-def calibrate(memory: LinearMemory, hidden: Tensor) -> None:
+def calibrate(memory: NeuralMemory, hidden: Tensor) -> None:
     """Let every dimension of the body's hidden states have mean 0 and weight 1 in the memory, in and out.
 
     A few of them are larger than all others together and mean little (Sun et al. 2024, "Massive Activations").
@@ -177,9 +214,3 @@ def calibrate(memory: LinearMemory, hidden: Tensor) -> None:
     memory.norm.weight.copy_(unit.std(0).reciprocal())
     memory.center.copy_(unit.mean(0) / unit.std(0))
     memory.out.weight.mul_(sample.std(0)[:, None])
-
-
-def _of(memory: MemoryState, document_of: Tensor, hidden: Tensor) -> MemoryState:
-    """Each row's memory; its convolutions begin with the row."""
-    recent = torch.zeros_like(hidden[:, : memory.recent.shape[1]])
-    return MemoryState(memory.weights[document_of], memory.momentum[document_of], recent)

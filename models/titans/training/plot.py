@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def plot(log: Path, target: Path) -> None:
@@ -12,16 +13,25 @@ def plot(log: Path, target: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415 — after the backend is chosen
 
     history = json.loads(log.read_text())["history"]
-    steps = [row["step"] for row in history]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
-    top.plot(steps, [row["answer"] for row in history], label="answers", linewidth=0.8)
-    top.plot(steps, [row["text"] for row in history], label="plain text", linewidth=0.8)
+
+    def draw(axes: Any, name: str, label: str) -> None:
+        rows = [row for row in history if name in row]
+        dots = "." if name.startswith("held_out") else ""
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], dots, label=label, linewidth=0.7)
+
+    draw(top, "recall", "all facts, read straight from the memory")
+    draw(top, "answer", "answers, by the whole model")
+    draw(top, "text", "plain text")
     top.set_ylabel("loss, nats a token")
     top.legend()
-    bottom.plot(steps, [row["right"] for row in history], linewidth=0.5, label="teacher-forced, a step's questions")
+    draw(bottom, "recalled", "whole facts, read straight from the memory")
+    draw(bottom, "held_out_recalled", "the same, unseen facts")
+    draw(bottom, "right", "whole answers, teacher-forced")
+    draw(bottom, "held_out_right", "the same, unseen facts")
     scored = [row for row in history if "generated" in row]
     generated = [row["generated"] for row in scored]
-    bottom.plot([row["step"] for row in scored], generated, "o", label="generated, unseen text and things")
+    bottom.plot([row["step"] for row in scored], generated, "o", label="generated: unseen text, unseen things")
     for row in scored:
         bottom.annotate(f"{row['tokens']:,}", (row["step"], row["generated"]), rotation=45)
     bottom.set_ylabel("exact match")

@@ -1,31 +1,57 @@
 """Cached hidden states: what the layers below the memory make of the texts, computed once.
 
 Nothing below the memory depends on it. So a training document is put together from states that are there
-already, and a step runs the memory and the layers above it, over the questions alone.
+already, and a step runs the memory, and the layers above it over the questions alone. Everything is computed as a
+server would: the texts are streams, and every `stride` tokens a stream branches, into what it would be if a fact
+stood there, and into what it would be if the text ended there and a reader asked.
 """
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from titans.evaluation.facts import Fact, make_facts
+from titans.evaluation.facts import Fact, make_facts, words_of
 from titans.model import TitansModel
+from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
 from titans.training.config import TrainingConfig
 
+_BRANCHES = 128  # computed at once
+
 
 @dataclass(frozen=True)
-class Row:
-    """A short run of tokens that the layers above the memory train on."""
+class Statement:
+    """A fact as a text states it."""
+
+    hidden: Tensor  # [T, D] where the memory stands: the statement and a few tokens of the text after it
+    length: int  # of the statement, which ends with the number and a full stop
+
+
+@dataclass(frozen=True)
+class Question:
+    """A reader's turn: the question and its answer."""
 
     hidden: Tensor  # [T, D] where the memory stands
     targets: Tensor  # [T] the next token where it counts, -100 elsewhere
-    context: int  # tokens at the start that do not ask the memory
-    answer: int = 0  # how many of the last targets only the document can tell
+    answer: int  # how many of the last targets only the document can tell
+    tail: int  # the text it comes after, among the pool's tails
+
+
+@dataclass(frozen=True)
+class Tails:
+    """N ends of text: what the layers above the memory see before a question."""
+
+    keys: Tensor  # [N, U, G, W, E]
+    values: Tensor  # [N, U, G, W, E]
+    recent: Tensor  # [N, conv_width - 1, D]: the memory's last inputs
+    text: Tensor  # [N] which text
+    position: Tensor  # [N] tokens before
 
 
 @dataclass(frozen=True)
@@ -34,17 +60,16 @@ class Pool:
 
     haystack: Tensor  # [texts, tokens, D]
     haystack_tokens: Tensor  # [texts, tokens]
-    statements: list[Tensor]  # [T, D] each
-    questions: list[Row]  # of the statement with the same index
+    statements: list[Statement]
+    questions: list[Question]  # of the statement with the same index
+    tails: Tails
 
-    def text_row(self, rng: random.Random, context: int, length: int = 48) -> Row:
-        """A stretch of plain text, every token of which counts."""
-        text = rng.randrange(self.haystack.shape[0])
-        start = rng.randrange(self.haystack.shape[1] - context - length - 1)
-        stop = start + context + length
-        targets = self.haystack_tokens[text, start + 1 : stop + 1].clone()
-        targets[:context] = -100
-        return Row(self.haystack[text, start:stop], targets, context)
+    def text_row(self, rng: random.Random, length: int = 48) -> Question:
+        """A tail and how its text goes on; every token counts."""
+        tail = rng.randrange(len(self.tails.position))
+        text, start = int(self.tails.text[tail]), int(self.tails.position[tail])
+        targets = self.haystack_tokens[text, start + 1 : start + length + 1]
+        return Question(self.haystack[text, start : start + length], targets, 0, tail)
 
 
 def load_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig, path: Path) -> Pool:
@@ -52,31 +77,63 @@ def load_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], confi
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        torch.save(_compute(model, tokenizer, texts, config), part)
+        torch.save(_pack(_compute(model, tokenizer, texts, config)), part)
         part.replace(path)
-    fields = torch.load(path, weights_only=True)
-    rows = [Row(*row) for row in fields["questions"]]
-    return Pool(fields["haystack"], fields["haystack_tokens"], fields["statements"], rows)
+    fields = torch.load(path, weights_only=True, mmap=True)
+    return Pool(
+        fields["haystack"],
+        fields["haystack_tokens"],
+        [Statement(*row) for row in fields["statements"]],
+        [Question(*row) for row in fields["questions"]],
+        Tails(**fields["tails"]),
+    )
 
 
-def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig) -> dict[str, object]:
-    each = config.haystack_tokens // len(texts) // model.config.window * model.config.window
+def _pack(pool: Pool) -> dict[str, object]:
+    """Plain tensors and tuples, which a file can hold."""
+    return {
+        "haystack": pool.haystack,
+        "haystack_tokens": pool.haystack_tokens,
+        "statements": [tuple(vars(x).values()) for x in pool.statements],
+        "questions": [tuple(vars(x).values()) for x in pool.questions],
+        "tails": vars(pool.tails),
+    }
+
+
+def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig) -> Pool:
+    window, num_texts = model.config.window, len(texts)
+    each = config.haystack_tokens // num_texts // window * window
     tokens = torch.tensor([_take(tokenizer, path, each) for path in texts])
     rng = random.Random(config.seed)
-    facts = make_facts(config.num_facts, "train", rng)
-    contexts = [_snippet(tokens, config.context_tokens, rng) for _ in facts]
-    spacing = [_snippet(tokens, 2 * config.context_tokens, rng) for _ in facts]
-    stated = [c + tokenizer.encode(f" {f.statement}") for f, c in zip(facts, spacing, strict=True)]
-    asked = [_question(tokenizer, f, c) for f, c in zip(facts, contexts, strict=True)]
-    questions = []
-    for (_, targets, answer), hidden in zip(asked, _short(model, [q[0] for q in asked], "questions"), strict=True):
-        questions.append((hidden, torch.tensor(targets), config.context_tokens, answer))
-    return {
-        "haystack": _long(model, tokens, "haystack"),
-        "haystack_tokens": tokens,
-        "statements": [h[2 * config.context_tokens :].clone() for h in _short(model, stated, "statements")],
-        "questions": questions,
-    }
+    words = words_of([path.read_text(encoding="utf-8") for path in texts])
+    facts = make_facts(config.num_facts, "train", rng, words)
+    ends = range(window, each - window + 1, window)  # where streams branch; the text must go on for a window
+    asked_ends = ends[:: config.asking_stride]
+    stating = _shares(facts, num_texts * len(ends))
+    asking = _shares(facts, num_texts * len(asked_ends))
+
+    state = model.new_state(num_texts)
+    hidden: list[Tensor] = []
+    statements: list[Statement] = []
+    questions: list[Question] = []
+    tails: list[Tails] = []
+    for end in tqdm(range(window, each + 1, window), desc="pool", unit="window"):
+        state = model.ingest(tokens[:, end - window : end].to(model.device), state)
+        hidden.append(state.tail.cpu())
+        if end in ends:
+            statements += _state_facts(model, tokenizer, state, stating, tokens[:, end : end + config.after_tokens])
+        if end in asked_ends:
+            first = num_texts * len(tails)
+            questions += _ask_facts(model, tokenizer, state, asking, first)
+            tails.append(_tails(model.open(state), end))
+    joined = Tails(*(torch.cat([getattr(t, name) for t in tails]) for name in vars(tails[0])))
+    return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, joined)
+
+
+def _shares(facts: Sequence[Fact], count: int) -> Iterator[list[Fact]]:
+    """The facts in order, in `count` nearly equal shares."""
+    for i in range(count):
+        yield list(facts[i * len(facts) // count : (i + 1) * len(facts) // count])
 
 
 def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
@@ -89,39 +146,63 @@ def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
     return tokens
 
 
-def _snippet(tokens: Tensor, length: int, rng: random.Random) -> list[int]:
-    text, start = rng.randrange(tokens.shape[0]), rng.randrange(tokens.shape[1] - length)
-    return [int(x) for x in tokens[text, start : start + length]]
+def _state_facts(
+    model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], after: Tensor
+) -> list[Statement]:
+    """What each text would be if facts of its share stood here, one at a time."""
+    rows = [(text, fact) for text in range(state.batch_size) for fact in next(shares)]
+    runs = [tokenizer.encode(f" {fact.statement}") for _, fact in rows]
+    followed = [run + after[text].tolist() for run, (text, _) in zip(runs, rows, strict=True)]
+    hidden = _branch(model, state, [text for text, _ in rows], followed)
+    return [Statement(h, len(run)) for h, run in zip(hidden, runs, strict=True)]
 
 
-def _question(tokenizer: Tokenizer, fact: Fact, context: list[int]) -> tuple[list[int], list[int], int]:
-    """Tokens of a question and its answer, the targets, and how many of these the number and the end make up."""
-    asked = context + tokenizer.encode(fact.prompt)
-    lead, answer = tokenizer.encode(f" {fact.lead}"), tokenizer.encode(f" {fact.value}.\n")
-    targets = [-100] * (len(asked) - 1) + lead + answer + [-100]
-    return asked + lead + answer, targets, len(answer)
+def _ask_facts(
+    model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], first_tail: int
+) -> list[Question]:
+    """What would follow if each text ended here and facts of its share were asked for, one at a time."""
+    rows = [(text, fact) for text in range(state.batch_size) for fact in next(shares)]
+    runs, targets, answers = [], [], []
+    for _, fact in rows:
+        prompt, lead = tokenizer.encode(fact.prompt), tokenizer.encode(f" {fact.lead}")
+        answer = tokenizer.encode(f" {fact.value}.\n")
+        runs.append(prompt + lead + answer)
+        targets.append(torch.tensor([-100] * (len(prompt) - 1) + lead + answer + [-100]))
+        answers.append(len(answer))
+    hidden = _branch(model, state, [text for text, _ in rows], runs)
+    tails = [first_tail + text for text, _ in rows]
+    return [Question(*row) for row in zip(hidden, targets, answers, tails, strict=True)]
 
 
-def _long(model: TitansModel, tokens: Tensor, name: str) -> Tensor:
-    """[texts, T, D]: the texts read as a server reads them; T is a multiple of the window."""
-    state, window, states = model.new_state(tokens.shape[0]), model.config.window, []
-    for start in tqdm(range(0, tokens.shape[1], window), desc=name, unit="window"):
-        state = model.ingest(tokens[:, start : start + window].to(model.device), state)
-        states.append(state.tail.cpu())
-    return torch.cat(states, dim=1)
+def _branch(model: TitansModel, state: State, rows: list[int], runs: list[list[int]]) -> list[Tensor]:
+    """[T, D] for each run of tokens, as if it followed what its row of the states has read."""
+    hidden: list[Tensor] = []
+    for start in range(0, len(runs), _BRANCHES):
+        part = [torch.tensor(run) for run in runs[start : start + _BRANCHES]]
+        hidden += _continue(model, state.select(rows[start : start + _BRANCHES]), part)
+    return hidden
 
 
-def _short(model: TitansModel, runs: list[list[int]], name: str, streams: int = 10) -> list[Tensor]:
-    """[T, D] for each run of tokens, read one after another, so that each stands in a full window of text."""
-    each = -(-len(runs) // streams)
-    groups = [runs[i : i + each] for i in range(0, len(runs), each)]
-    lines = [[token for run in group for token in run] for group in groups]
-    length = -(-max(map(len, lines)) // model.config.window) * model.config.window
-    hidden = _long(model, torch.tensor([line + [0] * (length - len(line)) for line in lines]), name)
-    pieces = []
-    for row, group in zip(hidden, groups, strict=True):
-        start = 0
-        for run in group:
-            pieces.append(row[start : start + len(run)].clone())
-            start += len(run)
-    return pieces
+def _continue(model: TitansModel, state: State, runs: list[Tensor]) -> list[Tensor]:
+    """[T, D] for each run, one a row; a window of tokens at a time."""
+    window, pieces = model.config.window, []
+    tokens_BT = pad_sequence(runs, batch_first=True)
+    for start in range(0, tokens_BT.shape[1], window):
+        counts = [min(max(len(run) - start, 0), window) for run in runs]
+        part = tokens_BT[:, start : start + window].to(model.device)
+        slots = (state.position.cpu()[:, None] + torch.arange(part.shape[1])) % window
+        state = model.ingest(part, state, counts)
+        pieces.append(state.tail.cpu().take_along_dim(slots[..., None], dim=1))
+    joined = torch.cat(pieces, dim=1)
+    return [row[: len(run)].clone() for row, run in zip(joined, runs, strict=True)]
+
+
+def _tails(stream: Stream, end: int) -> Tails:
+    count = stream.state.batch_size
+    return Tails(
+        keys=stream.keys.cpu(),
+        values=stream.values.cpu(),
+        recent=stream.state.recent.cpu(),
+        text=torch.arange(count),
+        position=torch.full((count,), end),
+    )

@@ -1,0 +1,151 @@
+"""The memory alone: our deep memory beside titans-pytorch's `NeuralMemory`, the same shape, one run, alternating.
+
+Width 512, 4 heads of 128, a two-layer perceptron of expansion 4 with momentum and forgetting, every token written and
+read. Each figure is the median of several runs in a process of its own, which also gives the peak of its memory.
+Prints tokens a second, peak bytes above the start, the ratios, and the share of the measured float32 matrix product
+that ours reaches.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from titans import MemoryConfig, NeuralMemory
+
+SIZE, HEADS, HEAD, EXPANSION = 512, 4, 128, 4
+
+
+def ours(chunk: int) -> torch.nn.Module:
+    """Every equation of the paper's memory, chunk rule."""
+    shape = MemoryConfig(0, num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
+    config = replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION)
+    memory = NeuralMemory(config, SIZE)
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = memory
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return self.memory(h, self.memory.new_state(h.shape[0]))[0]  # type: ignore[no-any-return]
+
+    return Whole()
+
+
+def theirs(chunk: int) -> torch.nn.Module:
+    """The same shape, gradients taken at the start of each chunk."""
+    import titans_pytorch  # noqa: PLC0415 — the bench extra
+
+    inner = titans_pytorch.MemoryMLP(HEAD, depth=2, expansion_factor=EXPANSION)
+    memory = titans_pytorch.NeuralMemory(
+        SIZE, dim_head=HEAD, heads=HEADS, chunk_size=chunk, batch_size=chunk, model=inner
+    )
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = memory
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return self.memory(h)[0]  # type: ignore[no-any-return]
+
+    return Whole()
+
+
+def measure(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> None:
+    """One figure; prints it as JSON."""
+    torch.manual_seed(0)
+    memory = (ours if side == "ours" else theirs)(chunk)
+    h = torch.randn(batch, tokens, SIZE)
+    before = peak()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 2 or (time.perf_counter() - started < 10 and len(times) < 7):
+        begun = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            y = memory(h)
+            if backward:
+                y.square().mean().backward()
+        times.append(time.perf_counter() - begun)
+    rate = batch * tokens / statistics.median(times[1:])
+    print(json.dumps({"rate": rate, "bytes": peak() - before}))
+
+
+def peak() -> int:
+    """Most bytes this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_process(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> dict[str, float] | None:
+    """`measure` in a process of its own; None where it does not end well, out of memory above all."""
+    command = [sys.executable, __file__, "--measure", side, str(chunk), str(batch), str(tokens), str(int(backward))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def operations(chunk: int) -> float:
+    """Multiplications and additions a token of our forward pass, projections and memory, in matrix products."""
+    width, hidden = HEADS * HEAD, EXPANSION * HEAD
+    projections = 2 * SIZE * width * 5  # queries, keys, values, the gate and the way out
+    layers = ((HEAD, hidden), (hidden, HEAD))
+    dense = HEADS * sum(2 * i * o * 5 for i, o in layers)  # keys, errors, update, queries on W and on S
+    dense += HEADS * sum(2 * i * o for i, o in layers)  # the update of S
+    causal = HEADS * sum(2 * chunk * (i + o) for i, o in layers) + HEADS * 2 * 2 * chunk * chunk
+    return projections + dense + causal
+
+
+def ceiling(size: int = 1_024) -> float:
+    """FLOP/s of a float32 matrix product on this machine."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def row(chunk: int, batch: int, tokens: int, *, backward: bool) -> str:
+    """One line of the table; ours and the peer's one after the other."""
+    a = in_process("ours", chunk, batch, tokens, backward=backward)
+    b = in_process("theirs", chunk, batch, tokens, backward=backward)
+    assert a is not None, "our own memory must run"
+    name = f"{chunk:>5} {batch:>5}  {'fwd+bwd' if backward else 'forward':<8}"
+    mine = f"{a['rate']:>9,.0f} {a['bytes'] / 1e6:>9,.0f}"
+    if b is None:
+        return f"{name} {mine} {'did not end':>20}"
+    share = "" if backward else f" {a['rate'] * operations(chunk) / ceiling():>8.0%}"
+    other = f"{b['rate']:>9,.0f} {b['bytes'] / 1e6:>9,.0f}"
+    return f"{name} {mine} {other} {a['rate'] / b['rate']:>7.1f}x {b['bytes'] / max(a['bytes'], 1):>7.1f}x{share}"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4_096)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        side, chunk, batch, tokens, backward = args.measure
+        measure(side, int(chunk), int(batch), int(tokens), backward=backward == "1")
+        return
+    print(f"{torch.get_num_threads()} threads, {ceiling() / 1e12:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
+    print("chunk batch  pass     ours tok/s, MB      theirs tok/s, MB    speed   memory  ceiling")
+    for backward in (False, True):
+        for chunk in (64, 16):
+            for batch in args.batches:
+                print(row(chunk, batch, args.tokens, backward=backward), flush=True)
+
+
+if __name__ == "__main__":
+    main()

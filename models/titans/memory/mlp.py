@@ -1,0 +1,171 @@
+"""The deep memory, the paper's chunk rule: a multi-layer perceptron whose gradients are taken where the chunk began.
+
+M(x) = h_{L-1} W_L with h_l = gelu(h_{l-1} W_l), h_0 = x; with `residual`, M(x) = x + LN(h_{L-1} W_L) (camera-ready
+form). Gradients of a chunk are taken at the weights it STARTED with (eq. 16). Each token's gradient of a layer is of
+rank one, h_{l-1} (x) delta_l, so the weights of no token are ever built: a chunk's end is two products a layer, and a
+strictly causal read is the layers one after the other, each with its own chunk correction (`titans.memory.chunk`).
+
+Two normalised step sizes keep repetitive text from diverging, as in normalised least mean squares (Haykin, 2002,
+chapter 6): a layer's step is divided by max(1, |h_{l-1}|^2), and with LN by max(1, 1 / sigma^2), what its Jacobian
+amplifies.
+
+Shapes: as in `titans.memory.rule`; C tokens of the chunk · P = C + 1 · I, O a layer's input and output.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans.config import MemoryConfig
+from titans.memory.chunk import Coefficients, coefficients
+from titans.memory.rule import Absorbed, Rule, Writes, row_at
+
+_EPS = 1e-5
+Product = Callable[[Tensor], Tensor]  # h -> h W
+
+
+class Gradients(NamedTuple):
+    """Of every token of a chunk, for each layer: what the step -theta * inputs (x) errors is made of."""
+
+    inputs: list[Tensor]  # [B, H, C, I] each
+    errors: list[Tensor]  # [B, H, C, O] each, steps normalised
+
+
+class MLPRule(Rule):
+    """M is a perceptron of `depth` layers; depth 1 is the paper's linear memory."""
+
+    bound_to_chunks = True
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.shapes = config.layer_shapes
+        self.sizes = [inputs * outputs for inputs, outputs in self.shapes]
+        self.residual = config.residual
+        self.start_weights = nn.Parameter(torch.empty(config.num_heads, config.num_weights))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start from small weights: every layer 1 / sqrt(inputs), the last one smaller."""
+        for i, layer in enumerate(self._layers(self.start_weights[None])):
+            last = i == len(self.shapes) - 1
+            layer.normal_(std=(0.1 if last else 1.0) * layer.shape[-2] ** -0.5)
+
+    def start(self, batch: int) -> Tensor:
+        """M_0 [B, H, N], learned."""
+        return self.start_weights.expand(batch, -1, -1)
+
+    def absorb(
+        self,
+        writes: Writes,
+        weights: Tensor,
+        momentum: Tensor,
+        queries: Tensor | None = None,
+        ends_B: Tensor | None = None,
+    ) -> Absorbed:
+        """One chunk, whole or its beginning. `titans.memory.reference` is the same, token by token."""
+        c = coefficients(writes.log_keep, writes.log_eta)
+        has_momentum = writes.log_eta is not None
+        gradients = self.gradients(weights, writes.keys, writes.values)
+        reads = None
+        if queries is not None:
+            products = self._products(weights, momentum if has_momentum else None, gradients, c, writes.theta)
+            reads = self._forward(queries, products)
+        keep, carry, decay, weight, share = (row_at(x, ends_B) for x in c)
+        scales = (keep, carry, decay, weight * writes.theta, share * writes.theta)
+        after, left = [], []
+        for i, start in enumerate(self._layers(weights)):
+            keep_L, carry_L, decay_L, weight_LC, share_LC = (x[:, :, i, ..., None] for x in scales)
+            inputs, errors = gradients.inputs[i], gradients.errors[i]
+            end = keep_L[..., None] * start - (inputs * weight_LC).transpose(-1, -2) @ errors
+            if has_momentum:
+                surprise = self._layers(momentum)[i]
+                end = end + carry_L[..., None] * surprise
+                left.append(decay_L[..., None] * surprise - (inputs * share_LC).transpose(-1, -2) @ errors)
+            after.append(end)
+        return Absorbed(_flat(after), _flat(left) if has_momentum else momentum, reads)
+
+    def read(self, weights: Tensor, queries: Tensor) -> Tensor:
+        """M(q)."""
+        return self._forward(queries, [partial(_times, layer) for layer in self._layers(weights)])
+
+    def gradients(self, weights: Tensor, keys: Tensor, values: Tensor) -> Gradients:
+        """Of 1/2 |M(k) - v|^2 at one set of weights, layer by layer, written out (eq. 12)."""
+        layers = self._layers(weights)
+        inputs, slopes, h = [keys], [], keys
+        for layer in layers[:-1]:
+            z = h @ layer
+            h = F.gelu(z)
+            slopes.append(_gelu_slope(z))
+            inputs.append(h)
+        out = h @ layers[-1]
+        if self.residual:
+            answer, deviation = _layer_norm(out)
+            error = _layer_norm_backward(answer, deviation, keys + answer - values) * deviation.square().clamp(max=1)
+        else:
+            error = out - values
+        errors = [error]
+        for layer, slope in zip(reversed(layers[1:]), reversed(slopes), strict=True):
+            errors.insert(0, (errors[0] @ layer.transpose(-1, -2)) * slope)
+        for i, x in enumerate(inputs[1:], start=1):  # (keys have unit length as it is)
+            errors[i] = errors[i] / x.square().sum(-1, keepdim=True).clamp(min=1)
+        return Gradients(inputs, errors)
+
+    def _products(
+        self, weights: Tensor, momentum: Tensor | None, gradients: Gradients, c: Coefficients, theta: Tensor
+    ) -> list[Product]:
+        """h_t W_t of each layer, with the weights as of token t, which are never built."""
+
+        def product(i: int, start: Tensor, surprise: Tensor | None, h: Tensor) -> Tensor:
+            inputs, errors = gradients.inputs[i], gradients.errors[i]
+            similar = c.weight_PC[:, :, i, 1:] * theta[:, :, i, None] * (h @ inputs.transpose(-1, -2))
+            out = c.keep_P[:, :, i, 1:, None] * (h @ start) - similar @ errors
+            return out if surprise is None else out + c.carry_P[:, :, i, 1:, None] * (h @ surprise)
+
+        starts = self._layers(weights)
+        surprises = [None] * len(starts) if momentum is None else self._layers(momentum)
+        return [partial(product, i, w, s) for i, (w, s) in enumerate(zip(starts, surprises, strict=True))]
+
+    def _forward(self, queries: Tensor, products: list[Product]) -> Tensor:
+        h = queries
+        for product in products[:-1]:
+            h = F.gelu(product(h))
+        out: Tensor = products[-1](h)
+        return queries + _layer_norm(out)[0] if self.residual else out
+
+    def _layers(self, flat: Tensor) -> list[Tensor]:
+        """[B, H, I, O] of each layer: views."""
+        parts = flat.split(self.sizes, dim=-1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def _times(layer: Tensor, h: Tensor) -> Tensor:
+    return h @ layer
+
+
+def _flat(layers: list[Tensor]) -> Tensor:
+    return torch.cat([layer.flatten(-2) for layer in layers], dim=-1)
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    """d gelu / dz, the exact form: Phi(z) + z phi(z)."""
+    below = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    return below + z * torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+
+
+def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """LN(z) without learned scale, and the deviation that it divides by."""
+    centered = z - z.mean(-1, keepdim=True)
+    deviation = (centered.square().mean(-1, keepdim=True) + _EPS).sqrt()
+    return centered / deviation, deviation
+
+
+def _layer_norm_backward(answer: Tensor, deviation: Tensor, error: Tensor) -> Tensor:
+    """From d l / d LN(z) to d l / dz."""
+    along = (error * answer).mean(-1, keepdim=True)
+    return (error - error.mean(-1, keepdim=True) - answer * along) / deviation

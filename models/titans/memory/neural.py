@@ -1,0 +1,227 @@
+"""The neural memory as a layer: hidden states in, answers out, and the memory after reading them.
+
+Queries, keys and values are projections of the layer's input, each with a causal depth-wise convolution; queries and
+keys pass SiLU and have unit length; step size, forgetting and momentum are gates of every token, head and layer of the
+memory (Titans, section 4.4). How the memory learns and answers is its rule's affair.
+
+Shapes: B batch · T tokens · D hidden · H memory heads · K key dim · V value dim · N floats of weights a head ·
+R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titans.config import MemoryConfig
+from titans.layers import RMSNorm
+from titans.memory.linear import LinearRule
+from titans.memory.mlp import MLPRule
+from titans.memory.rule import Rule, Writes
+
+
+class MemoryState(NamedTuple):
+    """What the memory carries from token to token. Never changed in place."""
+
+    position: Tensor  # [B] int64: tokens written
+    weights: Tensor  # M [B, H, N], float32; of a rule bound to chunks, as they were when the chunk began
+    momentum: Tensor  # S [B, H, N], float32, likewise; H = 0 where the memory has none
+    recent: Tensor  # [B, R, D]: the last inputs
+
+
+def make_rule(config: MemoryConfig) -> Rule:
+    """The rule that a config names."""
+    return LinearRule(config) if config.rule == "exact" else MLPRule(config)
+
+
+class NeuralMemory(nn.Module):
+    """h -> what the memory answers to it, and the memory after reading it."""
+
+    def __init__(self, config: MemoryConfig, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.config = config
+        heads, key, value = config.num_heads, config.key_dim, config.value_dim
+        self.rule = make_rule(config)
+        self.norm = RMSNorm(size, eps)
+        self.center = nn.Parameter(torch.zeros(size))  # what all tokens have in common is not worth remembering
+        self.query = nn.Linear(size, heads * key, bias=False)
+        self.key = nn.Linear(size, heads * key, bias=False)
+        self.value = nn.Linear(size, heads * value, bias=False)
+        self.query_conv = nn.Parameter(torch.zeros(heads * key, config.conv_width))
+        self.key_conv = nn.Parameter(torch.zeros(heads * key, config.conv_width))
+        self.value_conv = nn.Parameter(torch.zeros(heads * value, config.conv_width))
+        self.gates = nn.Linear(size, config.num_gates * heads * config.depth)  # theta, alpha, eta
+        self.read_norm = RMSNorm(value, eps) if config.output_norm else nn.Identity()
+        self.out_gate = nn.Linear(size, heads * value)
+        self.out = nn.Linear(heads * value, size, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start where retrofitting works: a key is made of the three tokens before its own, a query of the last three.
+
+        So the memory holds (what was known before token t -> token t), and queries ask as keys answer, from the
+        first step of training.
+        """
+        nn.init.orthogonal_(self.key.weight)
+        self.query.weight.copy_(self.key.weight)
+        nn.init.orthogonal_(self.value.weight)
+        self.out.weight.copy_(0.5 * self.value.weight.T)
+        look_back = torch.tensor([0.5, 0.5, 1.0])[-self.config.conv_width :]
+        for conv, taps in ((self.query_conv, look_back), (self.key_conv, look_back), (self.value_conv, look_back[-1:])):
+            end = -1 if conv is self.key_conv and self.config.conv_width > 1 else conv.shape[1]
+            taps = taps[-conv[:, :end].shape[1] :]
+            conv.zero_()[:, :end][:, -len(taps) :] = taps
+        nn.init.zeros_(self.gates.weight)
+        biases = torch.tensor([0.0, -9.0, 0.0][: self.config.num_gates])
+        self.gates.bias.copy_(biases.repeat_interleave(self.config.num_heads * self.config.depth))
+        nn.init.zeros_(self.out_gate.weight)
+        nn.init.constant_(self.out_gate.bias, -1.0)
+
+    def cast_projections(self, dtype: torch.dtype) -> None:
+        """Keep the large matrices in `dtype` for serving; gates, convolutions and norms stay as they are."""
+        for linear in (self.query, self.key, self.value, self.out_gate, self.out):
+            linear.weight.data = linear.weight.data.to(dtype)
+
+    def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryState:
+        """A memory that has read nothing; `dtype` is that of the hidden states it will read."""
+        config, device = self.config, self.center.device
+        heads = config.num_heads if config.momentum else 0
+        return MemoryState(
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            self.rule.start(batch),
+            torch.zeros(batch, heads, config.num_weights, device=device),
+            torch.zeros(batch, config.num_recent, self.center.shape[0], dtype=dtype, device=device),
+        )
+
+    def forward(self, h_BTD: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """Write every token and answer it with the memory as of that token (eq. 15). Returns y [B, T, D]."""
+        x_BTD = self._input(h_BTD)
+        reads, state = self._absorb(x_BTD, state, None, answering=True)
+        assert reads is not None
+        return self._answer(reads, x_BTD), state
+
+    def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
+        """Write the first `lengths_B[b]` tokens of each row (all of them by default), answering none."""
+        return self._absorb(self._input(h_BTD), state, lengths_B, answering=False)[1]
+
+    def settle(self, state: MemoryState) -> Tensor:
+        """The weights M [B, H, N] as of the last token written: what a reader asks."""
+        begun_B = state.position % self.config.chunk_size
+        most = int(begun_B.max()) if self.rule.bound_to_chunks else 0
+        if not most:
+            return state.weights
+        writes = self._writes(self._from_chunk(state.recent, begun_B, most))
+        return self.rule.absorb(writes, state.weights, state.momentum, None, begun_B).weights
+
+    def read(
+        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Answer every token from settled weights, writing none. Returns y [B, T, D] and the last R inputs now."""
+        x_BTD = self._input(h_BTD)
+        joined = torch.cat((recent, x_BTD), dim=1)
+        queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
+        y = self._answer(self.rule.read(weights, queries), x_BTD)
+        return y, self._recent(joined, lengths_B)
+
+    def queries(self, h_BTD: Tensor) -> Tensor:
+        """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K]."""
+        return self._queries(self._input(h_BTD))
+
+    def writes(self, h_BTD: Tensor) -> Writes:
+        """What tokens ask to be written, but for the first conv_width - 1, which are context."""
+        return self._writes(self._input(h_BTD))
+
+    def _absorb(
+        self, x_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None, *, answering: bool
+    ) -> tuple[Tensor | None, MemoryState]:
+        """Walk over the chunks. Returns the reads [B, H, T, V] where they are wanted, and the state at the end."""
+        num_tokens = x_BTD.shape[1]
+        joined = torch.cat((state.recent, x_BTD), dim=1)
+        ends_B, begun_B = lengths_B, None
+        aligned = joined
+        if self.rule.bound_to_chunks:
+            begun_B = state.position % self.config.chunk_size
+            aligned = self._from_chunk(joined, begun_B, int(begun_B.max()) + num_tokens)
+            ends_B = begun_B + (num_tokens if lengths_B is None else lengths_B)
+        queries = self._queries(aligned) if answering else None
+        weights, momentum, reads = self._walk(self._writes(aligned), state, queries, ends_B)
+        if reads is not None and begun_B is not None:
+            columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
+            reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
+        position = state.position + (num_tokens if lengths_B is None else lengths_B)
+        return reads, MemoryState(position, weights, momentum, self._recent(joined, lengths_B))
+
+    def _walk(
+        self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weights, momentum, reads = state.weights, state.momentum, []
+        num_tokens, size = writes.keys.shape[2], self.config.chunk_size
+        for start in range(0, num_tokens, size):
+            stop = min(start + size, num_tokens)
+            whole_B = None
+            if self.rule.bound_to_chunks and ends_B is not None:
+                if stop - start < size and queries is None:
+                    break  # a chunk that only begins here is taken up when it is full
+                whole_B = (ends_B >= start + size)[:, None, None]
+            asked = None if queries is None else queries[:, :, start:stop]
+            ends = None if ends_B is None or whole_B is not None else (ends_B - start).clamp(0, stop - start)
+            after = self.rule.absorb(writes.slice(start, stop), weights, momentum, asked, ends)
+            if after.reads is not None:
+                reads.append(after.reads)
+            weights = after.weights if whole_B is None else torch.where(whole_B, after.weights, weights)
+            momentum = after.momentum if whole_B is None else torch.where(whole_B, after.momentum, momentum)
+        return weights, momentum, torch.cat(reads, dim=2) if reads else None
+
+    def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
+        """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""
+        first_B = self.config.chunk_size - 1 - begun_B
+        columns = first_B[:, None] + torch.arange(self.config.conv_width - 1 + num_tokens, device=joined.device)
+        return joined.take_along_dim(columns.clamp(max=joined.shape[1] - 1)[..., None], dim=1)
+
+    def _input(self, h_BTD: Tensor) -> Tensor:
+        x_BTD: Tensor = self.norm(h_BTD) - self.center.to(h_BTD.dtype)
+        return x_BTD
+
+    def _writes(self, joined: Tensor) -> Writes:
+        x = joined[:, self.config.conv_width - 1 :].float()
+        gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
+        shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
+        theta, alpha, *eta = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
+        theta = theta.sigmoid()
+        if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
+            theta = theta / self.config.chunk_size
+            theta = theta * (-eta[0]).sigmoid() if eta else theta  # and what momentum adds up is one step again
+        return Writes(
+            keys=F.normalize(F.silu(self._project(joined, self.key, self.key_conv)), dim=-1),
+            values=self._project(joined, self.value, self.value_conv),
+            theta=theta,
+            log_keep=F.logsigmoid(-alpha),
+            log_eta=F.logsigmoid(eta[0]) if eta else None,
+        )
+
+    def _queries(self, joined: Tensor) -> Tensor:
+        return F.normalize(F.silu(self._project(joined, self.query, self.query_conv)), dim=-1)
+
+    def _project(self, joined: Tensor, linear: nn.Linear, taps: Tensor) -> Tensor:
+        """A causal depth-wise convolution of a projection: [B, H, T, K], float32."""
+        projected = F.linear(joined, linear.weight.to(joined.dtype)).float()
+        num_tokens = joined.shape[1] - self.config.conv_width + 1
+        mixed = sum(projected[:, i : i + num_tokens] * taps[:, i].float() for i in range(self.config.conv_width))
+        assert isinstance(mixed, Tensor)
+        heads: Tensor = mixed.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        return heads
+
+    def _answer(self, reads_BHTV: Tensor, x_BTD: Tensor) -> Tensor:
+        gate = F.linear(x_BTD, self.out_gate.weight.to(x_BTD.dtype)) + self.out_gate.bias
+        reads = gate.float().sigmoid() * self.read_norm(reads_BHTV).transpose(1, 2).flatten(2)
+        return F.linear(reads.to(x_BTD.dtype), self.out.weight.to(x_BTD.dtype))
+
+    def _recent(self, joined: Tensor, lengths_B: Tensor | None) -> Tensor:
+        """The last R valid inputs of each row."""
+        reach = self.config.num_recent
+        if lengths_B is None:
+            return joined[:, joined.shape[1] - reach :].clone()
+        index = lengths_B[:, None] + torch.arange(reach, device=joined.device)
+        return joined.take_along_dim(index[..., None], dim=1)

@@ -1,0 +1,116 @@
+"""The memory as a layer: one run of tokens, however it is cut, batched or read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from titans.config import MemoryConfig
+from titans.memory.neural import MemoryState, NeuralMemory
+
+SIZE = 24
+LINEAR = MemoryConfig(1, 3, 8, 6)
+DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
+CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
+EVERY_FORM = [
+    pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
+    for name, form in {"linear": LINEAR, "deep": DEEP, "residual": CAMERA_READY}.items()
+    for momentum in (False, True)
+]
+
+
+def make_memory(config: MemoryConfig, chunk_size: int = 8) -> NeuralMemory:
+    torch.manual_seed(5)
+    memory = NeuralMemory(replace(config, chunk_size=chunk_size), SIZE).requires_grad_(False)
+    memory.gates.weight.normal_(std=0.3)
+    for conv in (memory.query_conv, memory.key_conv, memory.value_conv):
+        conv.add_(0.2 * torch.randn_like(conv))
+    return memory
+
+
+def assert_same(ours: MemoryState, theirs: MemoryState) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_odd_sized_calls_equal_one_call(config: MemoryConfig) -> None:
+    memory, h = make_memory(config), torch.randn(2, 50, SIZE)
+    whole, end = memory(h, memory.new_state(2))
+    state, pieces = memory.new_state(2), []
+    for part in h.split([1, 2, 17, 3, 27], dim=1):
+        y, state = memory(part, state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    assert_same(state, end)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_write_leaves_what_write_and_read_leaves(config: MemoryConfig) -> None:
+    memory, h = make_memory(config), torch.randn(2, 21, SIZE)
+    _, fused = memory(h, memory.new_state(2))
+    assert_same(memory.write(h, memory.new_state(2)), fused)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_reading_asks_the_memory_as_it_stands_and_leaves_it(config: MemoryConfig) -> None:
+    memory, h = make_memory(config), torch.randn(1, 21, SIZE)
+    state = memory.write(h, memory.new_state(1))
+    weights = memory.settle(state)
+    y, recent = memory.read(h[:, :4], weights, state.recent)
+    assert y.abs().max() > 0
+    again, _ = memory.read(h[:, :4], weights, state.recent)
+    assert torch.equal(y, again)
+    assert torch.equal(recent, memory.write(h[:, :4], state).recent)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_no_output_looks_ahead(config: MemoryConfig) -> None:
+    memory, h = make_memory(config), torch.randn(1, 30, SIZE)
+    before, _ = memory(h, memory.new_state(1))
+    for t in (1, 7, 8, 9, 20):
+        changed = h.clone()
+        changed[:, t] += 1
+        after, _ = memory(changed, memory.new_state(1))
+        assert torch.equal(after[:, :t], before[:, :t]), f"an output before token {t} changed with it"
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+@pytest.mark.parametrize("kind", ["one token for ever", "a line again and again", "zeros"])
+def test_repetition_keeps_the_memory_bounded(config: MemoryConfig, kind: str) -> None:
+    memory = make_memory(config, 64)
+    line = {"zeros": torch.zeros(1, 1, SIZE), "one token for ever": torch.randn(1, 1, SIZE)}.get(
+        kind, torch.randn(1, 11, SIZE)
+    )
+    state = memory.new_state(1)
+    for _ in range(20):
+        state = memory.write(line.repeat(1, 6_000 // line.shape[1] // 10, 1), state)
+    assert state.weights.isfinite().all()
+    assert state.weights.norm() < 1e3
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_rows_in_mid_chunk_are_each_as_alone(config: MemoryConfig) -> None:
+    memory, lengths = make_memory(config), [3, 0, 8, 21]
+    before = [memory.write(torch.randn(1, n, SIZE), memory.new_state(1)) for n in (5, 8, 0, 11)]
+    h = torch.randn(4, 21, SIZE)
+    together = MemoryState(*(torch.cat(parts) for parts in zip(*before, strict=True)))
+    after = memory.write(h, together, torch.tensor(lengths))
+    settled = memory.settle(after)
+    for i, (state, length) in enumerate(zip(before, lengths, strict=True)):
+        alone = memory.write(h[i : i + 1, :length], state)
+        assert_same(MemoryState(*(part[i : i + 1] for part in after)), alone)
+        torch.testing.assert_close(settled[i : i + 1], memory.settle(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_a_reader_sees_every_token_written(config: MemoryConfig) -> None:
+    """Also those of a chunk that has only begun: it is answered as the next token would be."""
+    memory, h = make_memory(config), torch.randn(1, 21, SIZE)
+    answers, _ = memory(h, memory.new_state(1))
+    for end in (1, 8, 12, 21):
+        state = memory.write(h[:, :end], memory.new_state(1))
+        y, _ = memory.read(
+            h[:, end - 1 : end], memory.settle(state), memory.write(h[:, : end - 1], memory.new_state(1)).recent
+        )
+        torch.testing.assert_close(y[:, 0], answers[:, end - 1], rtol=1e-4, atol=1e-5)
