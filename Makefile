@@ -34,6 +34,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ingest.py
 
 redis:
