@@ -49,8 +49,9 @@ def random_writes(config: MemoryConfig, num_tokens: int, seed: int, dtype: torch
 
 
 def random_start(config: MemoryConfig, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    weights = 0.5 * torch.randn(BATCH, HEADS, config.num_weights, dtype=dtype)
-    return weights, torch.randn_like(weights) if config.momentum else weights[:, :0]
+    """Not large: a deep memory thrown far from its targets amplifies rounding, and 1e-10 is to mean something."""
+    weights = 0.3 * torch.randn(BATCH, HEADS, config.num_weights, dtype=dtype)
+    return weights, 0.2 * torch.randn_like(weights) if config.momentum else weights[:, :0]
 
 
 def random_queries(writes: Writes) -> Tensor:
