@@ -50,7 +50,8 @@ class MemoryConfig:
             raise ValueError("the exact rule is for a linear memory: depth 1, no residual")
         if self.residual and self.key_dim != self.value_dim:
             raise ValueError("with residual, key_dim and value_dim must be equal")
-        if min(self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size, self.depth) < 1:
+        sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)
+        if min(*sizes, self.depth, self.expansion) < 1:
             raise ValueError("the sizes of a memory start at 1")
 
     @property

@@ -62,9 +62,7 @@ class State:
 
     def split(self) -> list["State"]:
         """Each session's state by itself; copies, so that one does not keep the batch alive."""
-        return [
-            State(**{name: x[i : i + 1].clone() for name, x in self.parts().items()}) for i in range(self.batch_size)
-        ]
+        return [self.select([row]) for row in range(self.batch_size)]
 
     def select(self, rows: Sequence[int]) -> "State":
         """Some of the sessions, in any order, any number of times; a copy."""

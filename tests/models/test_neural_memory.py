@@ -9,6 +9,7 @@ from titans.memory.neural import MemoryState, NeuralMemory
 
 SIZE = 24
 LINEAR = MemoryConfig(1, 3, 8, 6)
+TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
 EVERY_FORM = [
@@ -48,7 +49,8 @@ def test_odd_sized_calls_equal_one_call(config: MemoryConfig) -> None:
 def test_write_leaves_what_write_and_read_leaves(config: MemoryConfig) -> None:
     memory, h = make_memory(config), torch.randn(2, 21, SIZE)
     _, fused = memory(h, memory.new_state(2))
-    assert_same(memory.write(h, memory.new_state(2)), fused)
+    for ours, theirs in zip(memory.write(h, memory.new_state(2)), fused, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("config", EVERY_FORM)
@@ -56,10 +58,12 @@ def test_reading_asks_the_memory_as_it_stands_and_leaves_it(config: MemoryConfig
     memory, h = make_memory(config), torch.randn(1, 21, SIZE)
     state = memory.write(h, memory.new_state(1))
     weights = memory.settle(state)
+    before = weights.clone()
     y, recent = memory.read(h[:, :4], weights, state.recent)
     assert y.abs().max() > 0
     again, _ = memory.read(h[:, :4], weights, state.recent)
     assert torch.equal(y, again)
+    assert torch.equal(weights, before)
     assert torch.equal(recent, memory.write(h[:, :4], state).recent)
 
 
@@ -114,3 +118,15 @@ def test_a_reader_sees_every_token_written(config: MemoryConfig) -> None:
             h[:, end - 1 : end], memory.settle(state), memory.write(h[:, : end - 1], memory.new_state(1)).recent
         )
         torch.testing.assert_close(y[:, 0], answers[:, end - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TRAINED_START, DEEP, CAMERA_READY])
+def test_a_new_memory_starts_from_what_training_learnt(config: MemoryConfig) -> None:
+    memory, h = make_memory(config).requires_grad_(True), torch.randn(2, 11, SIZE)
+    with torch.no_grad():
+        memory.rule.start_weights.normal_()
+    assert torch.equal(memory.new_state(2).weights, memory.rule.start_weights.expand(2, -1, -1))
+    y, _ = memory(h, memory.new_state(2))
+    y.sum().backward()
+    assert memory.rule.start_weights.grad is not None
+    assert memory.rule.start_weights.grad.abs().max() > 0

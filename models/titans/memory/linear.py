@@ -24,15 +24,10 @@ class LinearRule(Rule):
         super().__init__()
         self.shape = (config.key_dim, config.value_dim)
         zeros = torch.zeros(config.num_heads, config.num_weights)
-        self.start_weights: Tensor
         if config.learned_start:
             self.start_weights = nn.Parameter(zeros)
         else:
             self.register_buffer("start_weights", zeros, persistent=False)
-
-    def start(self, batch: int) -> Tensor:
-        """M_0 [B, H, N]."""
-        return self.start_weights.expand(batch, -1, -1)
 
     def absorb(
         self,

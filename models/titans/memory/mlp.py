@@ -56,10 +56,6 @@ class MLPRule(Rule):
             last = i == len(self.shapes) - 1
             layer.normal_(std=(0.1 if last else 1.0) * layer.shape[-2] ** -0.5)
 
-    def start(self, batch: int) -> Tensor:
-        """M_0 [B, H, N], learned."""
-        return self.start_weights.expand(batch, -1, -1)
-
     def absorb(
         self,
         writes: Writes,

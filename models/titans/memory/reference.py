@@ -3,39 +3,28 @@
 The gradient is autograd's, of the forward pass below and nothing else.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from titans.config import MemoryConfig
-from titans.memory.rule import Writes
+from titans.memory.rule import Absorbed, Writes
 
 
-class Walked(NamedTuple):
-    """What a walk over T tokens leaves; float64."""
-
-    weights: Tensor  # M_T [B, H, N]
-    momentum: Tensor  # S_T [B, H, N]
-    begun_weights: Tensor  # M where the last chunk began
-    begun_momentum: Tensor  # S there
-    reads: Tensor  # [B, H, T, V]: q_t answered by M_t
-
-
-def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> Walked:
+def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> Absorbed:
     """Titans equations 10, 12, 13, 15 and 16 for one token after the other, from a chunk's beginning.
 
     `weights` and `momentum` are M_0 and S_0 [B, H, N] (S_0 counts where there is momentum); `queries` [B, H, T, K].
+    All that is returned is float64.
     """
     keys, values, theta, log_keep = (x.double() for x in writes[:4])
     eta = torch.zeros_like(theta) if writes.log_eta is None else writes.log_eta.double().exp()
     memory = split(config, weights.double())
     surprise = split(config, momentum.double() if config.momentum else torch.zeros_like(weights))
-    begun, begun_surprise, reads = memory, surprise, []
+    begun, reads = memory, []
     for t in range(keys.shape[2]):
         if config.rule == "exact" or t % config.chunk_size == 0:
-            begun, begun_surprise = memory, surprise  # where gradients are taken (eq. 16)
+            begun = memory  # where gradients are taken (eq. 16)
         gradients = _gradients(config, begun, keys[:, :, t], values[:, :, t])
         rates = [x[:, :, i, t, None, None] for x in (eta, theta, log_keep) for i in range(config.depth)]
         etas, thetas, keeps = rates[: config.depth], rates[config.depth : -config.depth], rates[-config.depth :]
@@ -43,7 +32,7 @@ def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentu
         surprise = [e * s - r * g for e, s, r, g in steps]  # eq. 10, 14
         memory = [k.exp() * m + s for k, m, s in zip(keeps, memory, surprise, strict=True)]  # eq. 13
         reads.append(answer(config, memory, queries[:, :, t].double()))  # eq. 15
-    return Walked(join(memory), join(surprise), join(begun), join(begun_surprise), torch.stack(reads, dim=2))
+    return Absorbed(join(memory), join(surprise), torch.stack(reads, dim=2))
 
 
 def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:

@@ -44,10 +44,11 @@ class Rule(nn.Module):
     """How a memory learns and answers. It holds what training learns of it: the weights it starts from."""
 
     bound_to_chunks: bool  # True: the result depends on where chunks begin
+    start_weights: Tensor  # M_0 [H, N], float32
 
     def start(self, batch: int) -> Tensor:
-        """M_0 [B, H, N], float32."""
-        raise NotImplementedError
+        """M_0 for each of a batch, [B, H, N]."""
+        return self.start_weights.expand(batch, -1, -1)
 
     def absorb(
         self,
