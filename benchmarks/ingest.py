@@ -6,31 +6,16 @@ attention. Prints medians, the ratio, and the machine's measured bfloat16 ceilin
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from machine import ceiling, seconds
 from titans.backbone import find_default_body
 from titans.checkpoint import load
 from transformers import AutoModelForCausalLM
 
 TEXT = Path(__file__).parents[1] / "examples" / "sherlock-holmes.txt"
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def ceiling(size: int = 2_048) -> float:
-    """TFLOP/s of a bfloat16 matrix product on this machine."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
-    times = [seconds(lambda: a @ b) for _ in range(8)]
-    return 2 * size**3 / statistics.median(times[2:]) / 1e12
 
 
 @torch.inference_mode()
@@ -45,7 +30,8 @@ def main() -> None:
     peer = AutoModelForCausalLM.from_pretrained(body.parent, gguf_file=body.name, dtype=loaded.model.dtype)
     peer.train(mode=False)
     every = torch.tensor([loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[: max(args.lengths)]])
-    print(f"{loaded.model.dtype}, {torch.get_num_threads()} threads, {ceiling():.2f} TFLOP/s bfloat16 product")
+    limit = ceiling(torch.bfloat16) / 1e12
+    print(f"{loaded.model.dtype}, {torch.get_num_threads()} threads, {limit:.2f} TFLOP/s bfloat16 product")
     print(f"{'tokens':>8} {'ours, tokens/s':>16} {'transformers':>14} {'ratio':>7}")
     for length in args.lengths:
         tokens = every[:, :length]

@@ -12,67 +12,51 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from machine import ceiling, seconds
 from titans import MemoryConfig, NeuralMemory
 
 SIZE, HEADS, HEAD, EXPANSION = 512, 4, 128, 4
+_BUDGET = 10.0  # seconds for one figure, about
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def ours(chunk: int) -> torch.nn.Module:
+def ours(chunk: int) -> tuple[torch.nn.Module, Forward]:
     """Every equation of the paper's memory, chunk rule."""
     shape = MemoryConfig(0, num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
-    config = replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION)
-    memory = NeuralMemory(config, SIZE)
-
-    class Whole(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.memory = memory
-
-        def forward(self, h: torch.Tensor) -> torch.Tensor:
-            return self.memory(h, self.memory.new_state(h.shape[0]))[0]  # type: ignore[no-any-return]
-
-    return Whole()
+    memory = NeuralMemory(replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION), SIZE)
+    return memory, lambda h: memory(h, memory.new_state(h.shape[0]))[0]
 
 
-def theirs(chunk: int) -> torch.nn.Module:
+def theirs(chunk: int) -> tuple[torch.nn.Module, Forward]:
     """The same shape, gradients taken at the start of each chunk."""
     import titans_pytorch  # noqa: PLC0415 — the bench extra
 
     inner = titans_pytorch.MemoryMLP(HEAD, depth=2, expansion_factor=EXPANSION)
-    memory = titans_pytorch.NeuralMemory(
-        SIZE, dim_head=HEAD, heads=HEADS, chunk_size=chunk, batch_size=chunk, model=inner
-    )
-
-    class Whole(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.memory = memory
-
-        def forward(self, h: torch.Tensor) -> torch.Tensor:
-            return self.memory(h)[0]  # type: ignore[no-any-return]
-
-    return Whole()
+    shape = {"dim_head": HEAD, "heads": HEADS, "chunk_size": chunk, "batch_size": chunk}
+    memory = titans_pytorch.NeuralMemory(SIZE, **shape, model=inner)
+    return memory, lambda h: memory(h)[0]
 
 
 def measure(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> None:
     """One figure; prints it as JSON."""
     torch.manual_seed(0)
-    memory = (ours if side == "ours" else theirs)(chunk)
+    memory, forward = (ours if side == "ours" else theirs)(chunk)
     h = torch.randn(batch, tokens, SIZE)
-    before = peak()
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - started < 10 and len(times) < 7):
-        begun = time.perf_counter()
+
+    def work() -> None:
         with torch.set_grad_enabled(backward):
-            y = memory(h)
+            y = forward(h)
             if backward:
+                memory.zero_grad()
                 y.square().mean().backward()
-        times.append(time.perf_counter() - begun)
+
+    before, times = peak(), list[float]()
+    while len(times) < 2 or (sum(times) < _BUDGET and len(times) < 7):
+        times.append(seconds(work))
     rate = batch * tokens / statistics.median(times[1:])
     print(json.dumps({"rate": rate, "bytes": peak() - before}))
 
@@ -97,21 +81,10 @@ def operations(chunk: int) -> float:
     width, hidden = HEADS * HEAD, EXPANSION * HEAD
     projections = 2 * SIZE * width * 5  # queries, keys, values, the gate and the way out
     layers = ((HEAD, hidden), (hidden, HEAD))
-    dense = HEADS * sum(2 * i * o * 5 for i, o in layers)  # keys, errors, update, queries on W and on S
-    dense += HEADS * sum(2 * i * o for i, o in layers)  # the update of S
+    dense = HEADS * sum(2 * i * o * 5 for i, o in layers)  # of each: keys; queries on W and S; updates of W and S
+    dense += HEADS * 2 * HEAD * hidden  # errors, back through the last layer
     causal = HEADS * sum(2 * chunk * (i + o) for i, o in layers) + HEADS * 2 * 2 * chunk * chunk
     return projections + dense + causal
-
-
-def ceiling(size: int = 1_024) -> float:
-    """FLOP/s of a float32 matrix product on this machine."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    times = []
-    for _ in range(10):
-        begun = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - begun)
-    return 2 * size**3 / statistics.median(times[2:])
 
 
 def row(chunk: int, batch: int, tokens: int, *, backward: bool) -> str:
@@ -123,7 +96,7 @@ def row(chunk: int, batch: int, tokens: int, *, backward: bool) -> str:
     mine = f"{a['rate']:>9,.0f} {a['bytes'] / 1e6:>9,.0f}"
     if b is None:
         return f"{name} {mine} {'did not end':>20}"
-    share = "" if backward else f" {a['rate'] * operations(chunk) / ceiling():>8.0%}"
+    share = "" if backward else f" {a['rate'] * operations(chunk) / ceiling(torch.float32):>8.0%}"
     other = f"{b['rate']:>9,.0f} {b['bytes'] / 1e6:>9,.0f}"
     return f"{name} {mine} {other} {a['rate'] / b['rate']:>7.1f}x {b['bytes'] / max(a['bytes'], 1):>7.1f}x{share}"
 
@@ -139,7 +112,8 @@ def main() -> None:
         side, chunk, batch, tokens, backward = args.measure
         measure(side, int(chunk), int(batch), int(tokens), backward=backward == "1")
         return
-    print(f"{torch.get_num_threads()} threads, {ceiling() / 1e12:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
+    limit = ceiling(torch.float32) / 1e12
+    print(f"{torch.get_num_threads()} threads, {limit:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
     print("chunk batch  pass     ours tok/s, MB      theirs tok/s, MB    speed   memory  ceiling")
     for backward in (False, True):
         for chunk in (64, 16):

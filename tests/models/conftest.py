@@ -4,10 +4,17 @@ from titans.backbone import Backbone, find_default_body, load_backbone
 from titans.model import TitansModel
 from titans.tokenizer import Tokenizer
 
+FORMS: dict[str, dict[str, object]] = {
+    "linear": {},
+    "momentum": {"momentum": True},
+    "deep": {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True},
+}
 
-@pytest.fixture
-def model() -> TitansModel:
-    return make_tiny()
+
+@pytest.fixture(params=list(FORMS.values()), ids=list(FORMS))
+def model(request: pytest.FixtureRequest) -> TitansModel:
+    """A tiny one, with each kind of memory."""
+    return make_tiny(**request.param)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.models import make_tiny
 from titans.model import TitansModel
 from titans.state import State, Stream
 
@@ -35,9 +34,8 @@ def read_on(model: TitansModel, tokens: torch.Tensor, stream: Stream, *, write: 
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_a_document_cut_anywhere_leaves_one_state(data: st.DataObject) -> None:
-    model = make_tiny(momentum=data.draw(st.booleans()))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_document_cut_anywhere_leaves_one_state(model: TitansModel, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 90))
     tokens = random_tokens(count)
     whole = model.ingest(tokens, model.new_state())
@@ -48,9 +46,7 @@ def test_a_document_cut_anywhere_leaves_one_state(data: st.DataObject) -> None:
     assert_same(state, whole)
 
 
-@pytest.mark.parametrize("momentum", [False, True])
-def test_sessions_in_one_batch_are_each_as_alone(momentum: bool) -> None:
-    model = make_tiny(momentum=momentum)
+def test_sessions_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
     lengths = [37, 5, 16, 1]
     rows = [random_tokens(n, seed=n) for n in lengths]
     starts = [model.ingest(random_tokens(n, seed=90 + n), model.new_state()) for n in (3, 40, 16, 7)]
