@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the 16,000 tokens only, not the whole book")
     args = parser.parse_args()
     text = BOOK.read_text(encoding="utf-8")
-    facts = make_facts(2 * NUM_FACTS, "test", random.Random(7))
+    facts = make_facts(2 * NUM_FACTS, random.Random(7))
     asked = []
     with tempfile.TemporaryDirectory(prefix="titans-demo-") as name:
         folder = Path(name)

@@ -29,7 +29,7 @@ def num_right(client: Client, session: str, facts: list[Fact], memory: str) -> i
 
 
 def test_facts_far_outside_the_window_are_recalled_and_only_by_the_memory(server: ServerProcess) -> None:
-    facts = make_facts(NUM_FACTS, "test", random.Random(3))
+    facts = make_facts(NUM_FACTS, random.Random(3))
     document = (
         plant(TEXT.read_text(encoding="utf-8")[100_000:108_000], facts) + TEXT.read_text(encoding="utf-8")[:3_000]
     )

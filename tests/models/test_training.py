@@ -1,5 +1,6 @@
 """The recipe on a tiny body: it learns, and a run that was cut goes on as if it had not been."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -8,18 +9,19 @@ import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
 from titans.checkpoint import digest, load
-from titans.evaluation.facts import make_facts, words_of
+from titans.evaluation.facts import Fact, make_facts, make_families, words_of
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import _rows
 from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer
 from titans.training.plot import plot
-from titans.training.pool import Pool, load_pool
+from titans.training.pool import Pool, _make_facts, load_pool
 from titans.training.score import Scorer
 
 WINDOW = 192  # a question and its answer, in bytes
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
-FAST = Rates(keys=3e-3, values=1e-2, gates=3e-3, readout=1e-2)
+ALONE = Rates(keys=3e-3, values=1e-2, answers=1e-2, gates=3e-3, readout=1e-2)
+JOINT = Rates(keys=0, values=0, answers=1e-2, gates=0, readout=1e-2)
 CONFIG = TrainingConfig(
     key_steps=6,
     num_facts=300,
@@ -27,8 +29,8 @@ CONFIG = TrainingConfig(
     haystack_tokens=4_096,
     asking_stride=3,
     warmup_steps=2,
-    alone=FAST,
-    joint=FAST,
+    alone=ALONE,
+    joint=JOINT,
     stages=(Stage(400, 4, 3, 2, 0), Stage(600, 4, 3, 2, 8)),
 )
 
@@ -69,7 +71,7 @@ def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -
 def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
     trainer = make_trainer(tiny, pool, tmp_path / "run")
     words = words_of([TEXT.read_text(encoding="utf-8")] * 2)
-    fact = make_facts(CONFIG.num_facts, "train", random.Random(CONFIG.seed), words)[-1]
+    fact = _make_facts(CONFIG, random.Random(CONFIG.seed), words)[-1]
     asked = f"{fact.prompt} {fact.lead} {fact.value}.\n"
     tokens = torch.tensor([load_backbone(tiny.body).tokenizer.encode(asked)])
 
@@ -129,9 +131,21 @@ def stop_after_first_stage(trainer: Trainer) -> None:
         trainer.train()
 
 
-def test_training_and_test_facts_share_no_word() -> None:
-    def things(split: str) -> set[str]:
-        facts = make_facts(300, split, random.Random(0))  # type: ignore[arg-type]
-        return {word for f in facts for word in f.question.rstrip("?").split(" of the ")[-1].split()}
+def words_in(facts: list[Fact]) -> set[str]:
+    return {word for f in facts for word in f.question.rstrip("?").split(" of the ")[-1].split()}
 
-    assert not things("train") & things("test")
+
+def test_training_held_out_and_test_facts_share_no_word() -> None:
+    words = words_of([TEXT.read_text(encoding="utf-8")])
+    facts = _make_facts(CONFIG, random.Random(0), words)
+    train, held_out = facts[: -CONFIG.held_out_facts], facts[-CONFIG.held_out_facts :]
+    splits = [words_in(facts) for facts in (train, held_out, make_facts(300, random.Random(0)))]
+    assert not any(a & b for a, b in itertools.combinations(splits, 2))
+
+
+def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
+    facts = make_families(40, random.Random(0), ["door", "lake", "horse", "stone", "evening"])
+    things = [f.question.rstrip("?").split(" of the ")[-1] for f in facts]
+    assert len(set(things)) == len(things)
+    alike = [set(a.split()) & set(b.split()) for a, b in itertools.pairwise(things)]
+    assert sum(map(bool, alike)) >= 30

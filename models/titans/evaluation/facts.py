@@ -3,6 +3,7 @@
 The things of the training and of the test split share neither an adjective nor a noun.
 """
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -39,7 +40,8 @@ _NOUNS: dict[Split, list[str]] = {
 _NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
 locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
 serial number, ticket number, vault number"""
-_COMMON = 8  # times in the texts
+_NOT_RARE = 3  # times in the texts
+_FAMILY = 4
 ATTRIBUTES = " ".join(_NUMBERS.split()).split(", ")
 
 _STATEMENTS = (
@@ -78,30 +80,48 @@ def prompt(question: str) -> str:
 
 
 def words_of(texts: list[str]) -> list[str]:
-    """The common words of some texts, but for those of the test split."""
+    """The words of some texts that are neither rare nor of the lists here."""
     counts = Counter(re.findall(r"\b[a-z]{4,10}\b", " ".join(texts)))
-    unseen = {*_ADJECTIVES["test"], *_NOUNS["test"]}
-    return sorted(word for word, count in counts.items() if count >= _COMMON and word not in unseen)
+    listed = {word for lists in (_ADJECTIVES, _NOUNS) for words in lists.values() for word in words}
+    return sorted(word for word, count in counts.items() if count >= _NOT_RARE and word not in listed)
 
 
-def make_facts(count: int, split: Split, rng: random.Random, words: Sequence[str] = ()) -> list[Fact]:
-    """`count` facts about things that are all different; where `words` are given, half of them about two of these."""
-    things = {(a, n) for a in _ADJECTIVES[split] for n in _NOUNS[split]}
-    chosen = rng.sample(sorted(things), count - count // 2 if words else count)
-    while len(chosen) < count:
-        pair = rng.choice(words), rng.choice(words)
-        if pair not in things:
-            things.add(pair)
-            chosen.append(pair)
-    rng.shuffle(chosen)
-    facts = []
-    for adjective, noun in chosen:
-        attribute, thing = rng.choice(ATTRIBUTES), f"{adjective} {noun}"
-        value = str(rng.randrange(1_000_000, 10_000_000))
-        statement = rng.choice(_STATEMENTS).format(attribute=attribute, thing=thing, value=value)
-        question = f"What is the {attribute} of the {thing}?"
-        facts.append(Fact(statement, question, f"The {attribute} of the {thing} is", value))
-    return facts
+def make_facts(count: int, rng: random.Random) -> list[Fact]:
+    """`count` facts of the test split, about things that are all different."""
+    things = rng.sample(sorted({(a, n) for a in _ADJECTIVES["test"] for n in _NOUNS["test"]}), count)
+    rng.shuffle(things)
+    return [_fact(thing, rng.choice(ATTRIBUTES), rng) for thing in things]
+
+
+def make_families(count: int, rng: random.Random, words: Sequence[str], *, listed: bool = True) -> list[Fact]:
+    """`count` facts for training, about things that are all different, in families of four that are easily confused.
+
+    In a family all things share a word, and half of them what is told of them. Half the families are of the
+    training split's lists, where `listed`; all others are of two of `words`.
+    """
+    lists = _ADJECTIVES["train"], _NOUNS["train"]
+    seen: set[tuple[str, str]] = set()
+    facts: list[Fact] = []
+    while len(facts) < count:
+        first, second = lists if listed and rng.random() < 0.5 else (words, words)
+        if rng.random() < 0.5:
+            things = list(itertools.product([rng.choice(first)], rng.sample(second, _FAMILY)))
+        else:
+            things = list(itertools.product(rng.sample(first, _FAMILY), [rng.choice(second)]))
+        common = rng.choice(ATTRIBUTES)
+        for thing in things:
+            if thing not in seen:
+                attribute = common if rng.random() < 0.5 else rng.choice(ATTRIBUTES)
+                facts.append(_fact(thing, attribute, rng))
+        seen.update(things)
+    return facts[:count]
+
+
+def _fact(words: tuple[str, str], attribute: str, rng: random.Random) -> Fact:
+    thing, value = " ".join(words), str(rng.randrange(1_000_000, 10_000_000))
+    statement = rng.choice(_STATEMENTS).format(attribute=attribute, thing=thing, value=value)
+    question = f"What is the {attribute} of the {thing}?"
+    return Fact(statement, question, f"The {attribute} of the {thing} is", value)
 
 
 def plant(text: str, facts: list[Fact]) -> str:

@@ -74,8 +74,9 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     planted: list[tuple[int, int]] = []
     questions_each = -(-stage.num_questions // stage.num_documents)
     for i in range(stage.num_documents):
-        facts = rng.sample(chosen, rng.randint(1, stage.max_facts))
-        documents.append(_document(pool, stage.num_tokens, facts, rng))
+        runs = choose(chosen, rng.randint(1, stage.max_facts), rng)
+        facts = [fact for run in runs for fact in run]
+        documents.append(_document(pool, stage.num_tokens, runs, rng))
         planted += [(fact, i) for fact in facts]
         for fact in rng.sample(facts, min(questions_each, len(facts))):
             rows.append(pool.questions[fact])
@@ -87,16 +88,38 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     return Batch(torch.stack(documents), recalls, _rows(pool, rows, owners) if rows else None)
 
 
-def _document(pool: Pool, num_tokens: int, facts: list[int], rng: random.Random) -> Tensor:
-    """Haystack from a random place with the facts' statements at random places: exactly `num_tokens`."""
-    plain = num_tokens - sum(len(pool.statements[fact].hidden) for fact in facts)
+def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
+    """`count` different facts, in runs; half of the runs are of neighbours in the pool, which are easily confused."""
+    left = dict.fromkeys(facts)
+    runs: list[list[int]] = []
+    while count:
+        start = rng.choice(facts)
+        size = min(count, rng.choice((1, 1, 2, 4)))
+        run = [fact for fact in range(start, start + size) if fact in left]
+        for fact in run:
+            del left[fact]
+        if run:
+            runs.append(run)
+            count -= len(run)
+    return runs
+
+
+def _document(pool: Pool, num_tokens: int, runs: list[list[int]], rng: random.Random) -> Tensor:
+    """Haystack from a random place with the facts' statements at random places: exactly `num_tokens`.
+
+    Half of the runs of facts stand together.
+    """
+    groups = [part for run in runs for part in ([run] if rng.random() < 0.5 else [[fact] for fact in run])]
+    stated = [torch.cat([pool.statements[fact].hidden for fact in group]) for group in groups]
+    plain = num_tokens - sum(len(part) for part in stated)
     flat = pool.haystack.flatten(0, 1)
     start = rng.randrange(flat.shape[0] - plain + 1)
     hay = flat[start : start + plain]
-    cuts = sorted(rng.randrange(plain + 1) for _ in facts)
+    cuts = sorted(rng.randrange(plain + 1) for _ in stated)
+    rng.shuffle(stated)
     pieces = []
-    for before, cut, fact in zip([0, *cuts], cuts, facts, strict=False):
-        pieces += [hay[before:cut], pool.statements[fact].hidden]
+    for before, cut, part in zip([0, *cuts], cuts, stated, strict=False):
+        pieces += [hay[before:cut], part]
     return torch.cat([*pieces, hay[cuts[-1] :]])
 
 

@@ -16,10 +16,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates at their highest."""
+    """Learning rates at their highest; 0: not trained."""
 
     keys: float  # of keys and queries; twice what is set here unlearns them while the readout is still noise
-    values: float  # of values and what becomes of an answer
+    values: float
+    answers: float  # of what becomes of a value that was read
     gates: float  # of gates, convolutions and norms
     readout: float  # of what reads the memory in place of the layers above
 
@@ -31,8 +32,8 @@ class TrainingConfig:
     seed: int = 0
     key_steps: int = 200
     key_learning_rate: float = 3e-3
-    alone: Rates = Rates(keys=1e-3, values=1e-3, gates=3e-3, readout=5e-3)
-    joint: Rates = Rates(keys=2e-4, values=3e-3, gates=6e-4, readout=1e-3)
+    alone: Rates = Rates(keys=1e-3, values=1e-3, answers=1e-3, gates=3e-3, readout=5e-3)
+    joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
     weight_decay: float = 0.01
     warmup_steps: int = 20
     max_norm: float = 1.0

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from titans.memory.neural import NeuralMemory
-from titans.training.batch import make_recalls
+from titans.training.batch import choose, make_recalls
 from titans.training.config import TrainingConfig
 from titans.training.pool import Pool
 
@@ -37,8 +37,8 @@ def teach_keys(memory: NeuralMemory, pool: Pool, config: TrainingConfig) -> floa
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     device, loss = memory.key.weight.device, torch.tensor(0.0)
     for step in tqdm(range(config.key_steps), desc="keys", unit="step"):
-        facts = [(fact, 0) for fact in rng.sample(range(len(pool.statements) - config.held_out_facts), _FACTS)]
-        recalls = make_recalls(pool, facts).to(device)
+        runs = choose(range(len(pool.statements) - config.held_out_facts), _FACTS, rng)
+        recalls = make_recalls(pool, [(fact, 0) for run in runs for fact in run]).to(device)
         loss = _loss(memory, recalls.stated, recalls.asking, _stretches(pool, recalls.stated.shape[1], rng).to(device))
         progress = step / config.key_steps
         rate = (

@@ -143,9 +143,7 @@ class Trainer:
         return state
 
     def _take_step(self, stage: Stage) -> dict[str, float]:
-        rates, share = vars(self.config.joint if stage.num_questions else self.config.alone), self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["kind"]] * share
+        self._set_rates(stage)
         losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
         loss = self.config.recall_weight * losses.recall
         if losses.answer is not None and losses.text is not None:
@@ -157,16 +155,25 @@ class Trainer:
         self.optimizer.zero_grad()
         return losses.figures()
 
+    def _set_rates(self, stage: Stage) -> None:
+        rates, share = vars(self.config.joint if stage.num_questions else self.config.alone), self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["kind"]] * share
+            for parameter in group["params"]:
+                parameter.requires_grad_(rates[group["kind"]] > 0)
+
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.model.memory.parameters(), *self.readout.parameters()]
 
     def _groups(self) -> list[dict[str, Any]]:
-        groups: dict[str, list[nn.Parameter]] = {"keys": [], "values": [], "gates": [], "readout": []}
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in vars(self.config.alone)}
         for name, parameter in self.model.memory.named_parameters():
             groups[kind_of(name)].append(parameter)
         groups["readout"] += self.readout.parameters()
-        decay = {"keys": self.config.weight_decay, "values": self.config.weight_decay, "gates": 0.0, "readout": 0.0}
-        return [{"params": params, "kind": kind, "weight_decay": decay[kind]} for kind, params in groups.items()]
+        decay = dict.fromkeys(("keys", "values", "answers"), self.config.weight_decay)
+        return [
+            {"params": params, "kind": kind, "weight_decay": decay.get(kind, 0.0)} for kind, params in groups.items()
+        ]
 
     def _schedule(self) -> float:
         step, num_steps = self.config.lesson_at(self.step)
@@ -200,7 +207,9 @@ def kind_of(name: str) -> str:
     """Which learning rate a parameter of the memory has."""
     if any(part in name for part in ("gates", "conv", "norm", "center")):
         return "gates"
-    return "keys" if name.startswith(("query", "key")) else "values"
+    if name.startswith(("query", "key")):
+        return "keys"
+    return "answers" if name.startswith("out") else "values"
 
 
 @torch.no_grad()

@@ -16,20 +16,22 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from titans.evaluation.facts import Fact, make_facts, words_of
+from titans.evaluation.facts import Fact, make_families, words_of
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
 from titans.training.config import TrainingConfig
 
 _BRANCHES = 128  # computed at once
+_BREATH = 4  # facts that are stated together, at most
+_HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held out
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A fact as a text states it."""
+    """A fact as a text states it, by itself or among others like it."""
 
-    hidden: Tensor  # [T, D] where the memory stands: the statement and a few tokens of the text after it
+    hidden: Tensor  # [T, D] where the memory stands: the statement and, of the last, a few tokens of the text after it
     length: int  # of the statement, which ends with the number and a full stop
 
 
@@ -60,7 +62,7 @@ class Pool:
 
     haystack: Tensor  # [texts, tokens, D]
     haystack_tokens: Tensor  # [texts, tokens]
-    statements: list[Statement]
+    statements: list[Statement]  # those that stand together are easily confused
     questions: list[Question]  # of the statement with the same index
     tails: Tails
 
@@ -106,7 +108,7 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     tokens = torch.tensor([_take(tokenizer, path, each) for path in texts])
     rng = random.Random(config.seed)
     words = words_of([path.read_text(encoding="utf-8") for path in texts])
-    facts = make_facts(config.num_facts, "train", rng, words)
+    facts = _make_facts(config, rng, words)
     ends = range(window, each - window + 1, window)  # where streams branch; the text must go on for a window
     asked_ends = ends[:: config.asking_stride]
     stating = _shares(facts, num_texts * len(ends))
@@ -130,6 +132,13 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, joined)
 
 
+def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) -> list[Fact]:
+    """Those to train on, then those held out, which share no word with them."""
+    known = [word for i, word in enumerate(words) if i % _HELD_OUT_WORDS]
+    facts = make_families(config.num_facts - config.held_out_facts, rng, known)
+    return facts + make_families(config.held_out_facts, rng, words[::_HELD_OUT_WORDS], listed=False)
+
+
 def _shares(facts: Sequence[Fact], count: int) -> Iterator[list[Fact]]:
     """The facts in order, in `count` nearly equal shares."""
     for i in range(count):
@@ -149,12 +158,27 @@ def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
 def _state_facts(
     model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], after: Tensor
 ) -> list[Statement]:
-    """What each text would be if facts of its share stood here, one at a time."""
-    rows = [(text, fact) for text in range(state.batch_size) for fact in next(shares)]
-    runs = [tokenizer.encode(f" {fact.statement}") for _, fact in rows]
-    followed = [run + after[text].tolist() for run, (text, _) in zip(runs, rows, strict=True)]
-    hidden = _branch(model, state, [text for text, _ in rows], followed)
-    return [Statement(h, len(run)) for h, run in zip(hidden, runs, strict=True)]
+    """What each text would be if facts of its share stood here: one at a time, or a few in one breath."""
+    rows, runs, lengths = [], [], []
+    for text in range(state.batch_size):
+        for group in _breaths(next(shares)):
+            stated = [tokenizer.encode(f" {fact.statement}") for fact in group]
+            rows.append(text)
+            runs.append([token for run in stated for token in run] + after[text].tolist())
+            lengths.append([len(run) for run in stated])
+    statements = []
+    for h, each in zip(_branch(model, state, rows, runs), lengths, strict=True):
+        pieces = h.split([*each[:-1], each[-1] + after.shape[1]])
+        statements += [Statement(piece.clone(), length) for piece, length in zip(pieces, each, strict=True)]
+    return statements
+
+
+def _breaths(facts: list[Fact]) -> Iterator[list[Fact]]:
+    """The facts in order: mostly one at a time, then some together."""
+    alone = -(-len(facts) * 2 // 3)
+    yield from ([fact] for fact in facts[:alone])
+    for start in range(alone, len(facts), _BREATH):
+        yield facts[start : start + _BREATH]
 
 
 def _ask_facts(

@@ -20,7 +20,7 @@ class Scorer:
 
     def score(self, model: TitansModel, num_tokens: int, *, seed: int = 0, recall: bool = True) -> float:
         """The share of facts answered right from a document of about `num_tokens` tokens."""
-        facts = make_facts(self.num_facts, "test", random.Random(seed))
+        facts = make_facts(self.num_facts, random.Random(seed))
         text = self.text.read_text(encoding="utf-8")[10_000:]
         statements = sum(len(self.tokenizer.encode(fact.statement)) for fact in facts)
         plain = self.tokenizer.encode(text)[: max(64, num_tokens - statements)]
