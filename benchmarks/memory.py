@@ -26,7 +26,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 def ours(chunk: int) -> tuple[torch.nn.Module, Forward]:
     """Every equation of the paper's memory, chunk rule."""
-    shape = MemoryConfig(0, num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
+    shape = MemoryConfig(num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
     memory = NeuralMemory(replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION), SIZE)
     return memory, lambda h: memory(h, memory.new_state(h.shape[0]))[0]
 

@@ -132,3 +132,10 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
     links += re.findall(r"(?:src|href|srcset)=\"([^\"]+)\"", prose)
     relative = [link.partition("#")[0] for link in links if not re.match(r"[a-z+]+:", link)]
     assert [link for link in relative if link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_the_models_run(number: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    exec(blocks[number], {})

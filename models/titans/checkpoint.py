@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from titans.backbone import Backbone, find_default_body, load_backbone, weight_files
 from titans.config import TitansConfig
@@ -66,32 +67,49 @@ def load(
     model = build(backbone, config)
     ready(model, device, dtype or preferred_dtype(device))
     with safe_open(str(memory), framework="pt") as file:
-        model.memory.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    model.requires_grad_(False).memory.cast_projections(model.dtype)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if tensors.keys() != memory_tensors(model).keys():
+        raise CheckpointError(f"{memory} does not hold the memory that its header describes")
+    model.load_state_dict(tensors, strict=False)
+    model.requires_grad_(False)
+    for module in model.memories:
+        module.cast_projections(model.dtype)
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
 
 
 def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
-    """A model with the body's weights and an untrained memory, float32, sinks not yet set."""
+    """A model with the body's weights and untrained memories, float32, sinks not yet set.
+
+    The attention of a body's layer in whose place a memory stands (architecture "lmm") is left out.
+    """
     model = TitansModel(config)
     missing, unexpected = model.load_state_dict(backbone.tensors, strict=False)
-    ours = ("memory.", "head.weight" if config.backbone.tie_embeddings else "memory.")
-    missing = [name for name in missing if not name.startswith(ours) and ".sink_" not in name]
+    ours = {*memory_tensors(model), *(["head.weight"] if config.backbone.tie_embeddings else [])}
+    missing = [name for name in missing if name not in ours and ".persistent_" not in name]
+    if config.architecture == "lmm":
+        unexpected = [name for name in unexpected if ".attention" not in name]
     if missing or unexpected:
         raise CheckpointError(f"the body lacks {missing} and has {unexpected} besides")
     return model
 
 
+def memory_tensors(model: TitansModel) -> dict[str, Tensor]:
+    """What a body does not have: the memories and what merges them with attention."""
+    ours = {"memory", "merge"}
+    return {name: x for name, x in model.state_dict().items() if ours & set(name.split("."))}
+
+
 def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model to where it runs: the body in `dtype`, the memory's own weights in float32, sinks set."""
+    """Move a model to where it runs: the body in `dtype`, the memories' own weights in float32, sinks set."""
     model.to(device, dtype).eval()
-    model.memory.float()
+    for memory in model.memories:
+        memory.float()
     model.set_sinks()
 
 
 def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
     """Write the memory's weights in float32, with the config and the body they belong to; atomic."""
-    tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in model.memory.state_dict().items()}
+    tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in memory_tensors(model).items()}
     header = {
         "format": "titans-memory/1",
         "config": json.dumps(model.config.to_dict()),

@@ -4,6 +4,8 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+Architecture = Literal["mac", "mag", "mal", "lmm"]  # memory as context, as gate, as layer; memory alone
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -29,15 +31,15 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """One neural memory, standing in front of a layer of the body."""
+    """What every neural memory of a model is made of, and its rule."""
 
-    layer: int  # index of the first layer that can read it; the layers below write it
     num_heads: int = 4
     key_dim: int = 256
     value_dim: int = 128
     conv_width: int = 4
     chunk_size: int = 64  # tokens learnt at once
     momentum: bool = False  # False: eta = 0 in equation 10
+    forgetting: bool = True  # False: alpha = 0 in equation 13
     rule: Literal["exact", "chunk"] = "exact"  # where gradients are taken: at the last token, or where the chunk began
     depth: int = 1  # layers of the memory (L_M); more than one: rule "chunk"
     expansion: int = 4  # width of the layers between, in keys
@@ -67,8 +69,8 @@ class MemoryConfig:
 
     @property
     def num_gates(self) -> int:
-        """Of a token, head and layer: theta, alpha and, with momentum, eta."""
-        return 3 if self.momentum else 2
+        """Of a token, head and layer: theta and, where they are on, alpha and eta."""
+        return 1 + self.forgetting + self.momentum
 
     @property
     def num_recent(self) -> int:
@@ -78,26 +80,23 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class TitansConfig:
-    """A body, its memory, and how far attention sees."""
+    """A body, its memories and where they stand, and how far attention sees."""
 
     backbone: BackboneConfig
     memory: MemoryConfig
-    window: int = 256  # tokens of sliding-window attention
-    sink: bool = True  # a constant key and value per layer, always attended to
+    memory_layers: tuple[int, ...]  # layers of the body that have a memory, in order
+    architecture: Architecture = "mal"
+    window: int = 256  # tokens that attention sees; with "mac" the tokens of a segment
+    num_persistent: int = 1  # keys and values per layer that are always attended to (eq. 19)
 
     def __post_init__(self) -> None:
-        if not 0 < self.memory.layer < self.backbone.num_layers:
-            raise ValueError("the memory must stand between two layers of the body")
-
-    @property
-    def num_lower_layers(self) -> int:
-        """Layers that ingest runs: those below the memory."""
-        return self.memory.layer
-
-    @property
-    def num_upper_layers(self) -> int:
-        """Layers that only generation runs: those above the memory."""
-        return self.backbone.num_layers - self.memory.layer
+        layers = self.memory_layers
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError("memory_layers names one layer or more, each once, in order")
+        if layers[0] < 0 or layers[-1] >= self.backbone.num_layers:
+            raise ValueError(f"the body has the layers 0 to {self.backbone.num_layers - 1}")
+        if self.architecture == "mac" and self.window % self.memory.chunk_size:
+            raise ValueError("a segment of a MAC is a whole number of the memory's chunks")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-compatible description; `from_dict` reads it back."""
@@ -109,12 +108,14 @@ class TitansConfig:
         return cls(
             backbone=BackboneConfig(**fields["backbone"]),
             memory=MemoryConfig(**fields["memory"]),
+            memory_layers=tuple(fields["memory_layers"]),
+            architecture=fields["architecture"],
             window=fields["window"],
-            sink=fields["sink"],
+            num_persistent=fields["num_persistent"],
         )
 
 
-def tiny(**memory: Any) -> TitansConfig:
+def tiny(architecture: Architecture = "mal", memory_layers: tuple[int, ...] = (2,), **memory: Any) -> TitansConfig:
     """A model small enough for unit tests: 4 layers, 48 wide, a memory in the middle."""
     return TitansConfig(
         backbone=BackboneConfig(
@@ -131,6 +132,8 @@ def tiny(**memory: Any) -> TitansConfig:
             bos_token=1,
             eos_token=2,
         ),
-        memory=MemoryConfig(**{"layer": 2, "num_heads": 2, "key_dim": 16, "value_dim": 16, "chunk_size": 8} | memory),
+        memory=MemoryConfig(**{"num_heads": 2, "key_dim": 16, "value_dim": 16, "chunk_size": 8} | memory),
+        memory_layers=memory_layers,
+        architecture=architecture,
         window=16,
     )

@@ -1,62 +1,70 @@
-"""A Titans model: a frozen body with a neural memory as one of its layers (MAL, Titans section 4.3, on a residual).
+r"""A Titans model: a body, and memories that stand where its config says (`titans.architecture`).
 
-    tokens -> layers below -> h --------------------> + -> layers above -> logits
-                              \\-> memory: write, read -^
+    tokens -> layers up to the last memory -> layers above it -> logits
+              \__ ingest runs these __/
 
-The memory is written with what the layers below make of a token, so `ingest` runs nothing else: half of the
-body and no head. Reading (`open`, then `forward`) runs all of it and leaves the session's state alone.
+What a memory is written with does not depend on the layers above it, so `ingest` runs neither those nor the head: of
+a pretrained body with one memory in the middle, half. Reading (`open`, then `forward`) runs all, and leaves the
+session's own state alone.
 
 Shapes: B sessions · T tokens · D hidden · N vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from titans.attention import Attention, Block, Ring, Rings
-from titans.config import BackboneConfig, TitansConfig
-from titans.layers import RMSNorm, SwiGLU
-from titans.memory.neural import MemoryState, NeuralMemory
-from titans.state import State, Stream
+from titans.architecture import (
+    AttentionLayer,
+    Call,
+    ContextLayer,
+    GatedLayer,
+    Layer,
+    MemoryAloneLayer,
+    MemoryLayer,
+)
+from titans.attention import Placement
+from titans.config import TitansConfig
+from titans.layers import RMSNorm
+from titans.memory.neural import NeuralMemory
+from titans.state import Parts, State, Stream
 
-
-class Layer(nn.Module):
-    """One block of the body: attention, then SwiGLU, each on a residual."""
-
-    def __init__(self, config: BackboneConfig, *, sink: bool) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.attention_norm = RMSNorm(size, config.norm_eps)
-        self.attention = Attention(size, config.num_heads, config.num_kv_heads, config.head_dim, sink=sink)
-        self.mlp_norm = RMSNorm(size, config.norm_eps)
-        self.mlp = SwiGLU(size, config.intermediate_size)
-
-    def forward(self, h_BTD: Tensor, block: Block, ring: Ring) -> Tensor:
-        """[B, T, D] to [B, T, D]; the ring moves on."""
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), block, ring)
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD))  # type: ignore[no-any-return]
+_WITH_MEMORY: dict[str, type[Layer]] = {
+    "mac": ContextLayer,
+    "mag": GatedLayer,
+    "mal": AttentionLayer,
+    "lmm": MemoryAloneLayer,
+}
 
 
 class TitansModel(nn.Module):
-    """The body, its memory, and the ways to run them."""
+    """The body, its memories, and the ways to run them."""
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         body = config.backbone
         self.config = config
+        self.checkpointing = False  # True: activations are computed again in the backward pass; for whole documents
         self.embedding = nn.Embedding(body.vocab_size, body.hidden_size)
-        layers = (Layer(body, sink=config.sink) for _ in range(body.num_layers))
-        self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
-        self.memory = NeuralMemory(config.memory, body.hidden_size, body.norm_eps)
+        kinds = [
+            _WITH_MEMORY[config.architecture] if i in config.memory_layers else AttentionLayer
+            for i in range(body.num_layers)
+        ]
+        self.layers = cast(Sequence[Layer], nn.ModuleList(kind(config) for kind in kinds))
+        in_front = config.memory_layers if config.architecture == "mal" else ()
+        self.memory_layers = nn.ModuleDict({str(i): MemoryLayer(config) for i in in_front})
         self.norm = RMSNorm(body.hidden_size, body.norm_eps)
         self.head = nn.Linear(body.hidden_size, body.vocab_size, bias=False)
         if body.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.place = partial(Block.place, window=config.window, head_dim=body.head_dim, theta=body.rope_theta)
+        steps = tuple(self._steps())
+        last = max(i for i, step in enumerate(steps) if hasattr(step, "memory"))
+        self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,115 +76,161 @@ class TitansModel(nn.Module):
         """Where it computes."""
         return self.embedding.weight.device
 
+    @property
+    def memories(self) -> list[NeuralMemory]:
+        """In the order in which tokens pass them."""
+        return [step.memory for step in self.lower if isinstance(step, MemoryLayer | GatedLayer)]
+
     def new_state(self, batch: int = 1) -> State:
         """Sessions that have read nothing."""
-        return State.start(self.config, self.memory.new_state(batch, self.dtype))
+        num_tail = self.config.window if self.upper else 0
+        return State(
+            position=torch.zeros(batch, dtype=torch.int64, device=self.device),
+            layers=tuple(step.new_parts(batch, self.dtype) for step in self.lower),
+            tail=torch.zeros(batch, num_tail, self.norm.weight.shape[0], dtype=self.dtype, device=self.device),
+        )
 
     @torch.no_grad()
-    def ingest(self, tokens_BT: Tensor, state: State, lengths: Sequence[int] | None = None) -> State:
+    def ingest(
+        self, tokens_BT: Tensor, state: State, lengths: Sequence[int] | None = None, *, recall: bool = True
+    ) -> State:
         """The states after reading the first `lengths[b]` tokens of each row (all by default).
 
-        Runs the layers below the memory and writes the memory; any number of tokens, a window at a time.
+        Runs the layers up to the last memory and writes the memories; any number of tokens, a window at a time.
+        `recall=False`: the memories answer nothing to the layers above them (the control).
         """
+        lengths = lengths or [tokens_BT.shape[1]] * tokens_BT.shape[0]
         state = state.clone()
-        lengths_B = self._lengths(tokens_BT, lengths)
-        for start in range(0, tokens_BT.shape[1], self.config.window):
-            part = tokens_BT[:, start : start + self.config.window]
-            state = self._ingest_window(part, state, (lengths_B - start).clamp(0, part.shape[1]))
+        for columns_BT, counts_B in self._runs(state, lengths, self.config.window):
+            call = self.place(state.position, counts_B, columns_BT.shape[1], write=True, recall=recall)
+            state = self._ingest_run(tokens_BT.gather(1, columns_BT), state, call)
         return state
 
-    def _ingest_window(self, tokens_BT: Tensor, state: State, lengths_B: Tensor) -> State:
-        block = self.place(state.position, lengths_B, tokens_BT.shape[1])
-        h_BTD = self.lower(self.embedding(tokens_BT), block, state)
-        state.tail[block.rows, block.slots] = h_BTD[block.rows, block.columns]
-        return _moved(state, self.memory.write(h_BTD, state.memory, lengths_B))
+    def _ingest_run(self, tokens_BT: Tensor, state: State, call: Call) -> State:
+        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
+        h_BTD, last = self.lower[-1].learn(h_BTD, call, state.layers[-1])
+        if self.upper:
+            place = call.place
+            state.tail[place.rows, place.slots] = h_BTD[place.rows, place.columns]
+        return State(state.position + call.lengths_B, (*layers, last), state.tail)
 
-    @torch.no_grad()
-    def open(self, state: State, *, recall: bool = True) -> Stream:
-        """Begin to read from sessions: the layers above the memory look at the last window.
+    def open(self, state: State, *, recall: bool = True, write: bool = False) -> Stream:
+        """Begin to read from sessions: the layers above the last memory look at the last window.
 
-        The tail passes as the body left it; what comes after it asks the memory, unless `recall` is False.
+        `write`: the stream learns what it reads. `recall=False`: the memories answer nothing from here on.
         """
-        body, window = self.config.backbone, self.config.window
-        shape = (state.batch_size, self.config.num_upper_layers, body.num_kv_heads, window, body.head_dim)
-        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        stream = Stream(state.clone(), keys, torch.zeros_like(keys), self.memory.settle(state.memory), recall)
-        length = int(state.position.max().clamp(max=window))
+        state = state.clone()
+        if not write:
+            layers = (step.settle(parts, state.position) for step, parts in zip(self.lower, state.layers, strict=True))
+            state = State(state.position, tuple(layers), state.tail)
+        upper = tuple(step.new_parts(state.batch_size, self.dtype) for step in self.upper)
+        length = int(state.position.max().clamp(max=self.config.window)) if self.upper else 0
         if length:  # oldest first; columns before a session's first token are masked by their position
             start_B = state.position - length
-            slots = (start_B[:, None] + torch.arange(length, device=self.device)) % window
-            tail = state.tail.gather(1, slots[..., None].expand(-1, -1, body.hidden_size))
-            block = self.place(start_B, torch.full_like(start_B, length), length)
-            self.upper(tail, block, stream)
-        return stream
+            slots = (start_B[:, None] + torch.arange(length, device=self.device)) % self.config.window
+            tail = state.tail.take_along_dim(slots[..., None], dim=1)
+            call = self.place(start_B, torch.full_like(start_B, length), length)
+            _, upper = self._walk(tail, call, self.upper, upper)
+        return Stream(state, upper, write, recall)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        stream: Stream,
-        lengths: Sequence[int] | None = None,
-        *,
-        write: bool = False,
-    ) -> tuple[Tensor, Stream]:
+    def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Sequence[int] | None = None) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] of tokens that follow a stream, and the stream after them (`logits` scores them).
 
-        Each token reads the memory; with `write` it is also learnt, before the next one reads, and the stream's
-        state is then what `ingest` makes of the tokens, but for its tail; a stream writes all its tokens or none.
-        At most a window of tokens at a time where T > 1. The stream given must not be used again: its rings have
-        moved on.
+        Each token reads the memories; where the stream writes it is learnt first, and the stream's state is then what
+        `ingest` makes of the tokens, but for its tail. Any number of tokens; gradients flow between the tokens of one
+        call, and through the memories from call to call. The stream given must not be used again: its rings have moved
+        on.
         """
-        lengths_B = self._lengths(tokens_BT, lengths)
+        batch, num_tokens = tokens_BT.shape
+        lengths = lengths or [num_tokens] * batch
+        if self.config.architecture != "mac":
+            return self._read_run(tokens_BT, stream, torch.tensor(lengths, device=self.device))
+        h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
+        for columns_BT, counts_B in self._runs(stream.state, lengths, num_tokens):
+            run_BTD, stream = self._read_run(tokens_BT.gather(1, columns_BT), stream, counts_B)
+            counted_BT = torch.arange(run_BTD.shape[1], device=self.device) < counts_B[:, None]
+            rows, columns = counted_BT.nonzero(as_tuple=True)
+            h_BTD = h_BTD.index_put((rows, columns_BT[rows, columns]), run_BTD[rows, columns])
+        return h_BTD, stream
+
+    def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
         state = stream.state
-        block = self.place(state.position, lengths_B, tokens_BT.shape[1])
-        h_BTD = self.lower(self.embedding(tokens_BT), block, state)
-        if write:
-            assert lengths is None, "rows of one length only, where tokens are learnt as they are read"
-            y_BTD, memory = self.memory(h_BTD, state.memory)
-        else:
-            y_BTD, recent = self.memory.read(h_BTD, stream.weights, state.recent, lengths_B)
-            memory = state.memory._replace(position=state.position + lengths_B, recent=recent)
-        if stream.recall:
-            h_BTD = h_BTD + y_BTD
-        h_BTD = self.upper(h_BTD, block, stream)
-        return h_BTD, Stream(_moved(state, memory), stream.keys, stream.values, stream.weights, stream.recall)
+        call = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
+        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower, state.layers)
+        h_BTD, upper = self._walk(h_BTD, call, self.upper, stream.upper)
+        state = State(state.position + lengths_B, layers, state.tail)
+        return h_BTD, Stream(state, upper, stream.write, stream.recall)
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., D] hidden states to [..., N] scores, float32."""
         return self.head(self.norm(h)).float()  # type: ignore[no-any-return]
 
-    def lower(self, h_BTD: Tensor, block: Block, rings: Rings) -> Tensor:
-        """The layers below the memory; the rings move on."""
-        for i, layer in enumerate(self.layers[: self.config.memory.layer]):
-            h_BTD = layer(h_BTD, block, rings.ring(i))
-        return h_BTD
-
-    def upper(self, h_BTD: Tensor, block: Block, rings: Rings) -> Tensor:
-        """The layers above the memory; the rings move on."""
-        for i, layer in enumerate(self.layers[self.config.memory.layer :]):
-            h_BTD = layer(h_BTD, block, rings.ring(i))
-        return h_BTD
+    def place(
+        self, position_B: Tensor, lengths_B: Tensor, num_tokens: int, *, write: bool = False, recall: bool = True
+    ) -> Call:
+        """Where `num_tokens` columns stand after `position_B` tokens; row b uses its first `lengths_B[b]` columns."""
+        body = self.config.backbone
+        place = Placement.place(
+            position_B,
+            lengths_B,
+            num_tokens,
+            window=self.config.window,
+            head_dim=body.head_dim,
+            theta=body.rope_theta,
+            segmented=self.config.architecture == "mac",
+        )
+        return Call(place, position_B, lengths_B, write, recall)
 
     @torch.no_grad()
     def set_sinks(self) -> None:
         """Run the bos token once: its keys and values are what every later token can always look at."""
+        if not self.config.num_persistent:
+            return
+        assert self.config.num_persistent == 1, "a pretrained body has one: its bos token"
         token = torch.tensor([[self.config.backbone.bos_token]], device=self.device)
         h_BTD = self.embedding(token)
         for layer in self.layers:
-            _, key, value = layer.attention.split(layer.attention_norm(h_BTD))
-            layer.attention.sink_key.copy_(key[0, 0])
-            layer.attention.sink_value.copy_(value[0, 0])
-            alone = value.repeat_interleave(self.config.backbone.num_heads // value.shape[2], dim=2)
-            h_BTD = h_BTD + layer.attention.out(alone.flatten(2))
-            h_BTD = h_BTD + layer.mlp(layer.mlp_norm(h_BTD))
+            if isinstance(layer, AttentionLayer):
+                attention = layer.attention
+                _, key, value = attention.split(layer.attention_norm(h_BTD))
+                attention.persistent_keys.copy_(key[0])
+                attention.persistent_values.copy_(value[0])
+                alone = value.repeat_interleave(attention.num_heads // attention.num_kv_heads, dim=2)
+                h_BTD = h_BTD + attention.out(alone.flatten(2))
+                h_BTD = h_BTD + layer.mlp(layer.mlp_norm(h_BTD))
 
-    def _lengths(self, tokens_BT: Tensor, lengths: Sequence[int] | None) -> Tensor:
-        batch, num_tokens = tokens_BT.shape
-        return torch.tensor(lengths or [num_tokens] * batch, device=self.device)
+    def _steps(self) -> Iterator[Layer]:
+        for i, layer in enumerate(self.layers):
+            if str(i) in self.memory_layers:
+                yield cast(Layer, self.memory_layers[str(i)])
+            yield layer
 
+    def _walk(
+        self, h_BTD: Tensor, call: Call, steps: Sequence[Layer], parts: Sequence[Parts]
+    ) -> tuple[Tensor, tuple[Parts, ...]]:
+        """Hidden states through some of the layers, and what the layers then carry."""
+        after = []
+        for step, before in zip(steps, parts, strict=True):
+            run = partial(checkpoint, step, use_reentrant=False) if self.checkpointing else step
+            h_BTD, moved = run(h_BTD, call, before)
+            after.append(moved)
+        return h_BTD, tuple(after)
 
-def _moved(state: State, memory: MemoryState) -> State:
-    """The state with its memory moved on; the rings and the tail have moved in place."""
-    return State(**{**state.parts(), **memory._asdict()})
+    def _runs(self, state: State, lengths: Sequence[int], most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Columns [B, T] and counts [B] of one run of tokens after the other, `most` tokens each at most.
+
+        In a MAC no run crosses the end of a row's segment.
+        """
+        segment, starts = self.config.window, [0] * len(lengths)
+        positions = state.position.tolist() if self.config.architecture == "mac" else None
+        while any(start < length for start, length in zip(starts, lengths, strict=True)):
+            counts = [min(length - start, most) for start, length in zip(starts, lengths, strict=True)]
+            if positions is not None:
+                room = [segment - (p + start) % segment for p, start in zip(positions, starts, strict=True)]
+                counts = [min(pair) for pair in zip(counts, room, strict=True)]
+            columns = torch.tensor(starts)[:, None] + torch.arange(max(counts))
+            yield columns.clamp(max=max(lengths) - 1).to(self.device), torch.tensor(counts, device=self.device)
+            starts = [start + count for start, count in zip(starts, counts, strict=True)]
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from titans.attention import UNSEEN, Attention, Block, Ring, mix_fused, mix_plain
+from titans.attention import UNSEEN, Attention, Placement, Ring, mix_fused, mix_plain
 from torch.nn import functional as F
 
 
@@ -24,33 +24,33 @@ def test_one_pass_gives_what_the_formula_gives(num_tokens: int, num_keys: int, d
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_sink_is_one_more_key(grad: bool) -> None:
     torch.manual_seed(0)
-    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, sink=True)
-    attention.sink_key.normal_()
-    attention.sink_value.normal_()
+    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, num_persistent=1)
+    attention.persistent_keys.data.normal_()
+    attention.persistent_values.data.normal_()
     x = torch.randn(1, 1, 24)
     ring = Ring(*torch.zeros(2, 1, 2, 8, 4))
-    block = Block.place(torch.tensor([0]), torch.tensor([1]), 1, window=8, head_dim=4, theta=100.0)
+    place = Placement.place(torch.tensor([0]), torch.tensor([1]), 1, window=8, head_dim=4, theta=100.0)
     with torch.set_grad_enabled(grad):
-        got = attention(x, block, ring)
+        got = attention(x, place, ring)
     query, key, value = attention.split(x)
-    query, key = block.rotation(query), block.rotation(key)
-    sunk = block.sink_rotation(attention.split(x)[0])
+    query, key = place.rotation(query), place.rotation(key)
+    sunk = place.persistent_rotation(attention.split(x)[0])
     for head in range(6):
         group = head // 3
-        own, sink = (query[0, 0, head] @ key[0, 0, group]), (sunk[0, 0, head] @ attention.sink_key[group])
+        own, sink = (query[0, 0, head] @ key[0, 0, group]), (sunk[0, 0, head] @ attention.persistent_keys[0, group])
         weights = F.softmax(torch.stack((own, sink)) * 4**-0.5, dim=0)
-        mixed = weights[0] * value[0, 0, group] + weights[1] * attention.sink_value[group]
+        mixed = weights[0] * value[0, 0, group] + weights[1] * attention.persistent_values[0, group]
         query[0, 0, head] = mixed  # reuse the shape [B, T, H, E] to collect the heads
     torch.testing.assert_close(got, attention.out(query.flatten(2)))
 
 
 def test_a_token_that_sees_nothing_takes_the_sink() -> None:
     torch.manual_seed(0)
-    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, sink=True)
-    attention.sink_value.normal_()
+    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, num_persistent=1)
+    attention.persistent_values.data.normal_()
     ring = Ring(*torch.zeros(2, 1, 2, 8, 4))
-    nowhere = Block.place(torch.tensor([-5]), torch.tensor([5]), 5, window=8, head_dim=4, theta=100.0)
-    expected = attention.out(attention.sink_value.repeat_interleave(3, dim=0).flatten())
+    nowhere = Placement.place(torch.tensor([-5]), torch.tensor([5]), 5, window=8, head_dim=4, theta=100.0)
+    expected = attention.out(attention.persistent_values[0].repeat_interleave(3, dim=0).flatten())
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             got = attention(torch.randn(1, 5, 24), nowhere, ring)
@@ -58,10 +58,10 @@ def test_a_token_that_sees_nothing_takes_the_sink() -> None:
 
 
 def test_no_gradient_flows_through_a_ring() -> None:
-    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, sink=True)
+    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, num_persistent=1)
     ring = Ring(*torch.zeros(2, 1, 2, 8, 4))
-    block = Block.place(torch.tensor([0]), torch.tensor([3]), 3, window=8, head_dim=4, theta=100.0)
-    attention(torch.randn(1, 3, 24), block, ring).sum().backward()
+    place = Placement.place(torch.tensor([0]), torch.tensor([3]), 3, window=8, head_dim=4, theta=100.0)
+    attention(torch.randn(1, 3, 24), place, ring).sum().backward()
     assert attention.qkv.weight.grad is not None
     assert ring.keys[:, :, :3].abs().sum() > 0
     assert not ring.keys.requires_grad

@@ -42,7 +42,7 @@ def tokens(body: Backbone) -> torch.Tensor:
 
 
 def make_model(body: Backbone, *, window: int, sink: bool) -> TitansModel:
-    config = TitansConfig(body.config, MemoryConfig(layer=15), window=window, sink=sink)
+    config = TitansConfig(body.config, MemoryConfig(), (15,), window=window, num_persistent=int(sink))
     model = build(body, config).eval().requires_grad_(False)
     model.set_sinks()
     return model

@@ -31,9 +31,10 @@ def test_what_was_saved_is_what_is_loaded(tiny: TinyCheckpoint) -> None:
 def test_bfloat16_keeps_the_memorys_own_weights_exact(tiny: TinyCheckpoint) -> None:
     single, half = load_tiny(tiny), load_tiny(tiny, torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
-    assert torch.equal(half.model.memory.gates.weight, single.model.memory.gates.weight)
-    assert torch.equal(half.model.memory.key_conv.float(), single.model.memory.key_conv)
-    assert half.model.new_state().weights.dtype == torch.float32
+    (ours,), (theirs,) = half.model.memories, single.model.memories
+    assert torch.equal(ours.gates.weight, theirs.gates.weight)
+    assert torch.equal(ours.key_conv.float(), theirs.key_conv)
+    assert half.model.new_state().layers[-1]["weights"].dtype == torch.float32
     torch.testing.assert_close(answer(half), answer(single), rtol=0.1, atol=0.3)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BATCH, HEADS, KEY = 2, 3, 6
-LINEAR = MemoryConfig(1, HEADS, KEY, 5, chunk_size=8)
+LINEAR = MemoryConfig(HEADS, KEY, 5, chunk_size=8)
 PAPER_LINEAR = replace(LINEAR, rule="chunk")
 DEEP = replace(PAPER_LINEAR, depth=2, expansion=2)
 DEEPER = replace(DEEP, depth=3)
@@ -158,7 +158,7 @@ def test_outer_gradients_are_right(config: MemoryConfig) -> None:
 
 def test_a_memory_gives_back_what_followed() -> None:
     """A pair written once is read back: the inner gradient step does learn."""
-    config = MemoryConfig(1, 1, 64, 6)
+    config = MemoryConfig(1, 64, 6)
     keys = F.normalize(torch.randn(1, 1, 20, 64, dtype=torch.float64), dim=-1)
     values = torch.randn(1, 1, 20, 6, dtype=torch.float64)
     full = torch.ones(1, 1, 1, 20, dtype=torch.float64)

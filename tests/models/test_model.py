@@ -1,11 +1,15 @@
 """The whole model on a tiny body: one stream of tokens, however it is cut, batched, saved or continued."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.models import make_tiny
 from titans.model import TitansModel
 from titans.state import State, Stream
 
@@ -24,11 +28,11 @@ def assert_same(ours: State, theirs: State) -> None:
         assert_close(part, theirs.parts()[name], name)
 
 
-def read_on(model: TitansModel, tokens: torch.Tensor, stream: Stream, *, write: bool = False) -> torch.Tensor:
-    """Logits of all tokens, a window at a time."""
+def read_on(model: TitansModel, tokens: torch.Tensor, stream: Stream, sizes: Sequence[int] = ()) -> torch.Tensor:
+    """Logits of all tokens, read in runs of these sizes and then the rest."""
     hidden = []
-    for part in tokens.split(model.config.window, dim=1):
-        h, stream = model(part, stream, write=write)
+    for part in tokens.split([*sizes, tokens.shape[1] - sum(sizes)], dim=1):
+        h, stream = model(part, stream)
         hidden.append(h)
     return model.logits(torch.cat(hidden, dim=1))
 
@@ -69,9 +73,9 @@ def test_ingest_leaves_the_state_it_was_given_alone(model: TitansModel) -> None:
 
 def test_ingest_is_what_reading_with_write_learns(model: TitansModel) -> None:
     tokens = random_tokens(50)
-    stream = model.open(model.new_state())
+    stream = model.open(model.new_state(), write=True)
     for part in tokens.split(10, dim=1):
-        _, stream = model(part, stream, write=True)
+        _, stream = model(part, stream)
     learnt, ingested = stream.state.parts(), model.ingest(tokens, model.new_state()).parts()
     for name in set(learnt) - {"tail"}:
         assert_close(learnt[name], ingested[name], name)
@@ -81,24 +85,44 @@ def test_ingest_is_what_reading_with_write_learns(model: TitansModel) -> None:
 def test_no_logit_looks_ahead(model: TitansModel, write: bool) -> None:
     state = model.ingest(random_tokens(40, seed=3), model.new_state())
     tokens = random_tokens(14)
-    before = read_on(model, tokens, model.open(state), write=write)
+    before = read_on(model, tokens, model.open(state, write=write))
     for t in (1, 5, 13):
         changed = tokens.clone()
         changed[0, t] = (changed[0, t] + 1) % 259
-        after = read_on(model, changed, model.open(state), write=write)
+        after = read_on(model, changed, model.open(state, write=write))
         assert torch.equal(after[:, :t], before[:, :t]), f"a logit before token {t} changed with it"
         assert not torch.equal(after[:, t], before[:, t])
 
 
-def test_token_by_token_equals_all_at_once(model: TitansModel) -> None:
+@pytest.mark.parametrize("write", [False, True])
+def test_token_by_token_equals_all_at_once(model: TitansModel, write: bool) -> None:
     state = model.ingest(random_tokens(23, seed=3), model.new_state())
-    tokens = random_tokens(16)
-    at_once = read_on(model, tokens, model.open(state))
-    stream, one_by_one = model.open(state), []
-    for token in tokens.split(1, dim=1):
-        h, stream = model(token, stream)
-        one_by_one.append(model.logits(h))
-    assert_close(torch.cat(one_by_one, 1), at_once)
+    tokens = random_tokens(45)
+    at_once = read_on(model, tokens, model.open(state, write=write))
+    one_by_one = read_on(model, tokens, model.open(state, write=write), [1] * 44)
+    assert_close(one_by_one, at_once)
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_runs_of_any_sizes_equal_one(model: TitansModel, data: st.DataObject) -> None:
+    write = data.draw(st.booleans())
+    state = model.ingest(random_tokens(data.draw(st.integers(1, 40)), seed=3), model.new_state())
+    tokens = random_tokens(50)
+    sizes = data.draw(st.lists(st.integers(1, 20), max_size=6).filter(lambda sizes: sum(sizes) < 50))
+    at_once = read_on(model, tokens, model.open(state, write=write))
+    assert_close(read_on(model, tokens, model.open(state, write=write), sizes), at_once)
+
+
+@pytest.mark.parametrize("form", ["lmm", "mag", "mac", "mal"])
+def test_with_the_last_memory_on_top_a_session_is_what_one_reading_of_all_would_be(form: str) -> None:
+    deep: dict[str, Any] = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
+    model = make_tiny(architecture=form, memory_layers=(0, 3), **deep)
+    before, after = random_tokens(37), random_tokens(21, seed=4)
+    whole = read_on(model, torch.cat((before, after), 1), model.open(model.new_state(), write=True))[:, 37:]
+    session = model.open(model.ingest(before, model.new_state()), write=True)
+    same = torch.allclose(read_on(model, after, session), whole, rtol=1e-4, atol=1e-4)
+    assert same == (form != "mal"), "MAL: the last window passes without the last memory's answers"
 
 
 def test_streams_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
@@ -115,7 +139,7 @@ def test_streams_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
 def test_a_continued_session_is_the_uninterrupted_one_to_the_bit(model: TitansModel) -> None:
     first, second = random_tokens(33), random_tokens(29, seed=4)
     state = model.ingest(first, model.new_state())
-    reloaded = State(**{name: part.clone() for name, part in state.parts().items()})
+    reloaded = State.from_parts({name: part.clone() for name, part in state.parts().items()})
     ours, theirs = model.ingest(second, reloaded), model.ingest(second, state)
     for name, part in ours.parts().items():
         assert torch.equal(part, theirs.parts()[name]), name
@@ -125,11 +149,22 @@ def test_nothing_but_the_memory_reaches_past_the_windows(model: TitansModel) -> 
     """With recall off, text further back than every window leaves no trace; with it on, it does."""
     depth = model.config.backbone.num_layers * model.config.window
     same = random_tokens(depth, seed=5)
-    states = [model.ingest(torch.cat((random_tokens(60, seed=s), same), 1), model.new_state()) for s in (1, 2)]
+    documents = [torch.cat((random_tokens(60, seed=seed), same), dim=1) for seed in (1, 2)]
     prompt = random_tokens(5, seed=6)
     for recall, equal in ((False, True), (True, False)):
-        a, b = (read_on(model, prompt, model.open(s, recall=recall)) for s in states)
+        states = [model.ingest(document, model.new_state(), recall=recall) for document in documents]
+        a, b = (read_on(model, prompt, model.open(state, recall=recall)) for state in states)
         assert torch.equal(a, b) == equal
+
+
+def test_a_reader_may_turn_off_a_memory_that_has_learnt() -> None:
+    model = make_tiny()
+    state = model.ingest(random_tokens(60), model.new_state())
+    silent = model.ingest(random_tokens(60), model.new_state(), recall=False)
+    prompt = random_tokens(5, seed=6)
+    off, never = (read_on(model, prompt, model.open(s, recall=False)) for s in (state, silent))
+    assert torch.equal(off, never), "MAL: the last window passes as the layers below left it"
+    assert not torch.equal(off, read_on(model, prompt, model.open(state)))
 
 
 def test_a_state_does_not_grow(model: TitansModel) -> None:
@@ -141,8 +176,8 @@ def test_far_positions_keep_their_precision(model: TitansModel) -> None:
     """The same window of text answers alike at position 0 and at position 100 million."""
     tokens = random_tokens(40)
     near = model.new_state()
-    far = State(**{**near.parts(), "position": near.position + 100_000_000 * model.config.window})
+    far = replace(near, position=near.position + 100_000_000 * model.config.window)
     # a far session has a full window of (empty) past, so compare the far one with itself one window on
     a = model.ingest(tokens, far)
-    b = model.ingest(tokens, State(**{**far.parts(), "position": far.position + model.config.window}))
-    assert_close(a.weights, b.weights)
+    b = model.ingest(tokens, replace(far, position=far.position + model.config.window))
+    assert_close(a.layers[-1]["weights"], b.layers[-1]["weights"])

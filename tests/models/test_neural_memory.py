@@ -8,13 +8,14 @@ from titans.config import MemoryConfig
 from titans.memory.neural import MemoryState, NeuralMemory
 
 SIZE = 24
-LINEAR = MemoryConfig(1, 3, 8, 6)
+LINEAR = MemoryConfig(3, 8, 6)
 TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
+LASTING = replace(DEEP, forgetting=False, conv_width=1)
 EVERY_FORM = [
     pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
-    for name, form in {"linear": LINEAR, "deep": DEEP, "residual": CAMERA_READY}.items()
+    for name, form in {"linear": LINEAR, "deep": DEEP, "residual": CAMERA_READY, "lasting": LASTING}.items()
     for momentum in (False, True)
 ]
 
@@ -86,11 +87,25 @@ def test_repetition_keeps_the_memory_bounded(config: MemoryConfig, kind: str) ->
     line = {"zeros": torch.zeros(1, 1, SIZE), "one token for ever": torch.randn(1, 1, SIZE)}.get(
         kind, torch.randn(1, 11, SIZE)
     )
+    state, seen = memory.new_state(1), []
+    for _ in range(10):
+        state = memory.write(line.repeat(1, 1_000, 1), state)
+        assert memory.surprise(line, state).max() < 100
+        seen.append(torch.cat(state.norms(), dim=1))
+    bound = 2 * seen[0].clamp(min=1)  # what ten thousand lines leave is no more than what a thousand left
+    assert all((norms < bound).all() for norms in seen)
+
+
+@pytest.mark.parametrize("config", [LINEAR, DEEP, CAMERA_READY, LASTING])
+def test_what_was_read_surprises_less(config: MemoryConfig) -> None:
+    memory, h = make_memory(config), torch.randn(1, 21, SIZE)
     state = memory.new_state(1)
+    before = memory.surprise(h, state)
     for _ in range(20):
-        state = memory.write(line.repeat(1, 6_000 // line.shape[1] // 10, 1), state)
-    assert state.weights.isfinite().all()
-    assert state.weights.norm() < 1e3
+        state = memory.write(h, state)
+    after = memory.surprise(h, state._replace(recent=torch.zeros_like(state.recent)))
+    assert before.shape == (1, config.num_heads, 21)
+    assert after.mean() < 0.9 * before.mean()
 
 
 @pytest.mark.parametrize("config", EVERY_FORM)

@@ -10,6 +10,7 @@ from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
 from titans.checkpoint import digest, load
 from titans.evaluation.facts import Fact, make_facts, make_families, words_of
+from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import _rows
 from titans.training.config import Rates, Stage, TrainingConfig
@@ -78,10 +79,12 @@ def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, p
     model, question = trainer.model, pool.questions[-1]
     text, end = pool.tails.text[question.tail], pool.tails.position[question.tail]
     state = model.ingest(pool.haystack_tokens[text, :end][None], model.new_state())
-    hidden, _ = model(tokens, model.open(state))
+    stream = model.open(state)
+    memory = MemoryState(state.position, *(stream.state.layers[-1][x] for x in ("weights", "momentum", "recent")))
+    hidden, _ = model(tokens, stream)
     logits = model.logits(hidden[:, -question.answer - 1 : -1])
     expected = next_token_loss(logits, tokens[:, -question.answer :])
-    loss, _, _ = trainer._answer(state.memory, _rows(pool, [question], [0]))
+    loss, _, _ = trainer._answer(memory, _rows(pool, [question], [0]))
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -100,7 +103,7 @@ def test_a_run_leaves_the_body_alone_and_is_drawn(tiny: TinyCheckpoint, pool: Po
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     trainer.train()
     for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith("memory."), name
+        assert torch.equal(tensor, before[name]) != name.startswith("memory_layers."), name
     assert "generated" in trainer.history[-1]
     plot(tmp_path / "run" / "log.json", tmp_path / "run" / "training.png")
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -114,8 +117,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny: TinyCheckpoint, pool: Pool
     resumed = make_trainer(tiny, pool, tmp_path / "cut")
     resumed.train()
     assert len(resumed.history) == CONFIG.num_steps
-    for name, tensor in resumed.model.memory.state_dict().items():
-        torch.testing.assert_close(tensor, whole.model.memory.state_dict()[name], rtol=1e-4, atol=1e-6)
+    for name, tensor in resumed.memory.state_dict().items():
+        torch.testing.assert_close(tensor, whole.memory.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
 def stop_after_first_stage(trainer: Trainer) -> None:

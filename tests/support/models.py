@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from titans.architecture import AttentionLayer
 from titans.checkpoint import digest, save_memory
 from titans.config import tiny
 from titans.model import TitansModel
@@ -15,17 +16,18 @@ from tokenizers.pre_tokenizers import ByteLevel
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tiny(seed: int = 0, *, window: int = 16, **memory: object) -> TitansModel:
-    """An untrained float32 model whose memory writes and answers strongly enough to be seen."""
+def make_tiny(seed: int = 0, *, window: int = 16, **form: object) -> TitansModel:
+    """An untrained float32 model whose memories write and answer strongly enough to be seen."""
     torch.manual_seed(seed)
-    model = TitansModel(replace(tiny(**memory), window=window)).eval().requires_grad_(False)
+    model = TitansModel(replace(tiny(**form), window=window)).eval().requires_grad_(False)  # type: ignore[arg-type]
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.memory.reset()
-    model.memory.gates.weight.normal_(std=0.3)
-    model.memory.out_gate.bias.fill_(3.0)
-    model.memory.out.weight.mul_(4.0)
+    for memory in model.memories:
+        memory.reset()
+        memory.gates.weight.normal_(std=0.3)
+        memory.out_gate.bias.fill_(3.0)
+        memory.out.weight.mul_(4.0)
     model.set_sinks()
     return model
 
@@ -83,6 +85,7 @@ def _hugging_face_tensors(model: TitansModel) -> dict[str, torch.Tensor]:
     sizes = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
     tensors = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
     for i, layer in enumerate(model.layers):
+        assert isinstance(layer, AttentionLayer)
         q, k, v = layer.attention.qkv.weight.split(sizes)
         gate, up = layer.mlp.gate_up.weight.chunk(2)
         theirs = {

@@ -29,6 +29,10 @@ class MemoryState(NamedTuple):
     momentum: Tensor  # S [B, H, N], float32, likewise; H = 0 where the memory has none
     recent: Tensor  # [B, R, D]: the last inputs
 
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """|M| and |S|, the Frobenius norms [B, H]; no heads of S where there is no momentum."""
+        return self.weights.norm(dim=-1), self.momentum.norm(dim=-1)
+
 
 def make_rule(config: MemoryConfig) -> Rule:
     """The rule that a config names."""
@@ -74,7 +78,7 @@ class NeuralMemory(nn.Module):
             taps = taps[-conv[:, :end].shape[1] :]
             conv.zero_()[:, :end][:, -len(taps) :] = taps
         nn.init.zeros_(self.gates.weight)
-        biases = torch.tensor([0.0, -9.0, 0.0][: self.config.num_gates])
+        biases = torch.tensor([0.0, *[-9.0] * self.config.forgetting, *[0.0] * self.config.momentum])
         self.gates.bias.copy_(biases.repeat_interleave(self.config.num_heads * self.config.depth))
         nn.init.zeros_(self.out_gate.weight)
         nn.init.constant_(self.out_gate.bias, -1.0)
@@ -95,10 +99,13 @@ class NeuralMemory(nn.Module):
             torch.zeros(batch, config.num_recent, self.center.shape[0], dtype=dtype, device=device),
         )
 
-    def forward(self, h_BTD: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Write every token and answer it with the memory as of that token (eq. 15). Returns y [B, T, D]."""
+    def forward(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+        """Write the first `lengths_B[b]` tokens of each row (all of them by default), each before it is answered.
+
+        Returns y [B, T, D]: each token's answer from the memory as of that token (eq. 15).
+        """
         x_BTD = self._input(h_BTD)
-        reads, state = self._absorb(x_BTD, state, None, answering=True)
+        reads, state = self._absorb(x_BTD, state, lengths_B, answering=True)
         assert reads is not None
         return self._answer(reads, x_BTD), state
 
@@ -118,12 +125,20 @@ class NeuralMemory(nn.Module):
     def read(
         self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Answer every token from settled weights, writing none. Returns y [B, T, D] and the last R inputs now."""
+        """Answer every token from settled weights, writing none. Returns y [B, T, D] and `recent` moved on."""
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
         y = self._answer(self.rule.read(weights, queries), x_BTD)
-        return y, self._recent(joined, lengths_B)
+        return y, self._recent(joined, recent.shape[1], lengths_B)
+
+    @torch.no_grad()
+    def surprise(self, h_BTD: Tensor, state: MemoryState) -> Tensor:
+        """|M(k_t) - v_t|^2 of each token (eq. 12), [B, H, T]: how far it is from what the memory now expects."""
+        reach = self.config.conv_width - 1
+        context = state.recent[:, state.recent.shape[1] - reach :]
+        writes = self._writes(torch.cat((context, self._input(h_BTD)), dim=1))
+        return (self.rule.read(self.settle(state), writes.keys) - writes.values).square().sum(-1)
 
     def queries(self, h_BTD: Tensor) -> Tensor:
         """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K]."""
@@ -151,7 +166,8 @@ class NeuralMemory(nn.Module):
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
         position = state.position + (num_tokens if lengths_B is None else lengths_B)
-        return reads, MemoryState(position, weights, momentum, self._recent(joined, lengths_B))
+        recent = self._recent(joined, self.config.num_recent, lengths_B)
+        return reads, MemoryState(position, weights, momentum, recent)
 
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
@@ -188,17 +204,20 @@ class NeuralMemory(nn.Module):
         x = joined[:, self.config.conv_width - 1 :].float()
         gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
-        theta, alpha, *eta = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
+        theta, *more = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
         theta = theta.sigmoid()
+        log_keep = F.logsigmoid(-more.pop(0)) if self.config.forgetting else torch.zeros_like(theta)
+        eta = more.pop() if self.config.momentum else None
         if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
             theta = theta / self.config.chunk_size
-            theta = theta * (-eta[0]).sigmoid() if eta else theta  # and what momentum adds up is one step again
+        if eta is not None:  # and so are all that momentum makes of one
+            theta = theta * (-eta).sigmoid()
         return Writes(
             keys=F.normalize(F.silu(self._project(joined, self.key, self.key_conv)), dim=-1),
             values=self._project(joined, self.value, self.value_conv),
             theta=theta,
-            log_keep=F.logsigmoid(-alpha),
-            log_eta=F.logsigmoid(eta[0]) if eta else None,
+            log_keep=log_keep,
+            log_eta=None if eta is None else F.logsigmoid(eta),
         )
 
     def _queries(self, joined: Tensor) -> Tensor:
@@ -218,9 +237,9 @@ class NeuralMemory(nn.Module):
         reads = gate.float().sigmoid() * self.read_norm(reads_BHTV).transpose(1, 2).flatten(2)
         return F.linear(reads.to(x_BTD.dtype), self.out.weight.to(x_BTD.dtype))
 
-    def _recent(self, joined: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """The last R valid inputs of each row."""
-        reach = self.config.num_recent
+    @staticmethod
+    def _recent(joined: Tensor, reach: int, lengths_B: Tensor | None) -> Tensor:
+        """The last `reach` valid inputs of each row."""
         if lengths_B is None:
             return joined[:, joined.shape[1] - reach :].clone()
         index = lengths_B[:, None] + torch.arange(reach, device=joined.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from titans.attention import Ring
+from titans.state import Parts
 from titans.training.config import Stage, TrainingConfig
 from titans.training.pool import Pool, Question
 
@@ -25,9 +25,10 @@ class Rows:
     recent: Tensor  # [R, conv_width - 1, D]: the memory's inputs before the row
     position: Tensor  # [R]: tokens before the row
 
-    def ring(self, layer: int) -> Ring:
-        """The window of one of the layers above the memory: views."""
-        return Ring(self.keys[:, layer], self.values[:, layer])
+    def parts(self) -> list[Parts]:
+        """What the layers above the memory carry: views."""
+        layers = zip(self.keys.unbind(1), self.values.unbind(1), strict=True)
+        return [{"keys": keys, "values": values} for keys, values in layers]
 
     def to(self, device: torch.device) -> "Rows":
         """The same on another device."""

@@ -55,20 +55,21 @@ class Trainer:
         run: Path,
     ) -> None:
         self.model, self.pool, self.config, self.scorer, self.run = model, pool, config, scorer, run
+        (self.memory,) = model.memories
         self.body_digest = body_digest
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.alphabet = torch.cat([q.targets[-q.answer - 1 : -2] for q in pool.questions]).unique().to(model.device)
         self.readout = nn.Linear(model.config.backbone.hidden_size, len(self.alphabet), device=model.device)
         model.requires_grad_(False)
-        model.memory.float().requires_grad_(True)
+        self.memory.float().requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
 
     def train(self) -> None:
         """From where the run stands to its end; the memory is then in `run/memory.safetensors`."""
         if not self._resume():
-            calibrate(self.model.memory, self.pool.haystack)
-            tqdm.write(f"keys: {teach_keys(self.model.memory, self.pool, self.config):.3f} nats")
+            calibrate(self.memory, self.pool.haystack)
+            tqdm.write(f"keys: {teach_keys(self.memory, self.pool, self.config):.3f} nats")
             self._save()
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step")
         while self.step < self.config.num_steps:
@@ -91,7 +92,7 @@ class Trainer:
     def losses(self, batch: Batch) -> Losses:
         """Learn the documents, give back all they stated, answer the rows."""
         memory = self._learn(batch.documents)
-        memory = memory._replace(weights=self.model.memory.settle(memory))
+        memory = memory._replace(weights=self.memory.settle(memory))
         recall, recalled = self._recall(memory, batch.recalls)
         if batch.rows is None:
             return Losses(recall, recalled)
@@ -105,7 +106,7 @@ class Trainer:
         """
         context = recalls.asking.shape[1] - recalls.answers.shape[1]
         recent = torch.zeros_like(memory.recent[recalls.document_of])
-        y, _ = self.model.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
+        y, _ = self.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
         y = y[:, context:].float()
         logits = self.readout(F.rms_norm(y, y.shape[-1:]))
         targets = torch.searchsorted(self.alphabet, recalls.answers)
@@ -114,10 +115,12 @@ class Trainer:
 
     def _answer(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor, float]:
         """The questions and the plain text, through the layers above."""
-        y, _ = self.model.memory.read(rows.hidden, memory.weights[rows.document_of], rows.recent)
+        y, _ = self.memory.read(rows.hidden, memory.weights[rows.document_of], rows.recent)
         num_tokens = rows.hidden.shape[1]
-        block = self.model.place(rows.position, torch.full_like(rows.position, num_tokens), num_tokens)
-        h = self.model.upper(rows.hidden + y, block, rows)
+        h = rows.hidden + y
+        call = self.model.place(rows.position, torch.full_like(rows.position, num_tokens), num_tokens)
+        for layer, parts in zip(self.model.upper, rows.parts(), strict=True):
+            h, _ = layer(h, call, parts)
         counts = rows.targets != -100
         logits, targets, is_answer = self.model.logits(h[counts]), rows.targets[counts], rows.is_answer[counts]
         wrong = torch.zeros_like(counts)
@@ -134,12 +137,11 @@ class Trainer:
 
     def _learn(self, documents: Tensor) -> MemoryState:
         """The memory after each document; activations are kept for one segment at a time."""
-        memory = self.model.memory
-        state = memory.new_state(documents.shape[0], documents.dtype)
+        state = self.memory.new_state(documents.shape[0], documents.dtype)
         if documents.shape[1] <= _SEGMENT:
-            return memory.write(documents, state)
+            return self.memory.write(documents, state)
         for segment in documents.split(_SEGMENT, dim=1):
-            state = MemoryState(*checkpoint(memory.write, segment, state, use_reentrant=False))
+            state = MemoryState(*checkpoint(self.memory.write, segment, state, use_reentrant=False))
         return state
 
     def _take_step(self, stage: Stage) -> dict[str, float]:
@@ -163,11 +165,11 @@ class Trainer:
                 parameter.requires_grad_(rates[group["kind"]] > 0)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self.model.memory.parameters(), *self.readout.parameters()]
+        return [*self.memory.parameters(), *self.readout.parameters()]
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in vars(self.config.alone)}
-        for name, parameter in self.model.memory.named_parameters():
+        for name, parameter in self.memory.named_parameters():
             groups[kind_of(name)].append(parameter)
         groups["readout"] += self.readout.parameters()
         decay = dict.fromkeys(("keys", "values", "answers"), self.config.weight_decay)
@@ -182,7 +184,7 @@ class Trainer:
 
     def _save(self) -> None:
         part = self.run / "trainer.part"
-        fields = {"step": self.step, "memory": self.model.memory.state_dict(), "readout": self.readout.state_dict()}
+        fields = {"step": self.step, "memory": self.memory.state_dict(), "readout": self.readout.state_dict()}
         torch.save(fields | {"optimizer": self.optimizer.state_dict()}, part)
         part.replace(self.run / "trainer.pt")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
@@ -196,7 +198,7 @@ class Trainer:
             return False
         fields = torch.load(path, map_location=self.model.device, weights_only=True)
         self.step = fields["step"]
-        self.model.memory.load_state_dict(fields["memory"])
+        self.memory.load_state_dict(fields["memory"])
         self.readout.load_state_dict(fields["readout"])
         self.optimizer.load_state_dict(fields["optimizer"])
         self.history = json.loads((self.run / "log.json").read_text())["history"]

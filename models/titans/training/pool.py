@@ -224,9 +224,9 @@ def _continue(model: TitansModel, state: State, runs: list[Tensor]) -> list[Tens
 def _tails(stream: Stream, end: int) -> Tails:
     count = stream.state.batch_size
     return Tails(
-        keys=stream.keys.cpu(),
-        values=stream.values.cpu(),
-        recent=stream.state.recent.cpu(),
+        keys=torch.stack([parts["keys"] for parts in stream.upper], dim=1).cpu(),
+        values=torch.stack([parts["values"] for parts in stream.upper], dim=1).cpu(),
+        recent=stream.state.layers[-1]["recent"].cpu(),
         text=torch.arange(count),
         position=torch.full((count,), end),
     )

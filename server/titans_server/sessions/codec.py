@@ -39,7 +39,7 @@ def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
     stored, expected = _read_parts(blob), like.parts()
     if stored.keys() != expected.keys():
         raise StateCorrupted(f"the state has the parts {sorted(stored)}, not {sorted(expected)}")
-    return State(**{name: _fit(name, stored[name], x) for name, x in expected.items()})
+    return State.from_parts({name: _fit(name, stored[name], x) for name, x in expected.items()})
 
 
 def _on_host(x: Tensor) -> Tensor:

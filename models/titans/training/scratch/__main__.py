@@ -1,0 +1,59 @@
+"""`titans scratch`: a small model of any architecture from nothing, on a task that only a memory can do."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
+
+from titans.config import Architecture
+from titans.training.scratch.config import ScratchConfig, ablations
+from titans.training.scratch.tasks import TASKS
+from titans.training.scratch.trainer import LENGTHS, Scores, ScratchTrainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `titans scratch` takes."""
+    parser.add_argument("architecture", choices=get_args(Architecture))
+    parser.add_argument("--task", choices=sorted(TASKS), default="recall")
+    parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="where runs live; each resumes")
+    parser.add_argument("--steps", type=int, default=ScratchConfig.num_steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ablations", action="store_true", help="also train it with one part less each time")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, score, print the table."""
+    config = ScratchConfig(architecture=args.architecture, task=args.task, seed=args.seed, num_steps=args.steps)
+    rows = []
+    for name, variant in (ablations(config) if args.ablations else {"all": config}).items():
+        folder = args.run / f"{args.architecture}-{args.task}-{name.replace(' ', '-')}-{args.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = ScratchTrainer(
+            variant, folder, checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
+        )
+        rows.append((f"{args.architecture}, {name}", trainer.train()))
+    print(table(rows))  # noqa: T201 — what the command is for
+    return 0
+
+
+def table(rows: Iterable[tuple[str, Scores]]) -> str:
+    """Scores side by side; the lengths are those of the documents, in lengths of training."""
+    longest = max(LENGTHS, key=LENGTHS.__getitem__)
+    lines = [f"{'':<28}" + "".join(f"{length:>8}" for length in LENGTHS) + f"{f'memory off, {longest}':>18}"]
+    for name, scores in rows:
+        on = "".join(f"{scores['memory on'][length]:>8.1%}" for length in LENGTHS)
+        lines.append(f"{name:<28}{on}{scores['memory off'][longest]:>18.1%}")
+    return "\n".join(lines)
+
+
+def command() -> tuple[str, object, object]:
+    """The subcommand for `titans`: its help, its arguments, its action."""
+    return "train a small model of any architecture from nothing", add_arguments, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))

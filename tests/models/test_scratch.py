@@ -1,0 +1,65 @@
+"""Small models from nothing: the tasks ask what they state, runs learn and resume, the table says what was measured."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from titans.config import Architecture
+from titans.training.scratch.__main__ import table
+from titans.training.scratch.config import ScratchConfig, ablations
+from titans.training.scratch.tasks import TASKS
+from titans.training.scratch.trainer import ScratchTrainer
+
+TINY = ScratchConfig(hidden_size=16, num_tokens=64, batch_size=4, num_steps=4, warmup_steps=1)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_what_is_asked_was_stated_and_follows_the_same_token(task: str) -> None:
+    tokens, targets = TASKS[task].sample(16, 128, torch.Generator().manual_seed(0))
+    assert tokens.max() < TASKS[task].vocab_size
+    for row, due in zip(tokens, targets, strict=True):
+        asked = (due != -100).nonzero().flatten()
+        assert len(asked)
+        for place in asked[: 1 if task == "passkey" else None]:
+            first = (row == row[place]).nonzero().flatten()[0]
+            assert first < 64 <= place
+            assert row[first + 1] == due[place] == row[place + 1]
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_a_resumed_run_is_the_uninterrupted_one(architecture: Architecture, tmp_path: Path) -> None:
+    config = replace(TINY, architecture=architecture)
+    (tmp_path / "whole").mkdir()
+    whole = ScratchTrainer(config, tmp_path / "whole")
+    scores = whole.train()
+    (tmp_path / "cut").mkdir()
+    cut = ScratchTrainer(replace(config, num_steps=2), tmp_path / "cut")
+    cut._share = lambda step: ScratchTrainer._share(whole, step)  # type: ignore[method-assign]
+    cut.schedule.scheduler.lr_lambdas = [whole._share] * 2
+    cut.train()
+    resumed = ScratchTrainer(config, tmp_path / "cut", checkpointing=True)
+    assert resumed.train() == scores
+    assert [row["step"] for row in resumed.history] == [1, 2, 3, 4]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_is_trained(tmp_path: Path) -> None:
+    for name, config in ablations(TINY).items():
+        trainer = ScratchTrainer(config, tmp_path)
+        before = [p.clone() for p in trainer.model.parameters()]
+        trainer.config = replace(config, num_steps=2)
+        trainer.train()
+        (tmp_path / "trainer.pt").unlink()
+        after = zip(before, trainer.model.named_parameters(), strict=True)
+        same = [name for old, (name, new) in after if new.numel() and torch.equal(old, new)]
+        assert not same, f"{name}: {same}"
+
+
+def test_the_table_shows_what_was_scored() -> None:
+    scores = {"memory on": {"1x": 1.0, "2x": 0.995, "4x": 0.5}, "memory off": {"1x": 0.1, "2x": 0.1, "4x": 0.125}}
+    heading, row = table([("mac, all", scores)]).splitlines()
+    assert heading.split() == ["1x", "2x", "4x", "memory", "off,", "4x"]
+    assert row.split() == ["mac,", "all", "100.0%", "99.5%", "50.0%", "12.5%"]
