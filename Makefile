@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/recall.py
 
 redis:
 	@command -v redis-server >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server) \

@@ -51,8 +51,15 @@ class Layer(nn.Module):
         return self(h_BTD, call, parts)  # type: ignore[no-any-return]
 
     def settle(self, parts: Parts, position_B: Tensor) -> Parts:
-        """The parts as a reader that writes nothing finds them."""
+        """The parts as a reader that writes nothing finds them: the memory as of the last token written."""
+        for memory in self.memories:
+            parts = parts | {"weights": memory.settle(_state_of(parts, position_B))}
         return parts
+
+    @property
+    def memories(self) -> list[NeuralMemory]:
+        """The layer's memory, if it has one."""
+        return []
 
 
 class AttentionLayer(Layer):
@@ -94,6 +101,11 @@ class MemoryLayer(Layer):
         super().__init__()
         self.memory = new_memory(config)
 
+    @property
+    def memories(self) -> list[NeuralMemory]:
+        """Its memory."""
+        return [self.memory]
+
     def new_parts(self, batch: int, dtype: torch.dtype) -> Parts:
         """A memory that has read nothing."""
         return _parts_of(self.memory.new_state(batch, dtype))
@@ -107,10 +119,6 @@ class MemoryLayer(Layer):
         """Write alone: the layers above are given the last window later as the layers below left it."""
         state = self.memory.write(h_BTD, _state_of(parts, call.position_B), call.lengths_B)
         return h_BTD, _parts_of(state)
-
-    def settle(self, parts: Parts, position_B: Tensor) -> Parts:
-        """The memory as of the last token written."""
-        return parts | {"weights": self.memory.settle(_state_of(parts, position_B))}
 
 
 class MemoryAloneLayer(MemoryLayer):
@@ -139,6 +147,11 @@ class GatedLayer(AttentionLayer):
         self.memory = new_memory(config)
         self.merge = Merge(config.backbone.hidden_size, config.backbone.norm_eps)
 
+    @property
+    def memories(self) -> list[NeuralMemory]:
+        """Its memory."""
+        return [self.memory]
+
     def new_parts(self, batch: int, dtype: torch.dtype) -> Parts:
         """An empty window and a memory that has read nothing."""
         return super().new_parts(batch, dtype) | _parts_of(self.memory.new_state(batch, dtype))
@@ -149,10 +162,6 @@ class GatedLayer(AttentionLayer):
         y_BTD = self.attention(x_BTD, call.place, Ring(parts["keys"], parts["values"]))
         m_BTD, parts = _consult(self.memory, x_BTD, call, parts)
         return self._feed_forward(h_BTD + self.merge(y_BTD, m_BTD)), parts
-
-    def settle(self, parts: Parts, position_B: Tensor) -> Parts:
-        """The memory as of the last token written."""
-        return parts | {"weights": self.memory.settle(_state_of(parts, position_B))}
 
 
 class ContextLayer(GatedLayer):

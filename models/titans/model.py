@@ -63,7 +63,7 @@ class TitansModel(nn.Module):
         if body.tie_embeddings:
             self.head.weight = self.embedding.weight
         steps = tuple(self._steps())
-        last = max(i for i, step in enumerate(steps) if hasattr(step, "memory"))
+        last = max(i for i, step in enumerate(steps) if step.memories)
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
 
     @property
@@ -79,7 +79,7 @@ class TitansModel(nn.Module):
     @property
     def memories(self) -> list[NeuralMemory]:
         """In the order in which tokens pass them."""
-        return [step.memory for step in self.lower if isinstance(step, MemoryLayer | GatedLayer)]
+        return [memory for step in self.lower for memory in step.memories]
 
     def new_state(self, batch: int = 1) -> State:
         """Sessions that have read nothing."""

@@ -145,3 +145,16 @@ def test_a_new_memory_starts_from_what_training_learnt(config: MemoryConfig) -> 
     y.sum().backward()
     assert memory.rule.start_weights.grad is not None
     assert memory.rule.start_weights.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
+def test_bfloat16_stays_near_float32(config: MemoryConfig) -> None:
+    """Inputs and projections of 8 bits; gates, keys, the memory and its steps stay in float32."""
+    single, half = make_memory(config), make_memory(config)
+    half.cast_projections(torch.bfloat16)
+    h = torch.randn(2, 200, SIZE).bfloat16()
+    expected, _ = single(h.float(), single.new_state(2))
+    got, state = half(h, half.new_state(2, torch.bfloat16))
+    assert got.dtype == torch.bfloat16
+    assert state.weights.dtype == torch.float32
+    assert (got.float() - expected).norm() < 0.03 * expected.norm()

@@ -1,5 +1,9 @@
 """Small models from nothing: the tasks ask what they state, runs learn and resume, the table says what was measured."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -63,3 +67,14 @@ def test_the_table_shows_what_was_scored() -> None:
     heading, row = table([("mac, all", scores)]).splitlines()
     assert heading.split() == ["1x", "2x", "4x", "memory", "off,", "4x"]
     assert row.split() == ["mac,", "all", "100.0%", "99.5%", "50.0%", "12.5%"]
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    train = ["-m", "titans.training.scratch", "lmm", "--steps", "2", "--run", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *train], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lmm, all") == 1
+    log = json.loads((tmp_path / "lmm-recall-all-0" / "log.json").read_text())
+    assert [row["step"] for row in log["history"]] == [1, 2]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from titans.config import MemoryConfig
 from titans.memory.chunk import coefficients
-from titans.memory.rule import Absorbed, Rule, Writes, row_at
+from titans.memory.rule import Rule, Step, Writes, row_at
 
 
 class LinearRule(Rule):
@@ -21,31 +21,30 @@ class LinearRule(Rule):
     bound_to_chunks = False
 
     def __init__(self, config: MemoryConfig) -> None:
-        super().__init__()
-        self.shape = (config.key_dim, config.value_dim)
+        super().__init__(config)
         zeros = torch.zeros(config.num_heads, config.num_weights)
         if config.learned_start:
             self.start_weights = nn.Parameter(zeros)
         else:
             self.register_buffer("start_weights", zeros, persistent=False)
 
-    def absorb(
+    def step(
         self,
         writes: Writes,
-        weights: Tensor,
-        momentum: Tensor,
+        weights: list[Tensor],
+        momentum: list[Tensor],
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
-    ) -> Absorbed:
+    ) -> Step:
         """One chunk of any size. `titans.memory.reference` is the same, token by token."""
         keys, theta = writes.keys, writes.theta  # [B, H, C, K], [B, H, 1, C]
-        memory, surprise = self._matrix(weights), self._matrix(momentum)
+        (memory,), num_tokens = weights, keys.shape[2]
+        surprise = momentum[0] if momentum else None
         c = coefficients(writes.log_keep[:, :, 0], None if writes.log_eta is None else writes.log_eta[:, :, 0])
-        has_momentum, num_tokens = writes.log_eta is not None, keys.shape[2]
         # (I + strict_tril(W_1 * K K^T) diag(theta)) e = A_1 * (K M_0) + f_1 * (K S_0) - V, subscript 1: one token ago
         system = c.weight_PC[..., :num_tokens, :] * (keys @ keys.transpose(-1, -2)) * theta
         expected = c.keep_P[..., :num_tokens, None] * (keys @ memory) - writes.values
-        if has_momentum:
+        if surprise is not None:
             expected = expected + c.carry_P[..., :num_tokens, None] * (keys @ surprise)
         # (the solver reads the strict lower triangle alone: the diagonal counts as 1)
         errors = torch.linalg.solve_triangular(system, expected, upper=False, unitriangular=True)
@@ -54,22 +53,18 @@ class LinearRule(Rule):
         if queries is not None:
             similar = c.weight_PC[..., 1:, :] * (queries @ keys.transpose(-1, -2)) * theta
             reads = c.keep_P[..., 1:, None] * (queries @ memory) - similar @ errors
-            if has_momentum:
+            if surprise is not None:
                 reads = reads + c.carry_P[..., 1:, None] * (queries @ surprise)
 
         keep, carry, decay, weight, share = (row_at(x[:, :, None], ends_B)[:, :, 0] for x in c)
         step = theta[:, :, 0]
         after = keep[..., None, None] * memory - (keys * (weight * step)[..., None]).transpose(-1, -2) @ errors
-        if not has_momentum:
-            return Absorbed(after.flatten(2), momentum, reads)
+        if surprise is None:
+            return Step([after], [], reads)
         after = after + carry[..., None, None] * surprise
         left = decay[..., None, None] * surprise - (keys * (share * step)[..., None]).transpose(-1, -2) @ errors
-        return Absorbed(after.flatten(2), left.flatten(2), reads)
+        return Step([after], [left], reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """q M."""
-        return queries @ self._matrix(weights)
-
-    def _matrix(self, flat: Tensor) -> Tensor:
-        matrix: Tensor = flat.unflatten(-1, self.shape)
-        return matrix
+        return queries @ self.split(weights)[0]

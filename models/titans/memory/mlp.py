@@ -13,7 +13,7 @@ Shapes: as in `titans.memory.rule`; C tokens of the chunk · P = C + 1 · I, O a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from titans.config import MemoryConfig
 from titans.memory.chunk import Coefficients, coefficients
-from titans.memory.rule import Absorbed, Rule, Writes, row_at
+from titans.memory.rule import Rule, Step, Writes, row_at
 
 _EPS = 1e-5
 Product = Callable[[Tensor], Tensor]  # h -> h W
@@ -42,9 +42,7 @@ class MLPRule(Rule):
     bound_to_chunks = True
 
     def __init__(self, config: MemoryConfig) -> None:
-        super().__init__()
-        self.shapes = config.layer_shapes
-        self.sizes = [inputs * outputs for inputs, outputs in self.shapes]
+        super().__init__(config)
         self.residual = config.residual
         self.start_weights = nn.Parameter(torch.empty(config.num_heads, config.num_weights))
         self.reset()
@@ -52,47 +50,43 @@ class MLPRule(Rule):
     @torch.no_grad()
     def reset(self) -> None:
         """Start from small weights: every layer 1 / sqrt(inputs), the last one smaller."""
-        for i, layer in enumerate(self._layers(self.start_weights[None])):
+        for i, layer in enumerate(self.split(self.start_weights[None])):
             last = i == len(self.shapes) - 1
             layer.normal_(std=(0.1 if last else 1.0) * layer.shape[-2] ** -0.5)
 
-    def absorb(
+    def step(
         self,
         writes: Writes,
-        weights: Tensor,
-        momentum: Tensor,
+        weights: list[Tensor],
+        momentum: list[Tensor],
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
-    ) -> Absorbed:
+    ) -> Step:
         """One chunk, whole or its beginning. `titans.memory.reference` is the same, token by token."""
         c = coefficients(writes.log_keep, writes.log_eta)
-        has_momentum = writes.log_eta is not None
         gradients = self.gradients(weights, writes.keys, writes.values)
         reads = None
         if queries is not None:
-            products = self._products(weights, momentum if has_momentum else None, gradients, c, writes.theta)
-            reads = self._forward(queries, products)
+            reads = self._forward(queries, self._products(weights, momentum, gradients, c, writes.theta))
         keep, carry, decay, weight, share = (row_at(x, ends_B) for x in c)
         scales = (keep, carry, decay, weight * writes.theta, share * writes.theta)
         after, left = [], []
-        for i, start in enumerate(self._layers(weights)):
+        for i, start in enumerate(weights):
             keep_L, carry_L, decay_L, weight_LC, share_LC = (x[:, :, i, ..., None] for x in scales)
             inputs, errors = gradients.inputs[i], gradients.errors[i]
-            end = keep_L[..., None] * start - (inputs * weight_LC).transpose(-1, -2) @ errors
-            if has_momentum:
-                surprise = self._layers(momentum)[i]
-                end = end + carry_L[..., None] * surprise
-                left.append(decay_L[..., None] * surprise - (inputs * share_LC).transpose(-1, -2) @ errors)
-            after.append(end)
-        return Absorbed(_flat(after), _flat(left) if has_momentum else momentum, reads)
+            kept = keep_L[..., None] * start
+            if momentum:
+                kept = torch.addcmul(kept, carry_L[..., None], momentum[i])
+                left.append(_minus_product(decay_L[..., None] * momentum[i], inputs * share_LC, errors))
+            after.append(_minus_product(kept, inputs * weight_LC, errors))
+        return Step(after, left, reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """M(q)."""
-        return self._forward(queries, [partial(_times, layer) for layer in self._layers(weights)])
+        return self._forward(queries, [partial(_times, layer) for layer in self.split(weights)])
 
-    def gradients(self, weights: Tensor, keys: Tensor, values: Tensor) -> Gradients:
+    def gradients(self, layers: list[Tensor], keys: Tensor, values: Tensor) -> Gradients:
         """Of 1/2 |M(k) - v|^2 at one set of weights, layer by layer, written out (eq. 12)."""
-        layers = self._layers(weights)
         inputs, slopes, h = [keys], [], keys
         for layer in layers[:-1]:
             z = h @ layer
@@ -113,7 +107,7 @@ class MLPRule(Rule):
         return Gradients(inputs, errors)
 
     def _products(
-        self, weights: Tensor, momentum: Tensor | None, gradients: Gradients, c: Coefficients, theta: Tensor
+        self, weights: list[Tensor], momentum: list[Tensor], gradients: Gradients, c: Coefficients, theta: Tensor
     ) -> list[Product]:
         """h_t W_t of each layer, with the weights as of token t, which are never built."""
 
@@ -123,9 +117,8 @@ class MLPRule(Rule):
             out = c.keep_P[:, :, i, 1:, None] * (h @ start) - similar @ errors
             return out if surprise is None else out + c.carry_P[:, :, i, 1:, None] * (h @ surprise)
 
-        starts = self._layers(weights)
-        surprises = [None] * len(starts) if momentum is None else self._layers(momentum)
-        return [partial(product, i, w, s) for i, (w, s) in enumerate(zip(starts, surprises, strict=True))]
+        surprises: Sequence[Tensor | None] = momentum or [None] * len(weights)
+        return [partial(product, i, w, s) for i, (w, s) in enumerate(zip(weights, surprises, strict=True))]
 
     def _forward(self, queries: Tensor, products: list[Product]) -> Tensor:
         h = queries
@@ -134,18 +127,16 @@ class MLPRule(Rule):
         out: Tensor = products[-1](h)
         return queries + _layer_norm(out)[0] if self.residual else out
 
-    def _layers(self, flat: Tensor) -> list[Tensor]:
-        """[B, H, I, O] of each layer: views."""
-        parts = flat.split(self.sizes, dim=-1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
 
 def _times(layer: Tensor, h: Tensor) -> Tensor:
     return h @ layer
 
 
-def _flat(layers: list[Tensor]) -> Tensor:
-    return torch.cat([layer.flatten(-2) for layer in layers], dim=-1)
+def _minus_product(base: Tensor, inputs: Tensor, errors: Tensor) -> Tensor:
+    """base - inputs^T errors, [B, H, I, O], in one pass over the base."""
+    inputs, errors = inputs.flatten(0, 1), errors.flatten(0, 1)
+    product: Tensor = torch.baddbmm(base.flatten(0, 1), inputs.transpose(1, 2), errors, alpha=-1)
+    return product.view_as(base)
 
 
 def _gelu_slope(z: Tensor) -> Tensor:

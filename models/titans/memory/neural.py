@@ -172,23 +172,27 @@ class NeuralMemory(nn.Module):
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weights, momentum, reads = state.weights, state.momentum, []
-        num_tokens, size = writes.keys.shape[2], self.config.chunk_size
+        weights, momentum, reads = self.rule.split(state.weights), self.rule.split(state.momentum), []
+        num_tokens, size, bound = writes.keys.shape[2], self.config.chunk_size, self.rule.bound_to_chunks
+        ends_B = torch.full(writes.keys.shape[:1], num_tokens, device=writes.keys.device) if ends_B is None else ends_B
+        shortest = int(ends_B.min())
         for start in range(0, num_tokens, size):
             stop = min(start + size, num_tokens)
-            whole_B = None
-            if self.rule.bound_to_chunks and ends_B is not None:
-                if stop - start < size and queries is None:
-                    break  # a chunk that only begins here is taken up when it is full
-                whole_B = (ends_B >= start + size)[:, None, None]
+            if bound and queries is None and stop - start < size:
+                break  # a chunk that only begins here is taken up when it is full
+            complete = (start + size if bound else stop) <= shortest  # in every row
+            ends = None if bound or complete else (ends_B - start).clamp(0, stop - start)
             asked = None if queries is None else queries[:, :, start:stop]
-            ends = None if ends_B is None or whole_B is not None else (ends_B - start).clamp(0, stop - start)
-            after = self.rule.absorb(writes.slice(start, stop), weights, momentum, asked, ends)
+            after = self.rule.step(writes.slice(start, stop), weights, momentum, asked, ends)
             if after.reads is not None:
                 reads.append(after.reads)
-            weights = after.weights if whole_B is None else torch.where(whole_B, after.weights, weights)
-            momentum = after.momentum if whole_B is None else torch.where(whole_B, after.momentum, momentum)
-        return weights, momentum, torch.cat(reads, dim=2) if reads else None
+            if bound and not complete:
+                ended_B = ends_B >= start + size
+                weights, momentum = _where(ended_B, after.weights, weights), _where(ended_B, after.momentum, momentum)
+            else:
+                weights, momentum = after.weights, after.momentum
+        joined = self.rule.join(weights, state.weights), self.rule.join(momentum, state.momentum)
+        return *joined, torch.cat(reads, dim=2) if reads else None
 
     def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
         """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""
@@ -244,3 +248,8 @@ class NeuralMemory(nn.Module):
             return joined[:, joined.shape[1] - reach :].clone()
         index = lengths_B[:, None] + torch.arange(reach, device=joined.device)
         return joined.take_along_dim(index[..., None], dim=1)
+
+
+def _where(rows_B: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """Of each layer the new weights in these rows, the old ones in the others."""
+    return [torch.where(rows_B[:, None, None, None], x, y) for x, y in zip(new, old, strict=True)]

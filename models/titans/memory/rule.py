@@ -4,12 +4,16 @@ The inner loss is l(M; x_t) = 1/2 |M(k_t) - v_t|^2 (Titans, eq. 12; the 1/2 is t
 function from state to state. Its weights are one flat row of N floats a head, so that everything that keeps, saves or
 batches states knows one shape whatever the memory is made of.
 
-Shapes: B batch · H memory heads · L layers of the memory · T tokens · K key dim · V value dim · N floats of weights.
+Shapes: B batch · H memory heads · L layers of the memory · T tokens · K key dim · V value dim · N floats of weights ·
+I, O inputs and outputs of a layer.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from titans.config import MemoryConfig
 
 
 class Writes(NamedTuple):
@@ -40,15 +44,40 @@ class Absorbed(NamedTuple):
     reads: Tensor | None  # [B, H, T, V]: q_t answered by the memory as of token t
 
 
+class Step(NamedTuple):
+    """The same, layer by layer: no copy into one row and out again between two chunks."""
+
+    weights: list[Tensor]  # [B, H, I, O] of each layer
+    momentum: list[Tensor]  # likewise; empty where there is none
+    reads: Tensor | None
+
+
 class Rule(nn.Module):
     """How a memory learns and answers. It holds what training learns of it: the weights it starts from."""
 
     bound_to_chunks: bool  # True: the result depends on where chunks begin
     start_weights: Tensor  # M_0 [H, N], float32
 
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.shapes = config.layer_shapes
+        self._sizes = [inputs * outputs for inputs, outputs in self.shapes]
+
     def start(self, batch: int) -> Tensor:
         """M_0 for each of a batch, [B, H, N]."""
         return self.start_weights.expand(batch, -1, -1)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """[B, H, N] to [B, H, I, O] of each layer: views. Nothing where there are no heads."""
+        if not flat.shape[1]:
+            return []
+        parts = flat.split(self._sizes, dim=-1)
+        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    @staticmethod
+    def join(layers: list[Tensor], like: Tensor) -> Tensor:
+        """The inverse of `split`; of nothing, what has no heads."""
+        return torch.cat([layer.flatten(-2) for layer in layers], dim=-1) if layers else like
 
     def absorb(
         self,
@@ -58,6 +87,18 @@ class Rule(nn.Module):
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
     ) -> Absorbed:
+        """`step` on flat weights."""
+        after = self.step(writes, self.split(weights), self.split(momentum), queries, ends_B)
+        return Absorbed(self.join(after.weights, weights), self.join(after.momentum, momentum), after.reads)
+
+    def step(
+        self,
+        writes: Writes,
+        weights: list[Tensor],
+        momentum: list[Tensor],
+        queries: Tensor | None = None,
+        ends_B: Tensor | None = None,
+    ) -> Step:
         """One chunk: the memory after the first `ends_B[b]` tokens of row b (all by default), and the causal reads.
 
         `queries` [B, H, T, K] ask after each token has been written (eq. 15).
@@ -65,7 +106,7 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
-        """[B, H, T, V]: what one memory answers to all the queries; no update (eq. 15)."""
+        """[B, H, T, V]: what one memory [B, H, N] answers to all the queries; no update (eq. 15)."""
         raise NotImplementedError
 
 

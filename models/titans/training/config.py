@@ -30,7 +30,7 @@ class TrainingConfig:
     """Everything that decides the outcome, but for the texts."""
 
     seed: int = 0
-    key_steps: int = 200
+    key_steps: int = 300
     key_learning_rate: float = 3e-3
     alone: Rates = Rates(keys=1e-3, values=1e-3, answers=1e-3, gates=3e-3, readout=5e-3)
     joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
@@ -40,19 +40,18 @@ class TrainingConfig:
     recall_weight: float = 1.0  # of what is read straight from the memory
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.2
-    num_facts: int = 5_000  # in the pool
+    num_facts: int = 10_000  # in the pool
     haystack_tokens: int = 160_000
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
     asking_stride: int = 4  # windows of a text between two places where facts are asked for
     held_out_facts: int = 200  # of the pool, never trained on: for the log
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(512, 16, 200, 12, 0),
-            Stage(1_024, 16, 250, 16, 0),
-            Stage(1_024, 16, 40, 12, 16),
-            Stage(1_024, 16, 40, 12, 16),
-            Stage(4_096, 8, 30, 16, 16),
-            Stage(16_384, 4, 20, 16, 16),
+            Stage(512, 16, 200, 10, 0),
+            Stage(1_024, 16, 300, 20, 0),
+            Stage(1_024, 16, 140, 12, 32),
+            Stage(4_096, 8, 20, 24, 16),
+            Stage(16_384, 4, 15, 24, 16),
         )
     )
 

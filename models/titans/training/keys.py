@@ -21,7 +21,7 @@ from titans.training.pool import Pool
 
 _FACTS = 256  # a step
 _STRETCHES = 64  # of plain text a step, whose keys no question means
-_TEMPERATURE = 0.07
+_TEMPERATURE = 0.15  # lower: other keys are let come too near; higher: the own key is not found
 _WARMUP = 20
 _GATE_FACTOR = 3.0  # gates and convolutions learn faster
 

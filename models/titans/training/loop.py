@@ -22,6 +22,8 @@ from titans.training.pool import Pool
 from titans.training.score import Scorer
 
 _SAVE_EVERY = 20  # steps
+_STRENGTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
+_STRENGTH_BATCHES = 6
 _SEGMENT = 512  # tokens between two states that are kept for the backward pass; longer is slower on a CPU
 
 
@@ -88,6 +90,8 @@ class Trainer:
             if self.step % _SAVE_EVERY == 0 or ends:
                 self._save()
         bar.close()
+        tqdm.write(f"strength: {self._set_strength()}")
+        save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
 
     def losses(self, batch: Batch) -> Losses:
         """Learn the documents, give back all they stated, answer the rows."""
@@ -135,6 +139,31 @@ class Trainer:
         batch = make_batch(self.pool, self.config, stage, self.step, held_out=True)
         return self.losses(batch.to(self.model.device)).figures()
 
+    @torch.no_grad()
+    def _set_strength(self) -> float:
+        """Scale the memory's answers as suits facts that training never saw, and return the factor.
+
+        A query made of new words is less like its key than one that was trained on, so what it reads is weaker.
+        """
+        longest = max(self.config.stages, key=lambda stage: (stage.num_questions > 0, stage.num_tokens))
+        steps = range(self.config.num_steps, self.config.num_steps + _STRENGTH_BATCHES)
+        batches = [make_batch(self.pool, self.config, longest, step, held_out=True) for step in steps]
+        trained = self.memory.out.weight.clone()
+
+        def loss(strength: float) -> float:
+            self.memory.out.weight.copy_(strength * trained)
+            losses = [self.losses(batch.to(self.model.device)) for batch in batches]
+            return sum(self._total(x).item() for x in losses)
+
+        best = min(_STRENGTHS, key=loss)
+        self.memory.out.weight.copy_(best * trained)
+        return best
+
+    def _total(self, losses: Losses) -> Tensor:
+        if losses.answer is None or losses.text is None:
+            return self.config.recall_weight * losses.recall
+        return self.config.recall_weight * losses.recall + losses.answer + self.config.text_weight * losses.text
+
     def _learn(self, documents: Tensor) -> MemoryState:
         """The memory after each document; activations are kept for one segment at a time."""
         state = self.memory.new_state(documents.shape[0], documents.dtype)
@@ -147,10 +176,7 @@ class Trainer:
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
         losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
-        loss = self.config.recall_weight * losses.recall
-        if losses.answer is not None and losses.text is not None:
-            loss = loss + losses.answer + self.config.text_weight * losses.text
-        loss.backward()
+        self._total(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             variant, folder, checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
         )
         rows.append((f"{args.architecture}, {name}", trainer.train()))
-    print(table(rows))  # noqa: T201 — what the command is for
+    trainer.accelerator.print(table(rows))
     return 0
 
 

@@ -6,7 +6,15 @@ from titans.config import Architecture, BackboneConfig, MemoryConfig, TitansConf
 from titans.training.scratch.tasks import TASKS
 
 _DEEP = MemoryConfig(
-    num_heads=2, key_dim=32, value_dim=32, chunk_size=16, momentum=True, rule="chunk", depth=2, expansion=2
+    num_heads=2,
+    key_dim=32,
+    value_dim=32,
+    chunk_size=16,
+    momentum=True,
+    rule="chunk",
+    depth=2,
+    expansion=2,
+    output_norm=True,
 )
 
 
