@@ -29,11 +29,13 @@ def server() -> Iterator[Client]:
     process = subprocess.Popen([sys.executable, "-m", "titans_server", "--port", str(PORT), "--store", "memory://"])
     try:
         with Client(f"http://127.0.0.1:{PORT}") as client:
-            while process.poll() is None:
+            while True:
                 try:
                     client.health()
                     break
                 except (APIConnectionError, ServerUnavailableError):
+                    if process.poll() is not None:
+                        raise SystemExit("the server did not start") from None
                     time.sleep(0.2)
             yield client
     finally:

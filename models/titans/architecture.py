@@ -59,7 +59,7 @@ class Layer(nn.Module):
     @property
     def memories(self) -> list[NeuralMemory]:
         """The layer's memory, if it has one."""
-        return []
+        return [child for child in self.children() if isinstance(child, NeuralMemory)]
 
 
 class AttentionLayer(Layer):
@@ -101,11 +101,6 @@ class MemoryLayer(Layer):
         super().__init__()
         self.memory = new_memory(config)
 
-    @property
-    def memories(self) -> list[NeuralMemory]:
-        """Its memory."""
-        return [self.memory]
-
     def new_parts(self, batch: int, dtype: torch.dtype) -> Parts:
         """A memory that has read nothing."""
         return _parts_of(self.memory.new_state(batch, dtype))
@@ -146,11 +141,6 @@ class GatedLayer(AttentionLayer):
         super().__init__(config)
         self.memory = new_memory(config)
         self.merge = Merge(config.backbone.hidden_size, config.backbone.norm_eps)
-
-    @property
-    def memories(self) -> list[NeuralMemory]:
-        """Its memory."""
-        return [self.memory]
 
     def new_parts(self, batch: int, dtype: torch.dtype) -> Parts:
         """An empty window and a memory that has read nothing."""

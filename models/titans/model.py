@@ -3,9 +3,8 @@ r"""A Titans model: a body, and memories that stand where its config says (`tita
     tokens -> layers up to the last memory -> layers above it -> logits
               \__ ingest runs these __/
 
-What a memory is written with does not depend on the layers above it, so `ingest` runs neither those nor the head: of
-a pretrained body with one memory in the middle, half. Reading (`open`, then `forward`) runs all, and leaves the
-session's own state alone.
+What a memory is written with does not depend on the layers above it, so `ingest` runs neither those nor the head.
+Reading (`open`, then `forward`) runs all, and leaves the session's own state alone.
 
 Shapes: B sessions · T tokens · D hidden · N vocabulary.
 """

@@ -21,27 +21,27 @@ def test_one_pass_gives_what_the_formula_gives(num_tokens: int, num_keys: int, d
         torch.testing.assert_close(ours.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("num_persistent", [1, 3])
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_sink_is_one_more_key(grad: bool) -> None:
+def test_persistent_tokens_are_more_keys(grad: bool, num_persistent: int) -> None:
     torch.manual_seed(0)
-    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, num_persistent=1)
-    attention.persistent_keys.data.normal_()
+    attention = Attention(24, num_heads=6, num_kv_heads=2, head_dim=4, num_persistent=num_persistent)
     attention.persistent_values.data.normal_()
     x = torch.randn(1, 1, 24)
     ring = Ring(*torch.zeros(2, 1, 2, 8, 4))
     place = Placement.place(torch.tensor([0]), torch.tensor([1]), 1, window=8, head_dim=4, theta=100.0)
     with torch.set_grad_enabled(grad):
         got = attention(x, place, ring)
-    query, key, value = attention.split(x)
-    query, key = place.rotation(query), place.rotation(key)
-    sunk = place.persistent_rotation(attention.split(x)[0])
+    query, key, value = (part[0, 0] for part in attention.split(x))  # [heads, 4] each
+    seen = place.persistent_rotation(query[None, None])[0, 0]
+    query, key = place.rotation(query[None, None])[0, 0], place.rotation(key[None, None])[0, 0]
+    heads = []
     for head in range(6):
         group = head // 3
-        own, sink = (query[0, 0, head] @ key[0, 0, group]), (sunk[0, 0, head] @ attention.persistent_keys[0, group])
-        weights = F.softmax(torch.stack((own, sink)) * 4**-0.5, dim=0)
-        mixed = weights[0] * value[0, 0, group] + weights[1] * attention.persistent_values[0, group]
-        query[0, 0, head] = mixed  # reuse the shape [B, T, H, E] to collect the heads
-    torch.testing.assert_close(got, attention.out(query.flatten(2)))
+        scores = torch.cat((query[head] @ key[group, :, None], attention.persistent_keys[:, group] @ seen[head]))
+        values = torch.cat((value[group][None], attention.persistent_values[:, group]))
+        heads.append(F.softmax(scores * 4**-0.5, dim=0) @ values)
+    torch.testing.assert_close(got, attention.out(torch.cat(heads))[None, None])
 
 
 def test_a_token_that_sees_nothing_takes_the_sink() -> None:

@@ -12,7 +12,7 @@ from titans.checkpoint import digest, load
 from titans.evaluation.facts import Fact, make_facts, make_families, words_of
 from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
-from titans.training.batch import _rows
+from titans.training.batch import _rows, make_batch
 from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer
 from titans.training.plot import plot
@@ -105,8 +105,31 @@ def test_a_run_leaves_the_body_alone_and_is_drawn(tiny: TinyCheckpoint, pool: Po
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]) != name.startswith("memory_layers."), name
     assert "generated" in trainer.history[-1]
+    again = make_trainer(tiny, pool, tmp_path / "run")
+    again.train()  # a finished run comes to the same memory: the strength of its answers is set from what was trained
+    assert torch.equal(again.memory.out.weight, trainer.memory.out.weight)
     plot(tmp_path / "run" / "log.json", tmp_path / "run" / "training.png")
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_strength_of_the_answers_is_the_best_on_held_out_facts(
+    tiny: TinyCheckpoint, pool: Pool, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny, pool, tmp_path / "run")
+    trained = trainer.memory.out.weight.detach().clone()
+    batches = [make_batch(pool, CONFIG, CONFIG.stages[1], CONFIG.num_steps + i, held_out=True) for i in range(6)]
+
+    def loss() -> float:
+        losses = [trainer.losses(batch).figures() for batch in batches]
+        return sum(x["answer"] + CONFIG.text_weight * x["text"] for x in losses)
+
+    strength = trainer._set_strength()
+    torch.testing.assert_close(trainer.memory.out.weight, strength * trained)
+    best = loss()
+    with torch.no_grad():
+        for other in (1.0, 1.2, 1.4, 1.6, 1.8):
+            trainer.memory.out.weight.copy_(other * trained)
+            assert loss() >= best - 1e-4
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:

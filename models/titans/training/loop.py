@@ -96,7 +96,6 @@ class Trainer:
     def losses(self, batch: Batch) -> Losses:
         """Learn the documents, give back all they stated, answer the rows."""
         memory = self._learn(batch.documents)
-        memory = memory._replace(weights=self.memory.settle(memory))
         recall, recalled = self._recall(memory, batch.recalls)
         if batch.rows is None:
             return Losses(recall, recalled)
@@ -147,36 +146,39 @@ class Trainer:
         """
         longest = max(self.config.stages, key=lambda stage: (stage.num_questions > 0, stage.num_tokens))
         steps = range(self.config.num_steps, self.config.num_steps + _STRENGTH_BATCHES)
-        batches = [make_batch(self.pool, self.config, longest, step, held_out=True) for step in steps]
+        learnt: list[tuple[MemoryState, Rows]] = []
+        for step in steps:
+            batch = make_batch(self.pool, self.config, longest, step, held_out=True).to(self.model.device)
+            assert batch.rows is not None, "the last lesson is with the body"
+            learnt.append((self._learn(batch.documents), batch.rows))
         trained = self.memory.out.weight.clone()
 
         def loss(strength: float) -> float:
             self.memory.out.weight.copy_(strength * trained)
-            losses = [self.losses(batch.to(self.model.device)) for batch in batches]
-            return sum(self._total(x).item() for x in losses)
+            asked = [self._answer(memory, rows) for memory, rows in learnt]
+            return sum((answer + self.config.text_weight * text).item() for answer, text, _ in asked)
 
         best = min(_STRENGTHS, key=loss)
         self.memory.out.weight.copy_(best * trained)
         return best
 
-    def _total(self, losses: Losses) -> Tensor:
-        if losses.answer is None or losses.text is None:
-            return self.config.recall_weight * losses.recall
-        return self.config.recall_weight * losses.recall + losses.answer + self.config.text_weight * losses.text
-
     def _learn(self, documents: Tensor) -> MemoryState:
-        """The memory after each document; activations are kept for one segment at a time."""
+        """The memory after each document, settled; activations are kept for one segment at a time."""
         state = self.memory.new_state(documents.shape[0], documents.dtype)
-        if documents.shape[1] <= _SEGMENT:
-            return self.memory.write(documents, state)
         for segment in documents.split(_SEGMENT, dim=1):
-            state = MemoryState(*checkpoint(self.memory.write, segment, state, use_reentrant=False))
-        return state
+            if documents.shape[1] <= _SEGMENT:
+                state = self.memory.write(segment, state)
+            else:
+                state = MemoryState(*checkpoint(self.memory.write, segment, state, use_reentrant=False))
+        return state._replace(weights=self.memory.settle(state))
 
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
         losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
-        self._total(losses).backward()
+        loss = self.config.recall_weight * losses.recall
+        if losses.answer is not None and losses.text is not None:
+            loss = loss + losses.answer + self.config.text_weight * losses.text
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()

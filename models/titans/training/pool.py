@@ -102,6 +102,7 @@ def _pack(pool: Pool) -> dict[str, object]:
     }
 
 
+@torch.no_grad()
 def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig) -> Pool:
     window, num_texts = model.config.window, len(texts)
     each = config.haystack_tokens // num_texts // window * window

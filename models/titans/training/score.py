@@ -29,6 +29,7 @@ class Scorer:
         return score_facts(model, self.tokenizer, model.ingest(tokens, model.new_state()), facts, recall=recall)
 
 
+@torch.no_grad()
 def score_facts(
     model: TitansModel, tokenizer: Tokenizer, state: State, facts: Sequence[Fact], *, recall: bool = True
 ) -> float:
