@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from titans.config import MemoryConfig
+from titans.memory.chunk import Writes
 from titans.memory.neural import make_rule
 from titans.memory.reference import absorb_tokens
-from titans.memory.rule import Absorbed, Rule, Writes
+from titans.memory.rule import Absorbed, Rule
 from torch import Tensor
 from torch.nn import functional as F
 

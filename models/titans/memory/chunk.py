@@ -9,14 +9,40 @@ from M_0, S_0 gives, with u_j the gradient at token j,
 Row t of each coefficient stands for "after t tokens", t = 0..b: row 0 is the chunk's start (1, 0, 1, 0, 0).
 Everything is taken in log space and float32 (or float64), differences masked before exp.
 
-Shapes: C tokens of the chunk · P = C + 1 rows; any dimensions (batch, heads, layers) go before.
+Shapes: B batch · H memory heads · L layers of the memory · T tokens · K key dim · V value dim · C tokens of the chunk ·
+P = C + 1 rows of a coefficient; any dimensions go before.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_TOGETHER = 8  # chunks whose coefficients are computed at once: fewer, larger operations
+
+
+class Writes(NamedTuple):
+    """What a run of tokens asks of the memory; float32 (float64 in the oracle)."""
+
+    keys: Tensor  # [B, H, T, K], unit length
+    values: Tensor  # [B, H, T, V]
+    theta: Tensor  # [B, H, L, T]: step size
+    log_keep: Tensor  # [B, H, L, T]: log(1 - alpha)
+    log_eta: Tensor | None  # [B, H, L, T]; None: no momentum
+
+    def slice(self, start: int, stop: int) -> "Writes":
+        """Some of the tokens."""
+        return self.split([start, stop - start, self.keys.shape[2] - stop])[1]
+
+    def split(self, sizes: list[int]) -> "list[Writes]":
+        """One run of tokens after the other."""
+        keys, values = self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2)
+        theta, log_keep = self.theta.split(sizes, dim=-1), self.log_keep.split(sizes, dim=-1)
+        log_eta = [None] * len(sizes) if self.log_eta is None else self.log_eta.split(sizes, dim=-1)
+        return [Writes(*parts) for parts in zip(keys, values, theta, log_keep, log_eta, strict=True)]
 
 
 class Coefficients(NamedTuple):
@@ -27,6 +53,40 @@ class Coefficients(NamedTuple):
     decay_P: Tensor  # m_t = prod eta
     weight_PC: Tensor  # W = D E
     share_PC: Tensor  # E
+
+
+class Chunk(NamedTuple):
+    """Tokens that are learnt together, and what asks while they are."""
+
+    keys: Tensor  # [B, H, C, K]
+    values: Tensor  # [B, H, C, V]
+    theta: Tensor  # [B, H, L, C]
+    weighing: Coefficients  # [B, H, L, P, ...]
+    queries: Tensor | None  # [B, H, C, K]
+
+
+def chunks(writes: Writes, size: int, queries: Tensor | None = None) -> Iterator[Chunk]:
+    """Chunk after chunk of `size` tokens; the last one may be shorter."""
+    num_tokens = writes.keys.shape[2]
+    whole = num_tokens - num_tokens % size
+    bounds = [*range(0, whole, _TOGETHER * size), whole, *[num_tokens] * (whole < num_tokens)]
+    sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+    asked = [None] * len(sizes) if queries is None else queries.split(sizes, dim=2)
+    for some, asking in zip(writes.split(sizes), asked, strict=True):
+        yield from _chunks(some, min(size, some.keys.shape[2]), asking)
+
+
+def _chunks(writes: Writes, size: int, queries: Tensor | None) -> Iterator[Chunk]:
+    def cut(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+        pieces: tuple[Tensor, ...] = x.unflatten(dim, (-1, size)).unbind(dim)
+        return pieces
+
+    log_eta = None if writes.log_eta is None else writes.log_eta.unflatten(3, (-1, size))
+    weighing = coefficients(writes.log_keep.unflatten(3, (-1, size)), log_eta)
+    keys, values, theta = cut(writes.keys, 2), cut(writes.values, 2), cut(writes.theta, 3)
+    asked = [None] * len(keys) if queries is None else cut(queries, 2)
+    each = (Coefficients(*parts) for parts in zip(*(x.unbind(3) for x in weighing), strict=True))
+    return itertools.starmap(Chunk, zip(keys, values, theta, each, asked, strict=True))
 
 
 def coefficients(log_keep_C: Tensor, log_eta_C: Tensor | None) -> Coefficients:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from titans.config import MemoryConfig
-from titans.memory.chunk import coefficients
-from titans.memory.rule import Rule, Step, Writes, row_at
+from titans.memory.chunk import Chunk, Coefficients
+from titans.memory.rule import Rule, Step, row_at
 
 
 class LinearRule(Rule):
@@ -28,35 +28,28 @@ class LinearRule(Rule):
         else:
             self.register_buffer("start_weights", zeros, persistent=False)
 
-    def step(
-        self,
-        writes: Writes,
-        weights: list[Tensor],
-        momentum: list[Tensor],
-        queries: Tensor | None = None,
-        ends_B: Tensor | None = None,
-    ) -> Step:
+    def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """One chunk of any size. `titans.memory.reference` is the same, token by token."""
-        keys, theta = writes.keys, writes.theta  # [B, H, C, K], [B, H, 1, C]
+        keys, theta = chunk.keys, chunk.theta  # [B, H, C, K], [B, H, 1, C]
         (memory,), num_tokens = weights, keys.shape[2]
         surprise = momentum[0] if momentum else None
-        c = coefficients(writes.log_keep[:, :, 0], None if writes.log_eta is None else writes.log_eta[:, :, 0])
+        c = Coefficients(*(x[:, :, 0] for x in chunk.weighing))
         # (I + strict_tril(W_1 * K K^T) diag(theta)) e = A_1 * (K M_0) + f_1 * (K S_0) - V, subscript 1: one token ago
         system = c.weight_PC[..., :num_tokens, :] * (keys @ keys.transpose(-1, -2)) * theta
-        expected = c.keep_P[..., :num_tokens, None] * (keys @ memory) - writes.values
+        expected = c.keep_P[..., :num_tokens, None] * (keys @ memory) - chunk.values
         if surprise is not None:
             expected = expected + c.carry_P[..., :num_tokens, None] * (keys @ surprise)
         # (the solver reads the strict lower triangle alone: the diagonal counts as 1)
         errors = torch.linalg.solve_triangular(system, expected, upper=False, unitriangular=True)
 
         reads = None
-        if queries is not None:
+        if (queries := chunk.queries) is not None:
             similar = c.weight_PC[..., 1:, :] * (queries @ keys.transpose(-1, -2)) * theta
             reads = c.keep_P[..., 1:, None] * (queries @ memory) - similar @ errors
             if surprise is not None:
                 reads = reads + c.carry_P[..., 1:, None] * (queries @ surprise)
 
-        keep, carry, decay, weight, share = (row_at(x[:, :, None], ends_B)[:, :, 0] for x in c)
+        keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0] for x in chunk.weighing)
         step = theta[:, :, 0]
         after = keep[..., None, None] * memory - (keys * (weight * step)[..., None]).transpose(-1, -2) @ errors
         if surprise is None:

@@ -9,10 +9,10 @@ Two normalised step sizes keep repetitive text from diverging, as in normalised 
 chapter 6): a layer's step is divided by max(1, |h_{l-1}|^2), and with LN by max(1, 1 / sigma^2), what its Jacobian
 amplifies.
 
-Shapes: as in `titans.memory.rule`; C tokens of the chunk · P = C + 1 · I, O a layer's input and output.
+Shapes: as in `titans.memory.rule`; C tokens of the chunk · I, O a layer's input and output ·
+A = B H, the heads of all rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans.config import MemoryConfig
-from titans.memory.chunk import Coefficients, coefficients
-from titans.memory.rule import Rule, Step, Writes, row_at
+from titans.memory.chunk import Chunk
+from titans.memory.rule import Rule, Step, row_at
 
 _EPS = 1e-5
 Product = Callable[[Tensor], Tensor]  # h -> h W
@@ -54,31 +54,27 @@ class MLPRule(Rule):
             last = i == len(self.shapes) - 1
             layer.normal_(std=(0.1 if last else 1.0) * layer.shape[-2] ** -0.5)
 
-    def step(
-        self,
-        writes: Writes,
-        weights: list[Tensor],
-        momentum: list[Tensor],
-        queries: Tensor | None = None,
-        ends_B: Tensor | None = None,
-    ) -> Step:
+    def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """One chunk, whole or its beginning. `titans.memory.reference` is the same, token by token."""
-        c = coefficients(writes.log_keep, writes.log_eta)
-        gradients = self.gradients(weights, writes.keys, writes.values)
+        gradients = self.gradients(weights, chunk.keys, chunk.values)
         reads = None
-        if queries is not None:
-            reads = self._forward(queries, self._products(weights, momentum, gradients, c, writes.theta))
-        keep, carry, decay, weight, share = (row_at(x, ends_B) for x in c)
-        scales = (keep, carry, decay, weight * writes.theta, share * writes.theta)
+        if chunk.queries is not None:
+            reads = self._forward(chunk.queries, self._products(weights, momentum, gradients, chunk))
+        keep, carry, decay, weight, share = (row_at(x, ends_B) for x in chunk.weighing)
+        scales = (keep, carry, decay, weight * chunk.theta, share * chunk.theta)
         after, left = [], []
         for i, start in enumerate(weights):
-            keep_L, carry_L, decay_L, weight_LC, share_LC = (x[:, :, i, ..., None] for x in scales)
-            inputs, errors = gradients.inputs[i], gradients.errors[i]
-            kept = keep_L[..., None] * start
+            keep_A, carry_A, decay_A, weight_AC, share_AC = (x[:, :, i].flatten(0, 1)[..., None] for x in scales)
+            inputs, errors = gradients.inputs[i].flatten(0, 1), gradients.errors[i].flatten(0, 1)
+            now = keep_A[..., None] * start.flatten(0, 1)  # all that follows is done in its place
             if momentum:
-                kept = torch.addcmul(kept, carry_L[..., None], momentum[i])
-                left.append(_minus_product(decay_L[..., None] * momentum[i], inputs * share_LC, errors))
-            after.append(_minus_product(kept, inputs * weight_LC, errors))
+                surprise = momentum[i].flatten(0, 1)
+                now.addcmul_(carry_A[..., None], surprise)
+                surprise = decay_A[..., None] * surprise
+                surprise.baddbmm_((inputs * share_AC).transpose(1, 2), errors, alpha=-1)
+                left.append(surprise.unflatten(0, start.shape[:2]))
+            now.baddbmm_((inputs * weight_AC).transpose(1, 2), errors, alpha=-1)
+            after.append(now.unflatten(0, start.shape[:2]))
         return Step(after, left, reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
@@ -87,11 +83,10 @@ class MLPRule(Rule):
 
     def gradients(self, layers: list[Tensor], keys: Tensor, values: Tensor) -> Gradients:
         """Of 1/2 |M(k) - v|^2 at one set of weights, layer by layer, written out (eq. 12)."""
-        inputs, slopes, h = [keys], [], keys
+        inputs, sums, h = [keys], [], keys
         for layer in layers[:-1]:
-            z = h @ layer
-            h = F.gelu(z)
-            slopes.append(_gelu_slope(z))
+            sums.append(h @ layer)
+            h = F.gelu(sums[-1])
             inputs.append(h)
         out = h @ layers[-1]
         if self.residual:
@@ -100,20 +95,21 @@ class MLPRule(Rule):
         else:
             error = out - values
         errors = [error]
-        for layer, slope in zip(reversed(layers[1:]), reversed(slopes), strict=True):
-            errors.insert(0, (errors[0] @ layer.transpose(-1, -2)) * slope)
+        for layer, z in zip(reversed(layers[1:]), reversed(sums), strict=True):
+            errors.insert(0, torch.ops.aten.gelu_backward(errors[0] @ layer.transpose(-1, -2), z))
         for i, x in enumerate(inputs[1:], start=1):  # (keys have unit length as it is)
             errors[i] = errors[i] / x.square().sum(-1, keepdim=True).clamp(min=1)
         return Gradients(inputs, errors)
 
     def _products(
-        self, weights: list[Tensor], momentum: list[Tensor], gradients: Gradients, c: Coefficients, theta: Tensor
+        self, weights: list[Tensor], momentum: list[Tensor], gradients: Gradients, chunk: Chunk
     ) -> list[Product]:
         """h_t W_t of each layer, with the weights as of token t, which are never built."""
+        c = chunk.weighing
 
         def product(i: int, start: Tensor, surprise: Tensor | None, h: Tensor) -> Tensor:
             inputs, errors = gradients.inputs[i], gradients.errors[i]
-            similar = c.weight_PC[:, :, i, 1:] * theta[:, :, i, None] * (h @ inputs.transpose(-1, -2))
+            similar = c.weight_PC[:, :, i, 1:] * chunk.theta[:, :, i, None] * (h @ inputs.transpose(-1, -2))
             out = c.keep_P[:, :, i, 1:, None] * (h @ start) - similar @ errors
             return out if surprise is None else out + c.carry_P[:, :, i, 1:, None] * (h @ surprise)
 
@@ -130,19 +126,6 @@ class MLPRule(Rule):
 
 def _times(layer: Tensor, h: Tensor) -> Tensor:
     return h @ layer
-
-
-def _minus_product(base: Tensor, inputs: Tensor, errors: Tensor) -> Tensor:
-    """base - inputs^T errors, [B, H, I, O], in one pass over the base."""
-    inputs, errors = inputs.flatten(0, 1), errors.flatten(0, 1)
-    product: Tensor = torch.baddbmm(base.flatten(0, 1), inputs.transpose(1, 2), errors, alpha=-1)
-    return product.view_as(base)
-
-
-def _gelu_slope(z: Tensor) -> Tensor:
-    """d gelu / dz, the exact form: Phi(z) + z phi(z)."""
-    below = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-    return below + z * torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
 
 
 def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from titans.config import MemoryConfig
 from titans.layers import RMSNorm
+from titans.memory.chunk import Writes, chunks
 from titans.memory.linear import LinearRule
 from titans.memory.mlp import MLPRule
-from titans.memory.rule import Rule, Writes
+from titans.memory.rule import Rule
 
 
 class MemoryState(NamedTuple):
@@ -154,15 +155,16 @@ class NeuralMemory(nn.Module):
         """Walk over the chunks. Returns the reads [B, H, T, V] where they are wanted, and the state at the end."""
         num_tokens = x_BTD.shape[1]
         joined = torch.cat((state.recent, x_BTD), dim=1)
-        ends_B, begun_B = lengths_B, None
-        aligned = joined
+        ends_B, aligned, most = lengths_B, joined, 0
         if self.rule.bound_to_chunks:
             begun_B = state.position % self.config.chunk_size
-            aligned = self._from_chunk(joined, begun_B, int(begun_B.max()) + num_tokens)
+            most = int(begun_B.max())
+            all_begin = joined[:, self.config.chunk_size - 1 :]
+            aligned = self._from_chunk(joined, begun_B, most + num_tokens) if most else all_begin
             ends_B = begun_B + (num_tokens if lengths_B is None else lengths_B)
         queries = self._queries(aligned) if answering else None
         weights, momentum, reads = self._walk(self._writes(aligned), state, queries, ends_B)
-        if reads is not None and begun_B is not None:
+        if reads is not None and most:
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
         position = state.position + (num_tokens if lengths_B is None else lengths_B)
@@ -176,14 +178,13 @@ class NeuralMemory(nn.Module):
         num_tokens, size, bound = writes.keys.shape[2], self.config.chunk_size, self.rule.bound_to_chunks
         ends_B = torch.full(writes.keys.shape[:1], num_tokens, device=writes.keys.device) if ends_B is None else ends_B
         shortest = int(ends_B.min())
-        for start in range(0, num_tokens, size):
-            stop = min(start + size, num_tokens)
-            if bound and queries is None and stop - start < size:
+        for i, chunk in enumerate(chunks(writes, size, queries)):
+            start, length = i * size, chunk.keys.shape[2]
+            if bound and queries is None and length < size:
                 break  # a chunk that only begins here is taken up when it is full
-            complete = (start + size if bound else stop) <= shortest  # in every row
-            ends = None if bound or complete else (ends_B - start).clamp(0, stop - start)
-            asked = None if queries is None else queries[:, :, start:stop]
-            after = self.rule.step(writes.slice(start, stop), weights, momentum, asked, ends)
+            complete = start + (size if bound else length) <= shortest  # in every row
+            ends = None if bound or complete else (ends_B - start).clamp(0, length)
+            after = self.rule.step(chunk, weights, momentum, ends)
             if after.reads is not None:
                 reads.append(after.reads)
             if bound and not complete:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans.config import MemoryConfig
-from titans.memory.rule import Absorbed, Writes
+from titans.memory.chunk import Writes
+from titans.memory.rule import Absorbed
 
 
 def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> Absorbed:

@@ -14,26 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from titans.config import MemoryConfig
-
-
-class Writes(NamedTuple):
-    """What a run of tokens asks of the memory; float32 (float64 in the oracle)."""
-
-    keys: Tensor  # [B, H, T, K], unit length
-    values: Tensor  # [B, H, T, V]
-    theta: Tensor  # [B, H, L, T]: step size
-    log_keep: Tensor  # [B, H, L, T]: log(1 - alpha)
-    log_eta: Tensor | None  # [B, H, L, T]; None: no momentum
-
-    def slice(self, start: int, stop: int) -> "Writes":
-        """Some of the tokens."""
-        return Writes(
-            self.keys[:, :, start:stop],
-            self.values[:, :, start:stop],
-            self.theta[..., start:stop],
-            self.log_keep[..., start:stop],
-            None if self.log_eta is None else self.log_eta[..., start:stop],
-        )
+from titans.memory.chunk import Chunk, Writes, chunks
 
 
 class Absorbed(NamedTuple):
@@ -87,21 +68,15 @@ class Rule(nn.Module):
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
     ) -> Absorbed:
-        """`step` on flat weights."""
-        after = self.step(writes, self.split(weights), self.split(momentum), queries, ends_B)
+        """`step` on flat weights, all the tokens one chunk."""
+        (chunk,) = chunks(writes, writes.keys.shape[2], queries)
+        after = self.step(chunk, self.split(weights), self.split(momentum), ends_B)
         return Absorbed(self.join(after.weights, weights), self.join(after.momentum, momentum), after.reads)
 
-    def step(
-        self,
-        writes: Writes,
-        weights: list[Tensor],
-        momentum: list[Tensor],
-        queries: Tensor | None = None,
-        ends_B: Tensor | None = None,
-    ) -> Step:
-        """One chunk: the memory after the first `ends_B[b]` tokens of row b (all by default), and the causal reads.
+    def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
+        """The memory after the first `ends_B[b]` tokens of row b (all by default), and what it answers on the way.
 
-        `queries` [B, H, T, K] ask after each token has been written (eq. 15).
+        Each query asks after the token of its place has been written (eq. 15).
         """
         raise NotImplementedError
 
