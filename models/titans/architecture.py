@@ -2,7 +2,7 @@
 
     MAL  a memory, then attention (section 4.3):       h += M(h), then the body's layer
     MAG  a memory beside attention (section 4.2):      h += Attn(h) * M(h)
-    MAC  a memory as attention's context (section 4.1): h += y * M(y), y = Attn(persistent | M before the segment | h)
+    MAC  a memory as attention's context (section 4.1): h += y * M(h + y), y = Attn(persistent | M before | h)
     LMM  a memory in place of attention
 
 All are on a residual, and the body's feed-forward follows. Persistent tokens (eq. 19) are in attention; those that the
@@ -155,7 +155,10 @@ class GatedLayer(AttentionLayer):
 
 
 class ContextLayer(GatedLayer):
-    """MAC: what the memory knew before the segment is attention's context; attention's answers are what it learns."""
+    """MAC: what the memory knew before the segment is attention's context; it learns tokens as attention leaves them.
+
+    That is, attention's answer on its residual: the answer alone is a mixture of tokens, and small at first.
+    """
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
@@ -173,10 +176,10 @@ class ContextLayer(GatedLayer):
         x_BTD = self.attention_norm(h_BTD)
         known_BTD, asked = self.memory.read(x_BTD, parts["before"], parts["asked"], call.lengths_B)  # eq. 21
         known_BTD = known_BTD if call.recall else torch.zeros_like(known_BTD)
-        context = known_BTD, Ring(parts["context_keys"], parts["context_values"])
+        context = self.attention_norm(known_BTD), Ring(parts["context_keys"], parts["context_values"])
         ring = Ring(parts["keys"], parts["values"])
         y_BTD = self.attention(x_BTD, call.place, ring, context)  # eq. 22, 23
-        m_BTD, parts = _consult(self.memory, y_BTD, call, parts)  # eq. 24
+        m_BTD, parts = _consult(self.memory, h_BTD + y_BTD, call, parts)  # eq. 24
         ends_BHN = ((call.position_B + call.lengths_B) % self.segment == 0)[:, None, None]
         before = torch.where(ends_BHN, parts["weights"], parts["before"])
         return self._feed_forward(h_BTD + self.merge(y_BTD, m_BTD)), parts | {"asked": asked, "before": before}

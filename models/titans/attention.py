@@ -23,7 +23,8 @@ UNSEEN = -1e30  # exp of it is 0 beside any score; finite, so that a padding tok
 class Ring(NamedTuple):
     """Keys and values of the last W tokens of one layer; token p lives in slot p % W.
 
-    Views, written in place; no gradient flows through them.
+    Views in the dtype of x, written in place; no gradient flows through them, and so none to the key and value of a
+    token that comes alone: it looks at itself in the ring.
     """
 
     keys: Tensor  # [B, G, W, E], rotated by absolute position
@@ -34,9 +35,9 @@ class Ring(NamedTuple):
 class Placement:
     """Where the tokens of one call stand: all that attention needs to know of positions, once for all layers."""
 
-    rotation: Rotation  # of queries and keys
+    rotation: Rotation  # of queries and keys [B, T]
     persistent_rotation: Rotation  # of queries, as seen from the persistent tokens
-    bias_BTS: Tensor  # 0 where a query may look at a key, else UNSEEN; S = W + T (ring, then new tokens), or W if T = 1
+    bias_BTS: Tensor  # float32: 0 where a query may see a key, else UNSEEN; S = W + T (ring, then new), or W if T = 1
     rows: Tensor  # [N] batch row of each valid token that the ring keeps
     columns: Tensor  # [N] its column among the new tokens
     slots: Tensor  # [N] its slot in the ring
@@ -53,7 +54,10 @@ class Placement:
         theta: float,
         segmented: bool = False,
     ) -> "Placement":
-        """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns."""
+        """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns.
+
+        Both are [B] int64. `window` is W, `head_dim` E, `theta` the base of the rotary angles.
+        """
         columns_T = torch.arange(num_tokens, device=position_B.device)
         new_BT = position_B[:, None] + columns_T
         if num_tokens == 1:  # the one token is in the ring before it looks
@@ -87,7 +91,7 @@ def _ring_positions(position_B: Tensor, window: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the ring and a block of new tokens."""
+    """Grouped-query attention over the ring and a block of new tokens; `size` is D."""
 
     def __init__(self, size: int, num_heads: int, num_kv_heads: int, head_dim: int, num_persistent: int) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, place: Placement, ring: Ring, context: tuple[Tensor, Ring] | None = None
     ) -> Tensor:
-        """Attend; the ring then holds the new tokens too. Returns [B, T, D].
+        """Attend; the ring then holds the new tokens too, those that count. Returns [B, T, D]: finite past their end.
 
         `context`: as many tokens again [B, T, D] and their own ring, each seen from where x's token of its place is.
         """
@@ -159,7 +163,7 @@ class Attention(nn.Module):
 
 
 def mix_plain(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, bias_BTS: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(E) + bias) v as it is written: [B, H, T, E], and the log of the softmax's sum, [B, H, T]."""
+    """softmax(q k^T / sqrt(E) + bias) v as written: [B, H, T, E], and the log of its sum [B, H, T], float32."""
     q_BGRTE = q_BHTE.unflatten(1, (k_BGSE.shape[1], -1))
     scores_BGRTS = (q_BGRTE @ k_BGSE[:, :, None].transpose(-1, -2)).float() * q_BHTE.shape[-1] ** -0.5
     scores_BGRTS = scores_BGRTS + bias_BTS[:, None, None]

@@ -27,14 +27,14 @@ class CheckpointError(Exception):
 class Loaded:
     """A model that is ready to run."""
 
-    model: TitansModel
+    model: TitansModel  # in evaluation mode, without gradients
     tokenizer: Tokenizer
     fingerprint: str  # changes with the body, the memory or the config: a state belongs to one fingerprint
-    name: str
+    name: str  # of the body's file or folder, without a suffix
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the chip multiplies it, float32 elsewhere."""
+    """bfloat16 where the chip multiplies it (AVX-512 BF16; any GPU is taken to), float32 elsewhere."""
     if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
@@ -54,6 +54,8 @@ def load(
 ) -> Loaded:
     """The model to serve: by default the shipped memory on SmolLM2-135M-Instruct.
 
+    `body` is what `load_backbone` reads, `memory` what `save_memory` wrote; `device` and `dtype` (the body's and that
+    of the memories' large matrices) are by default the preferred ones.
     Raises BackboneError or CheckpointError, each saying which file and why.
     """
     body, memory = body or find_default_body(), memory or DEFAULT_MEMORY
@@ -62,6 +64,8 @@ def load(
     config, body_digest = _read_header(memory)
     if body_digest != digest(body):
         raise CheckpointError(f"{memory} was trained on another body than {body}")
+    if config.num_persistent > 1:
+        raise CheckpointError(f"{memory} has {config.num_persistent} persistent tokens: a body has its bos token alone")
     if config.backbone != backbone.config:
         raise CheckpointError(f"{memory} does not fit the shape of {body}")
     model = build(backbone, config)
@@ -70,7 +74,10 @@ def load(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if tensors.keys() != memory_tensors(model).keys():
         raise CheckpointError(f"{memory} does not hold the memory that its header describes")
-    model.load_state_dict(tensors, strict=False)
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{memory} does not have the shapes that its header describes: {error}") from error
     model.requires_grad_(False)
     for module in model.memories:
         module.cast_projections(model.dtype)
@@ -81,6 +88,7 @@ def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
     """A model with the body's weights and untrained memories, float32, sinks not yet set.
 
     The attention of a body's layer in whose place a memory stands (architecture "lmm") is left out.
+    Raises CheckpointError where the body's tensors are not those of the config by name, RuntimeError by shape.
     """
     model = TitansModel(config)
     missing, unexpected = model.load_state_dict(backbone.tensors, strict=False)
@@ -94,13 +102,13 @@ def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
 
 
 def memory_tensors(model: TitansModel) -> dict[str, Tensor]:
-    """What a body does not have: the memories and what merges them with attention."""
+    """What a body does not have, by name: the memories and what merges them with attention. Not copies."""
     ours = {"memory", "merge"}
     return {name: x for name, x in model.state_dict().items() if ours & set(name.split("."))}
 
 
 def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model to where it runs: the body in `dtype`, the memories' own weights in float32, sinks set."""
+    """Move a model to where it runs, in place: the body in `dtype`, the memories in float32, sinks set, no training."""
     model.to(device, dtype).eval()
     for memory in model.memories:
         memory.float()
@@ -108,7 +116,10 @@ def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
-    """Write the memory's weights in float32, with the config and the body they belong to; atomic."""
+    """Write the memory's weights in float32, with the config and the body they belong to (its `digest`).
+
+    Atomic: `path` is replaced by a .part beside it when that is whole.
+    """
     tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in memory_tensors(model).items()}
     header = {
         "format": "titans-memory/1",
@@ -121,7 +132,7 @@ def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
 
 
 def digest(body: Path) -> str:
-    """sha256 over the body's weight files."""
+    """sha256 over the sha256 of each of the body's weight files, in hex. Raises OSError."""
     total = hashlib.sha256()
     for path in weight_files(body):
         with path.open("rb") as file:

@@ -2,52 +2,62 @@
 
 import itertools
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Architecture = Literal["mac", "mag", "mal", "lmm"]  # memory as context, as gate, as layer; memory alone
+RuleName = Literal["exact", "chunk"]
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A Llama-family transformer body (RMSNorm, rotary positions, grouped queries, SwiGLU)."""
+    """A Llama-family transformer body (RMSNorm, rotary positions, grouped queries, SwiGLU).
+
+    Raises ValueError where num_heads is not a multiple of num_kv_heads.
+    """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rope_theta: float
-    norm_eps: float
-    tie_embeddings: bool
-    bos_token: int
-    eos_token: int
+    num_heads: int  # of queries
+    num_kv_heads: int  # of keys and values
+    head_dim: int  # floats a head; even, for rotary positions turn pairs
+    intermediate_size: int  # inner width of SwiGLU
+    rope_theta: float  # base of the rotary angles
+    norm_eps: float  # of every RMSNorm, the memories' too
+    tie_embeddings: bool  # True: the head's weights are the embedding's
+    bos_token: int  # id
+    eos_token: int  # id
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError("num_heads must be a multiple of num_kv_heads")
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What every neural memory of a model is made of, and its rule."""
+    """What every neural memory of a model is made of, and its rule.
 
-    num_heads: int = 4
-    key_dim: int = 256
-    value_dim: int = 128
-    conv_width: int = 4
-    chunk_size: int = 64  # tokens learnt at once
+    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, or
+    with `residual` keys and values differ in size.
+    """
+
+    num_heads: int = 4  # each with weights of its own
+    key_dim: int = 256  # of one head; queries too
+    value_dim: int = 128  # of one head
+    conv_width: int = 4  # tokens that a key, value or query is made of, the last its own
+    chunk_size: int = 64  # tokens learnt at once; with rule "exact" a matter of speed alone
     momentum: bool = False  # False: eta = 0 in equation 10
     forgetting: bool = True  # False: alpha = 0 in equation 13
-    rule: Literal["exact", "chunk"] = "exact"  # where gradients are taken: at the last token, or where the chunk began
+    rule: RuleName = "exact"  # where gradients are taken: at the last token, or where the chunk began
     depth: int = 1  # layers of the memory (L_M); more than one: rule "chunk"
-    expansion: int = 4  # width of the layers between, in keys
+    expansion: int = 4  # width of the layers between, as a multiple of key_dim
     residual: bool = False  # M(x) = x + LN(...): the camera-ready form
     learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
-    output_norm: bool = False  # normalise what a head answers
+    output_norm: bool = False  # True: an RMSNorm on what a head answers
 
     def __post_init__(self) -> None:
+        if self.rule not in get_args(RuleName):
+            raise ValueError(f"there is no rule {self.rule!r}")
         if self.rule == "exact" and (self.depth > 1 or self.residual):
             raise ValueError("the exact rule is for a linear memory: depth 1, no residual")
         if self.residual and self.key_dim != self.value_dim:
@@ -58,7 +68,7 @@ class MemoryConfig:
 
     @property
     def layer_shapes(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of each layer of the memory."""
+        """Inputs I and outputs O of each layer of the memory."""
         hidden = [self.expansion * self.key_dim] * (self.depth - 1)
         return list(itertools.pairwise([self.key_dim, *hidden, self.value_dim]))
 
@@ -80,17 +90,25 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class TitansConfig:
-    """A body, its memories and where they stand, and how far attention sees."""
+    """A body, its memories and where they stand, and how far attention sees.
+
+    Raises ValueError where `memory_layers` is empty, out of order or names what the body has not, where there is no
+    such architecture, and where a MAC's window is not a multiple of the memory's chunk_size.
+    """
 
     backbone: BackboneConfig
     memory: MemoryConfig
-    memory_layers: tuple[int, ...]  # layers of the body that have a memory, in order
+    memory_layers: tuple[int, ...]  # layers of the body that have a memory, counted from 0, in order
     architecture: Architecture = "mal"
     window: int = 256  # tokens that attention sees; with "mac" the tokens of a segment
     num_persistent: int = 1  # keys and values per layer that are always attended to (eq. 19)
 
     def __post_init__(self) -> None:
         layers = self.memory_layers
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(f"there is no architecture {self.architecture!r}")
+        if self.window < 1 or self.num_persistent < 0:
+            raise ValueError("a window has one token or more; persistent tokens are not fewer than none")
         if not layers or list(layers) != sorted(set(layers)):
             raise ValueError("memory_layers names one layer or more, each once, in order")
         if layers[0] < 0 or layers[-1] >= self.backbone.num_layers:
@@ -104,7 +122,11 @@ class TitansConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TitansConfig":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`, also by way of JSON. What `memory` does not name has its default.
+
+        Raises KeyError where a part is missing, TypeError where the body or the memory has a field too many, too few or
+        of a wrong type, and ValueError as the constructors do.
+        """
         return cls(
             backbone=BackboneConfig(**fields["backbone"]),
             memory=MemoryConfig(**fields["memory"]),
@@ -116,7 +138,7 @@ class TitansConfig:
 
 
 def tiny(architecture: Architecture = "mal", memory_layers: tuple[int, ...] = (2,), **memory: Any) -> TitansConfig:
-    """A model small enough for unit tests: 4 layers, 48 wide, a memory in the middle."""
+    """A model small enough for unit tests: 4 layers, 48 wide, a memory in the middle; `memory` is for MemoryConfig."""
     return TitansConfig(
         backbone=BackboneConfig(
             vocab_size=259,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight, computed in float32 (Zhang & Sennrich 2019); `size` is D."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -17,14 +17,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """[..., D] to [..., D], in x's dtype."""
         x = x_BTD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x * self.weight.float()).to(x_BTD.dtype)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x)), gate and up in one product (Shazeer 2020); `size` is D."""
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
@@ -40,7 +40,8 @@ class SwiGLU(nn.Module):
 class Rotation:
     """Rotary position embedding of given positions (Su et al. 2021, the half-split layout).
 
-    Angles are taken in float64: at a session's millionth token float32 would be off by 0.06 rad.
+    Positions are [B, T], whole numbers; `head_dim` is E, even; `theta` the base. Angles are taken in float64: at a
+    session's millionth token float32 would be off by 0.06 rad.
     """
 
     def __init__(self, positions_BT: Tensor, head_dim: int, theta: float) -> None:
@@ -50,7 +51,7 @@ class Rotation:
         self.sin = angles_BT1E.sin().float()
 
     def __call__(self, x_BTHE: Tensor) -> Tensor:
-        """Turn each head's vector by its token's position."""
+        """Turn each head's vector by its token's position: [B, T, H, E] to the same, in x's dtype."""
         a, b = x_BTHE.float().chunk(2, dim=-1)
         turned = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
         return turned.to(x_BTHE.dtype)

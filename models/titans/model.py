@@ -42,13 +42,19 @@ _WITH_MEMORY: dict[str, type[Layer]] = {
 
 
 class TitansModel(nn.Module):
-    """The body, its memories, and the ways to run them."""
+    """The body, its memories, and the ways to run them.
+
+    As made, its weights are random and float32: `titans.checkpoint.build` puts a body in, `ready` moves it to where it
+    runs and sets its sinks, `load` does all of it.
+    """
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         body = config.backbone
         self.config = config
-        self.checkpointing = False  # True: activations are computed again in the backward pass; for whole documents
+        # True: activations are computed again in the backward pass. Rings move on in place, so its gradients are right
+        # for one call on a stream that has read nothing: for whole documents.
+        self.checkpointing = False
         self.embedding = nn.Embedding(body.vocab_size, body.hidden_size)
         kinds = [
             _WITH_MEMORY[config.architecture] if i in config.memory_layers else AttentionLayer
@@ -67,7 +73,7 @@ class TitansModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the body computes in, and what a state keeps its windows in."""
+        """What the body computes in, and what a state keeps its windows in; memories' weights are float32."""
         return self.embedding.weight.dtype
 
     @property
@@ -81,7 +87,7 @@ class TitansModel(nn.Module):
         return [memory for step in self.lower for memory in step.memories]
 
     def new_state(self, batch: int = 1) -> State:
-        """Sessions that have read nothing."""
+        """Sessions that have read nothing. The memories' weights are views of those that they start from."""
         num_tail = self.config.window if self.upper else 0
         return State(
             position=torch.zeros(batch, dtype=torch.int64, device=self.device),
@@ -93,12 +99,13 @@ class TitansModel(nn.Module):
     def ingest(
         self, tokens_BT: Tensor, state: State, lengths: Sequence[int] | None = None, *, recall: bool = True
     ) -> State:
-        """The states after reading the first `lengths[b]` tokens of each row (all by default).
+        """The states after reading the first `lengths[b]` tokens of each row (all by default); `state` is not changed.
 
+        Tokens are [B, T], int64 or int32; padding, too, must be in the vocabulary. `lengths`: one a row, 0 to T.
         Runs the layers up to the last memory and writes the memories; any number of tokens, a window at a time.
         `recall=False`: the memories answer nothing to the layers above them (the control).
         """
-        lengths = lengths or [tokens_BT.shape[1]] * tokens_BT.shape[0]
+        lengths = [tokens_BT.shape[1]] * tokens_BT.shape[0] if lengths is None else lengths
         state = state.clone()
         for columns_BT, counts_B in self._runs(state, lengths, self.config.window):
             call = self.place(state.position, counts_B, columns_BT.shape[1], write=True, recall=recall)
@@ -116,6 +123,7 @@ class TitansModel(nn.Module):
     def open(self, state: State, *, recall: bool = True, write: bool = False) -> Stream:
         """Begin to read from sessions: the layers above the last memory look at the last window.
 
+        `state` comes from `new_state` or `ingest`, not from a stream, and is not changed.
         `write`: the stream learns what it reads. `recall=False`: the memories answer nothing from here on.
         """
         state = state.clone()
@@ -136,12 +144,13 @@ class TitansModel(nn.Module):
         """Hidden states [B, T, D] of tokens that follow a stream, and the stream after them (`logits` scores them).
 
         Each token reads the memories; where the stream writes it is learnt first, and the stream's state is then what
-        `ingest` makes of the tokens, but for its tail. Any number of tokens; gradients flow between the tokens of one
-        call, and through the memories from call to call. The stream given must not be used again: its rings have moved
-        on.
+        `ingest` makes of the tokens, but for its tail. Tokens and `lengths` as in `ingest`, T 1 or more; past a row's
+        length, hidden states are 0 in a MAC and mean nothing elsewhere. Gradients flow between the tokens of one call
+        (in a MAC: of one segment), and through the memories from call to call. The stream given must not be used again:
+        its rings have moved on.
         """
         batch, num_tokens = tokens_BT.shape
-        lengths = lengths or [num_tokens] * batch
+        lengths = [num_tokens] * batch if lengths is None else lengths
         if self.config.architecture != "mac":
             return self._read_run(tokens_BT, stream, torch.tensor(lengths, device=self.device))
         h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
@@ -161,13 +170,16 @@ class TitansModel(nn.Module):
         return h_BTD, Stream(state, upper, stream.write, stream.recall)
 
     def logits(self, h: Tensor) -> Tensor:
-        """[..., D] hidden states to [..., N] scores, float32."""
+        """[..., D] hidden states, as `forward` returns them, to [..., N] scores, float32."""
         return self.head(self.norm(h)).float()  # type: ignore[no-any-return]
 
     def place(
         self, position_B: Tensor, lengths_B: Tensor, num_tokens: int, *, write: bool = False, recall: bool = True
     ) -> Call:
-        """Where `num_tokens` columns stand after `position_B` tokens; row b uses its first `lengths_B[b]` columns."""
+        """Where `num_tokens` columns stand after `position_B` tokens; row b uses its first `lengths_B[b]` columns.
+
+        Both are [B] int64.
+        """
         body = self.config.backbone
         place = Placement.place(
             position_B,
@@ -182,7 +194,11 @@ class TitansModel(nn.Module):
 
     @torch.no_grad()
     def set_sinks(self) -> None:
-        """Run the bos token once: its keys and values are what every later token can always look at."""
+        """Run the bos token once: its keys and values are what every later token can always look at.
+
+        Changes the persistent tokens of every layer in place; run it again when the body's weights have changed. Raises
+        AssertionError where a layer has more than one, which are trained and not set; where it has none, does nothing.
+        """
         if not self.config.num_persistent:
             return
         assert self.config.num_persistent == 1, "a pretrained body has one: its bos token"
@@ -233,5 +249,8 @@ class TitansModel(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats; targets of -100 do not count."""
+    """Mean cross entropy in nats of scores [..., N] and their targets [...], int64 and already shifted by one.
+
+    Targets of -100 do not count; where none counts the mean is NaN.
+    """
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100)

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-6  # of temperatures that are not 0: below it float32 has no quotients
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn."""
+    """How the next token is drawn. Ranges are not checked here."""
 
-    temperature: float = 1.0  # 0: the likeliest token
-    top_p: float = 1.0  # the smallest set of tokens whose probabilities reach this
+    temperature: float = 1.0  # 0: the likeliest token; never negative
+    top_p: float = 1.0  # the smallest set of tokens whose probabilities reach this; above 0
     top_k: int = 0  # the k likeliest; 0: all
-    seed: int | None = None
+    seed: int | None = None  # 64 bits; None: one that nobody knows
 
 
 class Sampler:
@@ -28,11 +30,12 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def sample(self, logits: Tensor) -> int:
-        """A token from [N] scores, float32, on the CPU."""
+        """A token from [N] finite scores, float32, on the CPU."""
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        scores, order = (logits / params.temperature).sort(descending=True)
+        coldest = max(params.temperature, _COLDEST)
+        scores, order = ((logits - logits.max()) / coldest).sort(descending=True)  # at most 0: no quotient overflows up
         if params.top_k:
             scores = scores[: params.top_k]
         probabilities = scores.softmax(-1)

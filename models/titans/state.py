@@ -21,16 +21,21 @@ class State:
 
     position: Tensor  # [B] int64: tokens ingested
     layers: tuple[Parts, ...]  # of each layer that ingest runs
-    tail: Tensor  # [B, W, D]: what the other layers were given for the last W tokens; token p in slot p % W
+    # [B, W, D]: what the other layers were given for the last W tokens; token p in slot p % W. W = 0: there are none
+    tail: Tensor
 
     def parts(self) -> dict[str, Tensor]:
-        """All the tensors by name."""
+        """All the tensors, not copied: "position", "tail", and "i.name" for the part `name` of `layers[i]`."""
         layers = {f"{i}.{name}": x for i, parts in enumerate(self.layers) for name, x in parts.items()}
         return {"position": self.position, "tail": self.tail} | layers
 
     @classmethod
     def from_parts(cls, parts: dict[str, Tensor]) -> "State":
-        """The inverse of `parts`."""
+        """The inverse of `parts`; nothing is copied.
+
+        Raises KeyError where "position" or "tail" is missing, ValueError where a name has a dot but not the form
+        "i.name". Other names are ignored, and whether a layer has all its parts is not checked.
+        """
         names = [name.split(".") for name in parts if "." in name]
         layers: list[Parts] = [{} for _ in range(1 + max((int(i) for i, _ in names), default=-1))]
         for i, name in names:
@@ -39,7 +44,7 @@ class State:
 
     @classmethod
     def cat(cls, states: Sequence["State"]) -> "State":
-        """One batch of all the sessions, in order; a copy."""
+        """One batch of all the sessions, in order; a copy. One state at least, all of one model (not checked)."""
         every = [state.parts() for state in states]
         return cls.from_parts({name: torch.cat([parts[name] for parts in every]) for name in every[0]})
 
@@ -48,7 +53,7 @@ class State:
         return [self.select([row]) for row in range(self.batch_size)]
 
     def select(self, rows: Sequence[int]) -> "State":
-        """Some of the sessions, in any order, any number of times; a copy."""
+        """Some of the sessions (one at least), in any order, any number of times; a copy. IndexError for others."""
         index = torch.tensor(rows, device=self.position.device)
         return self._map(lambda x: x[index])
 
@@ -77,14 +82,17 @@ class Stream:
     A stream's rings are written in place as it moves on; the sessions' own states are not touched.
     """
 
-    state: State
+    state: State  # moves on with what is read, but for its tail: not one to `open` or to keep
     upper: tuple[Parts, ...]  # of each layer that ingest does not run
-    write: bool  # True: tokens are learnt as they pass; False: the memories stay as they are
+    write: bool  # True: tokens are learnt as they pass; False: the memories' weights stay as they are
     recall: bool  # False: the memories answer nothing (the control)
 
     @classmethod
     def cat(cls, streams: Sequence["Stream"]) -> "Stream":
-        """One batch of streams that are read in the same way; a copy."""
+        """One batch of all the streams, in order; a copy.
+
+        Raises AssertionError unless there is one at least and all have the same `write` and `recall`.
+        """
         assert len({(s.write, s.recall) for s in streams}) == 1
         upper = tuple(
             {name: torch.cat([parts[name] for parts in same]) for name in same[0]}
@@ -93,7 +101,7 @@ class Stream:
         return cls(State.cat([s.state for s in streams]), upper, streams[0].write, streams[0].recall)
 
     def select(self, rows: Sequence[int]) -> "Stream":
-        """Some of the streams; a copy."""
+        """Some of the streams, as `State.select`; a copy."""
         index = torch.tensor(rows, device=self.state.position.device)
         upper = tuple({name: x[index] for name, x in parts.items()} for parts in self.upper)
         return Stream(self.state.select(rows), upper, self.write, self.recall)

@@ -15,27 +15,32 @@ class Tokenizer:
     """A byte-level BPE. Text is text: `encode` reads the name of a control token as its letters."""
 
     def __init__(self, raw: RawTokenizer, eos_token: int) -> None:
+        """`raw` is taken over and changed: it sees no control tokens in text. `eos_token`: the id that ends a text."""
         self._raw = raw
         self._raw.encode_special_tokens = True
         self.eos_token = eos_token
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, control tokens too."""
         return self._raw.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`; no token is added to it."""
+        """The tokens of `text`; no token is added to it. Raises TypeError where it has lone surrogates."""
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, without control tokens; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `tokens`, without control tokens and unknown ones; bytes that are not UTF-8 become U+FFFD."""
         return self._raw.decode(list(tokens), skip_special_tokens=True)
 
 
 def bpe_tokenizer(tokens: Sequence[str], merges: Iterable[str], special: Sequence[str]) -> RawTokenizer:
-    """SmolLM2's tokenizer from its vocabulary: digits one by one, GPT-2's words, bytes as letters."""
+    """SmolLM2's tokenizer from its vocabulary: digits one by one, GPT-2's words, bytes as letters.
+
+    `tokens` by id; `merges` "left right", the first one first; `special` the control tokens, which are among `tokens`.
+    Raises ValueError where a merge is not a pair.
+    """
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     raw = RawTokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,7 +54,7 @@ def bpe_tokenizer(tokens: Sequence[str], merges: Iterable[str], special: Sequenc
 class StreamEncoder:
     """Tokens of a text that arrives in pieces: the same as of the whole, in bounded memory.
 
-    Text is cut before a lone space only, where no token of SmolLM2's reaches across. A run of `limit`
+    Text is cut before a lone space only, where no token of SmolLM2's reaches across. A run of more than `limit`
     characters without one is cut where it is: its tokens may differ there, its text does not.
     """
 
@@ -66,7 +71,7 @@ class StreamEncoder:
         return self._tokenizer.encode(ready) if ready else []
 
     def finish(self) -> list[int]:
-        """The tokens of what is left."""
+        """The tokens of what is left; the next text may follow."""
         rest, self._rest = self._rest, ""
         return self._tokenizer.encode(rest) if rest else []
 
@@ -90,7 +95,7 @@ class StreamDecoder:
         self._held: list[int] = []
 
     def feed(self, token: int) -> str:
-        """The text that this token completes."""
+        """The text that this token completes, or ""; text that ends in U+FFFD waits for the next token."""
         self._held.append(token)
         text = self._tokenizer.decode(self._held)
         if text.endswith(_REPLACEMENT):

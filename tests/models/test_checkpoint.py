@@ -1,7 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.checkpoint import DEFAULT_MEMORY, CheckpointError, Loaded, load
 
@@ -57,6 +60,19 @@ def test_a_torn_or_missing_memory_is_refused(tiny: TinyCheckpoint) -> None:
             load_tiny(tiny)
     tiny.memory.unlink()
     with pytest.raises(CheckpointError):
+        load_tiny(tiny)
+
+
+def test_tensors_that_do_not_fit_their_header_are_refused(tiny: TinyCheckpoint) -> None:
+    with safe_open(tiny.memory, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for change in ({"architecture": "none"}, {"num_persistent": 2}, {"window": 0}):
+        save_file(tensors, tiny.memory, {**header, "config": json.dumps(json.loads(header["config"]) | change)})
+        with pytest.raises(CheckpointError, match=r"architecture|persistent"):
+            load_tiny(tiny)
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.zeros(3, 3, 3)}, tiny.memory, header)
+    with pytest.raises(CheckpointError, match="shapes"):
         load_tiny(tiny)
 
 

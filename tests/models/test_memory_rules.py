@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,7 @@ def test_a_memory_gives_back_what_followed() -> None:
 
 
 def test_shapes_that_no_rule_has_are_refused() -> None:
-    for wrong in ({"depth": 2}, {"residual": True}, {"rule": "chunk", "residual": True, "value_dim": 9}, {"depth": 0}):
-        with pytest.raises(ValueError, match=r"memory|residual"):
+    chunked: dict[str, Any] = {"rule": "chunk", "residual": True, "value_dim": 9}
+    for wrong in ({"depth": 2}, {"residual": True}, chunked, {"depth": 0}, {"rule": "exakt"}):
+        with pytest.raises(ValueError, match=r"memory|residual|rule"):
             replace(LINEAR, **wrong)

@@ -26,6 +26,13 @@ def test_temperature_sharpens() -> None:
     assert drawn(temperature=0.3)[0] > drawn()[0]
 
 
+def test_a_temperature_next_to_zero_is_the_likeliest_whatever_the_scores() -> None:
+    for temperature in (1e-3, 1e-9, 1e-40, 5e-324):
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
+        for scale in (1.0, 1e30):
+            assert {sampler.sample(scale * LOGITS) for _ in range(20)} == {0}
+
+
 def test_top_k_keeps_the_likeliest() -> None:
     assert set(drawn(top_k=2)) == {0, 1}
 

@@ -42,7 +42,7 @@ def mix(config: TitansConfig, layer: Weights, kind: str | None, h_TD: Tensor) ->
         return consult(config, under(layer, "memory."), h_TD)
     x_TD = rms_norm(config, layer["attention_norm.weight"], h_TD)
     if kind == "mac":
-        return memory_as_context(config, layer, x_TD)
+        return memory_as_context(config, layer, h_TD, x_TD)
     if kind == "mag":
         y_TD = attend(config, layer, x_TD)  # eq. 27
         return merge(config, layer, y_TD, consult(config, under(layer, "memory."), x_TD))  # eq. 28
@@ -51,8 +51,11 @@ def mix(config: TitansConfig, layer: Weights, kind: str | None, h_TD: Tensor) ->
     return attend(config, layer, x_TD)  # eq. 31
 
 
-def memory_as_context(config: TitansConfig, layer: Weights, x_TD: Tensor) -> Tensor:
-    """MAC, one segment after the other (eq. 21 to 25); convolutions reach into the segment before."""
+def memory_as_context(config: TitansConfig, layer: Weights, h_TD: Tensor, x_TD: Tensor) -> Tensor:
+    """MAC, one segment after the other (eq. 21 to 25); convolutions reach into the segment before.
+
+    That the memory learns y on its residual, and that what it knew passes attention's norm, is this project's.
+    """
     memory = under(layer, "memory.")
     weights, momentum = start(config, memory)
     y_TD = m_TD = x_TD[:0]
@@ -62,12 +65,14 @@ def memory_as_context(config: TitansConfig, layer: Weights, x_TD: Tensor) -> Ten
         before = split(config.memory, weights)
         known = torch.stack([answer(config.memory, before, queries[:, :, t]) for t in range(begin, end)], dim=2)
         known_TD = project_reads(config, memory, known, x_TD[begin:end])  # eq. 21
+        known_TD = rms_norm(config, layer["attention_norm.weight"], known_TD)
         y_TD = torch.cat((y_TD, attend(config, layer, x_TD[begin:end], known_TD)))  # eq. 22, 23
-        queries, writes = ask(config, memory, y_TD)
+        learnt_TD = h_TD[:end] + y_TD
+        queries, writes = ask(config, memory, learnt_TD)
         after = absorb_tokens(config.memory, writes.slice(begin, end), weights, momentum, queries[:, :, begin:end])
         weights, momentum = after.weights, after.momentum  # eq. 24
         assert after.reads is not None
-        m_TD = torch.cat((m_TD, project_reads(config, memory, after.reads, y_TD[begin:end])))
+        m_TD = torch.cat((m_TD, project_reads(config, memory, after.reads, learnt_TD[begin:end])))
     return merge(config, layer, y_TD, m_TD)  # eq. 25
 
 

@@ -29,16 +29,16 @@ class Writes(NamedTuple):
 
     keys: Tensor  # [B, H, T, K], unit length
     values: Tensor  # [B, H, T, V]
-    theta: Tensor  # [B, H, L, T]: step size
-    log_keep: Tensor  # [B, H, L, T]: log(1 - alpha)
-    log_eta: Tensor | None  # [B, H, L, T]; None: no momentum
+    theta: Tensor  # [B, H, L, T]: step as taken: the gate / chunk_size in the chunk rule, * (1 - eta) with momentum
+    log_keep: Tensor  # [B, H, L, T]: log(1 - alpha), finite
+    log_eta: Tensor | None  # [B, H, L, T], finite; None: no momentum
 
     def slice(self, start: int, stop: int) -> "Writes":
-        """Some of the tokens."""
+        """Tokens `start` to `stop`, which is not among them: views."""
         return self.split([start, stop - start, self.keys.shape[2] - stop])[1]
 
     def split(self, sizes: list[int]) -> "list[Writes]":
-        """One run of tokens after the other."""
+        """One run of tokens after the other, of these sizes, T together: views."""
         keys, values = self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2)
         theta, log_keep = self.theta.split(sizes, dim=-1), self.log_keep.split(sizes, dim=-1)
         log_eta = [None] * len(sizes) if self.log_eta is None else self.log_eta.split(sizes, dim=-1)
@@ -46,13 +46,13 @@ class Writes(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """How the start and every token of a chunk weigh in the memory after t tokens."""
+    """How the start and every token of a chunk weigh in the memory after t tokens. Theta is not in them."""
 
-    keep_P: Tensor  # beta_t = prod (1 - alpha)
-    carry_P: Tensor  # f_t: what the starting momentum has added by now
-    decay_P: Tensor  # m_t = prod eta
-    weight_PC: Tensor  # W = D E
-    share_PC: Tensor  # E
+    keep_P: Tensor  # [..., P]: beta_t = prod (1 - alpha)
+    carry_P: Tensor  # [..., P]: f_t, what the starting momentum has added by now
+    decay_P: Tensor  # [..., P]: m_t = prod eta
+    weight_PC: Tensor  # [..., P, C]: W = D E
+    share_PC: Tensor  # [..., P, C]: E
 
 
 class Chunk(NamedTuple):
@@ -60,13 +60,13 @@ class Chunk(NamedTuple):
 
     keys: Tensor  # [B, H, C, K]
     values: Tensor  # [B, H, C, V]
-    theta: Tensor  # [B, H, L, C]
-    weighing: Coefficients  # [B, H, L, P, ...]
-    queries: Tensor | None  # [B, H, C, K]
+    theta: Tensor  # [B, H, L, C], as in `Writes`
+    weighing: Coefficients  # [B, H, L, P] and [B, H, L, P, C]
+    queries: Tensor | None  # [B, H, C, K]; None: nobody asks
 
 
 def chunks(writes: Writes, size: int, queries: Tensor | None = None) -> Iterator[Chunk]:
-    """Chunk after chunk of `size` tokens; the last one may be shorter."""
+    """Chunk after chunk of `size` tokens, 1 or more; the last one may be shorter. `queries` are [B, H, T, K]."""
     num_tokens = writes.keys.shape[2]
     whole = num_tokens - num_tokens % size
     bounds = [*range(0, whole, _TOGETHER * size), whole, *[num_tokens] * (whole < num_tokens)]
@@ -90,7 +90,10 @@ def _chunks(writes: Writes, size: int, queries: Tensor | None) -> Iterator[Chunk
 
 
 def coefficients(log_keep_C: Tensor, log_eta_C: Tensor | None) -> Coefficients:
-    """From log(1 - alpha_t) and log(eta_t) (None: no momentum) to the chunk's coefficients."""
+    """From log(1 - alpha_t) and log(eta_t), [..., C] each (None: no momentum), to the chunk's coefficients.
+
+    Both must be finite: alpha = 1 or eta = 0 gives NaN.
+    """
     keep_P, spread_CC = _products(log_keep_C)
     if log_eta_C is None:
         none = torch.zeros_like(keep_P)

@@ -2,7 +2,8 @@
 
 The gradient of the inner loss, k_t^T (k_t M_{t-1} - v_t), is taken at the weights as of the token before. The errors of
 a chunk depend on one another only through M_{t-1}, so ONE unit-lower-triangular solve gives them all, and the chunk
-size changes the speed and never the result. Without momentum this is the gated delta rule (Yang et al. 2024).
+size changes the speed and never the result. Without momentum this is the gated delta rule (Yang et al. 2024), but that
+they take the error after forgetting and we before it, as eq. 13 does.
 
 Shapes: as in `titans.memory.rule`, with L = 1 and N = K V · C tokens of the chunk · P = C + 1.
 """
@@ -16,7 +17,7 @@ from titans.memory.rule import Rule, Step, row_at
 
 
 class LinearRule(Rule):
-    """M is a matrix with keys as rows; q is answered with q M."""
+    """M is a matrix [K, V]; q is answered with q M."""
 
     bound_to_chunks = False
 
@@ -59,5 +60,5 @@ class LinearRule(Rule):
         return Step([after], [left], reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
-        """q M."""
+        """q M: [B, H, N] and [B, H, T, K] to [B, H, T, V]."""
         return queries @ self.split(weights)[0]

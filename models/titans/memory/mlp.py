@@ -26,7 +26,7 @@ from titans.memory.chunk import Chunk
 from titans.memory.rule import Rule, Step, row_at
 
 _EPS = 1e-5
-Product = Callable[[Tensor], Tensor]  # h -> h W
+Product = Callable[[Tensor], Tensor]  # h -> h W: [B, H, T, I] to [B, H, T, O]
 
 
 class Gradients(NamedTuple):
@@ -49,7 +49,7 @@ class MLPRule(Rule):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start from small weights: every layer 1 / sqrt(inputs), the last one smaller."""
+        """Draw small weights to start from, in place: deviation 1 / sqrt(inputs), a tenth of it in the last layer."""
         for i, layer in enumerate(self.split(self.start_weights[None])):
             last = i == len(self.shapes) - 1
             layer.normal_(std=(0.1 if last else 1.0) * layer.shape[-2] ** -0.5)
@@ -78,11 +78,14 @@ class MLPRule(Rule):
         return Step(after, left, reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
-        """M(q)."""
+        """M(q): [B, H, N] and [B, H, T, K] to [B, H, T, V]."""
         return self._forward(queries, [partial(_times, layer) for layer in self.split(weights)])
 
     def gradients(self, layers: list[Tensor], keys: Tensor, values: Tensor) -> Gradients:
-        """Of 1/2 |M(k) - v|^2 at one set of weights, layer by layer, written out (eq. 12)."""
+        """Of 1/2 |M(k) - v|^2 at one set of weights, layer by layer, written out (eq. 12).
+
+        Weights [B, H, I, O] of each layer, keys [B, H, C, K], values [B, H, C, V].
+        """
         inputs, sums, h = [keys], [], keys
         for layer in layers[:-1]:
             sums.append(h @ layer)

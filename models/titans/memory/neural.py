@@ -5,7 +5,8 @@ keys pass SiLU and have unit length; step size, forgetting and momentum are gate
 memory (Titans, section 4.4). How the memory learns and answers is its rule's affair.
 
 Shapes: B batch · T tokens · D hidden · H memory heads · K key dim · V value dim · N floats of weights a head ·
-R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun.
+R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun ·
+T' = T - conv_width + 1.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class MemoryState(NamedTuple):
     position: Tensor  # [B] int64: tokens written
     weights: Tensor  # M [B, H, N], float32; of a rule bound to chunks, as they were when the chunk began
     momentum: Tensor  # S [B, H, N], float32, likewise; H = 0 where the memory has none
-    recent: Tensor  # [B, R, D]: the last inputs
+    recent: Tensor  # [B, R, D]: the last inputs, normed and centred, in the dtype of h; zeros before the first token
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """|M| and |S|, the Frobenius norms [B, H]; no heads of S where there is no momentum."""
@@ -41,7 +42,10 @@ def make_rule(config: MemoryConfig) -> Rule:
 
 
 class NeuralMemory(nn.Module):
-    """h -> what the memory answers to it, and the memory after reading it."""
+    """h -> what the memory answers to it, and the memory after reading it.
+
+    `size` is D, `eps` that of its RMSNorms. h is float32 or bfloat16; keys, values, gates and the memory are float32.
+    """
 
     def __init__(self, config: MemoryConfig, size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -67,7 +71,7 @@ class NeuralMemory(nn.Module):
         """Start where retrofitting works: a key is made of the three tokens before its own, a query of the last three.
 
         So the memory holds (what was known before token t -> token t), and queries ask as keys answer, from the
-        first step of training.
+        first step of training. Changes all but the norms, the center and the rule's start, in place.
         """
         nn.init.orthogonal_(self.key.weight)
         self.query.weight.copy_(self.key.weight)
@@ -85,12 +89,15 @@ class NeuralMemory(nn.Module):
         nn.init.constant_(self.out_gate.bias, -1.0)
 
     def cast_projections(self, dtype: torch.dtype) -> None:
-        """Keep the large matrices in `dtype` for serving; gates, convolutions and norms stay as they are."""
+        """Keep the large matrices in `dtype` for serving, in place; gates, convolutions and norms stay as they are."""
         for linear in (self.query, self.key, self.value, self.out_gate, self.out):
             linear.weight.data = linear.weight.data.to(dtype)
 
     def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryState:
-        """A memory that has read nothing; `dtype` is that of the hidden states it will read."""
+        """A memory that has read nothing; `dtype` is that of the hidden states it will read.
+
+        Its weights are a view of those that it starts from, so that training reaches them.
+        """
         config, device = self.config, self.center.device
         heads = config.num_heads if config.momentum else 0
         return MemoryState(
@@ -103,7 +110,9 @@ class NeuralMemory(nn.Module):
     def forward(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         """Write the first `lengths_B[b]` tokens of each row (all of them by default), each before it is answered.
 
-        Returns y [B, T, D]: each token's answer from the memory as of that token (eq. 15).
+        Returns y [B, T, D] in h's dtype, which is also that of `state.recent`: each token's answer from the memory as
+        of that token (eq. 15). T is 1 or more. `lengths_B` [B] int64, 0 to T (not checked): what lies past it must be
+        finite, and its answers mean nothing.
         """
         x_BTD = self._input(h_BTD)
         reads, state = self._absorb(x_BTD, state, lengths_B, answering=True)
@@ -111,11 +120,14 @@ class NeuralMemory(nn.Module):
         return self._answer(reads, x_BTD), state
 
     def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
-        """Write the first `lengths_B[b]` tokens of each row (all of them by default), answering none."""
+        """Write as `forward` does, answering none. T may be 0."""
         return self._absorb(self._input(h_BTD), state, lengths_B, answering=False)[1]
 
     def settle(self, state: MemoryState) -> Tensor:
-        """The weights M [B, H, N] as of the last token written: what a reader asks."""
+        """The weights M [B, H, N] as of the last token written: what a reader asks.
+
+        They are the state's own, not a copy, unless a row is inside a chunk.
+        """
         begun_B = state.position % self.config.chunk_size
         most = int(begun_B.max()) if self.rule.bound_to_chunks else 0
         if not most:
@@ -126,7 +138,11 @@ class NeuralMemory(nn.Module):
     def read(
         self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Answer every token from settled weights, writing none. Returns y [B, T, D] and `recent` moved on."""
+        """Answer every token from settled weights, writing none. Returns y [B, T, D] and `recent` moved on, a copy.
+
+        `weights` [B, H, N] as `settle` gives them. `recent` [B, R, D] as states keep it; the last conv_width - 1 inputs
+        will do. `lengths_B` as in `forward`; it counts for `recent` alone.
+        """
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
@@ -135,18 +151,21 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def surprise(self, h_BTD: Tensor, state: MemoryState) -> Tensor:
-        """|M(k_t) - v_t|^2 of each token (eq. 12), [B, H, T]: how far it is from what the memory now expects."""
+        """|M(k_t) - v_t|^2 of each token (eq. 12), [B, H, T]: how far it is from what the memory now expects.
+
+        The tokens are those that follow `state`; none is written.
+        """
         reach = self.config.conv_width - 1
         context = state.recent[:, state.recent.shape[1] - reach :]
         writes = self._writes(torch.cat((context, self._input(h_BTD)), dim=1))
         return (self.rule.read(self.settle(state), writes.keys) - writes.values).square().sum(-1)
 
     def queries(self, h_BTD: Tensor) -> Tensor:
-        """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K]."""
+        """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K], unit length, float32."""
         return self._queries(self._input(h_BTD))
 
     def writes(self, h_BTD: Tensor) -> Writes:
-        """What tokens ask to be written, but for the first conv_width - 1, which are context."""
+        """What tokens ask to be written, but for the first conv_width - 1, which are context: T' of them."""
         return self._writes(self._input(h_BTD))
 
     def _absorb(

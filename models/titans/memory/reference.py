@@ -15,8 +15,8 @@ from titans.memory.rule import Absorbed
 def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentum: Tensor, queries: Tensor) -> Absorbed:
     """Titans equations 10, 12, 13, 15 and 16 for one token after the other, from a chunk's beginning.
 
-    `weights` and `momentum` are M_0 and S_0 [B, H, N] (S_0 counts where there is momentum); `queries` [B, H, T, K].
-    All that is returned is float64.
+    `weights` and `momentum` are M_0 and S_0 [B, H, N] (S_0 counts where there is momentum); `queries` [B, H, T, K], T
+    one or more. All that is returned is float64; without momentum, S is the last step.
     """
     keys, values, theta, log_keep = (x.double() for x in writes[:4])
     eta = torch.zeros_like(theta) if writes.log_eta is None else writes.log_eta.double().exp()
@@ -37,7 +37,10 @@ def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentu
 
 
 def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
-    """M(x) for one token a head, [B, H, K] to [B, H, V]; what each layer was given is added to `inputs`."""
+    """M(x) for one token a head, [B, H, K] to [B, H, V], by the layers [B, H, I, O].
+
+    What each layer was given, and what the last one made of it, is added to `inputs`.
+    """
     h = x
     for i, layer in enumerate(memory):
         if inputs is not None:
@@ -50,13 +53,13 @@ def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[T
 
 
 def split(config: MemoryConfig, flat: Tensor) -> list[Tensor]:
-    """[B, H, N] to the layers' matrices."""
+    """[B, H, N] to [B, H, I, O] of each layer: views."""
     sizes = [inputs * outputs for inputs, outputs in config.layer_shapes]
     return [x.unflatten(-1, shape) for x, shape in zip(flat.split(sizes, -1), config.layer_shapes, strict=True)]
 
 
 def join(layers: list[Tensor]) -> Tensor:
-    """The inverse of `split`."""
+    """The inverse of `split`, a copy: [B, H, I, O] of each layer to [B, H, N]."""
     return torch.cat([layer.flatten(2) for layer in layers], dim=-1)
 
 
@@ -69,7 +72,7 @@ def _gradients(config: MemoryConfig, memory: list[Tensor], key: Tensor, value: T
         gradients = list(torch.autograd.grad(loss, memory))
     if config.rule == "exact":
         return gradients
-    out = inputs.pop()
+    *inputs, out = (x.detach() for x in inputs)
     if config.residual:
         spread = out.var(-1, correction=0, keepdim=True) + 1e-5
         gradients = [g * spread.clamp(max=1)[..., None] for g in gradients]

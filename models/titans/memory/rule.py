@@ -1,8 +1,8 @@
 """What every memory does, whatever its weights are: absorb a run of tokens, and answer queries.
 
-The inner loss is l(M; x_t) = 1/2 |M(k_t) - v_t|^2 (Titans, eq. 12; the 1/2 is taken out of theta). A rule is a
-function from state to state. Its weights are one flat row of N floats a head, so that everything that keeps, saves or
-batches states knows one shape whatever the memory is made of.
+The inner loss is l(M; x_t) = 1/2 |M(k_t) - v_t|^2 (Titans, eq. 12, which has no 1/2: our theta is twice the paper's).
+A rule is a function from state to state. Its weights are one flat row of N floats a head, so that everything that
+keeps, saves or batches states knows one shape whatever the memory is made of.
 
 Shapes: B batch · H memory heads · L layers of the memory · T tokens · K key dim · V value dim · N floats of weights ·
 I, O inputs and outputs of a layer.
@@ -18,11 +18,11 @@ from titans.memory.chunk import Chunk, Writes, chunks
 
 
 class Absorbed(NamedTuple):
-    """The memory after a chunk, and what it answered on the way."""
+    """The memory after a run of tokens, and what it answered on the way."""
 
     weights: Tensor  # M [B, H, N]
     momentum: Tensor  # S [B, H, N]; as given where there is none
-    reads: Tensor | None  # [B, H, T, V]: q_t answered by the memory as of token t
+    reads: Tensor | None  # [B, H, T, V]: q_t answered by the memory as of token t; None where nobody asked
 
 
 class Step(NamedTuple):
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     weights: list[Tensor]  # [B, H, I, O] of each layer
     momentum: list[Tensor]  # likewise; empty where there is none
-    reads: Tensor | None
+    reads: Tensor | None  # [B, H, C, V]
 
 
 class Rule(nn.Module):
@@ -41,11 +41,11 @@ class Rule(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.shapes = config.layer_shapes
+        self.shapes = config.layer_shapes  # (I, O) of each layer
         self._sizes = [inputs * outputs for inputs, outputs in self.shapes]
 
     def start(self, batch: int) -> Tensor:
-        """M_0 for each of a batch, [B, H, N]."""
+        """M_0 for each of a batch, [B, H, N]: a view of `start_weights`."""
         return self.start_weights.expand(batch, -1, -1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -57,7 +57,7 @@ class Rule(nn.Module):
 
     @staticmethod
     def join(layers: list[Tensor], like: Tensor) -> Tensor:
-        """The inverse of `split`; of nothing, what has no heads."""
+        """The inverse of `split`, a copy; of no layers, `like` itself, which has no heads."""
         return torch.cat([layer.flatten(-2) for layer in layers], dim=-1) if layers else like
 
     def absorb(
@@ -68,7 +68,7 @@ class Rule(nn.Module):
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
     ) -> Absorbed:
-        """`step` on flat weights, all the tokens one chunk."""
+        """`step` on flat weights [B, H, N], all the tokens (one or more) one chunk; no momentum is [B, 0, N]."""
         (chunk,) = chunks(writes, writes.keys.shape[2], queries)
         after = self.step(chunk, self.split(weights), self.split(momentum), ends_B)
         return Absorbed(self.join(after.weights, weights), self.join(after.momentum, momentum), after.reads)
@@ -76,17 +76,20 @@ class Rule(nn.Module):
     def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """The memory after the first `ends_B[b]` tokens of row b (all by default), and what it answers on the way.
 
-        Each query asks after the token of its place has been written (eq. 15).
+        Each query asks after the token of its place has been written (eq. 15). Where `bound_to_chunks`, the run is a
+        chunk or the beginning of one, for gradients are taken at the weights given. These, [B, H, I, O] of each layer,
+        are not changed. `ends_B` [B] int64, 0 to C: tokens past it weigh nothing, but must be finite, and what is read
+        there means nothing.
         """
         raise NotImplementedError
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
-        """[B, H, T, V]: what one memory [B, H, N] answers to all the queries; no update (eq. 15)."""
+        """[B, H, T, V]: what one memory [B, H, N] answers to all the queries [B, H, T, K]; no update (eq. 15)."""
         raise NotImplementedError
 
 
 def row_at(rows: Tensor, ends_B: Tensor | None) -> Tensor:
-    """Of a coefficient [B, H, L, P, ...], the row after `ends_B[b]` tokens; the last one by default."""
+    """Of a coefficient [B, H, L, P, ...], the row after `ends_B[b]` tokens [B, H, L, ...]; the last one by default."""
     if ends_B is None:
         return rows[:, :, :, -1]
     return rows.take_along_dim(ends_B.view(-1, *[1] * (rows.ndim - 1)), dim=3).squeeze(3)

@@ -1,21 +1,21 @@
 """What a small model is made of and how it is trained; and what the ablations leave out."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from titans.config import Architecture, BackboneConfig, MemoryConfig, TitansConfig
 from titans.training.scratch.tasks import TASKS
 
-_DEEP = MemoryConfig(
+_MEMORY = MemoryConfig(
     num_heads=2,
     key_dim=32,
     value_dim=32,
     chunk_size=16,
     momentum=True,
-    rule="chunk",
-    depth=2,
-    expansion=2,
+    learned_start=True,
     output_norm=True,
 )
+_DEEP: dict[str, Any] = {"rule": "chunk", "depth": 2, "expansion": 2}
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class ScratchConfig:
     architecture: Architecture = "mac"
     task: str = "recall"
     seed: int = 0
-    memory: MemoryConfig = field(default=_DEEP)
+    memory: MemoryConfig = _MEMORY
     hidden_size: int = 64
     num_layers: int = 2
     num_persistent: int = 4
     window: int = 32
     num_tokens: int = 128  # of a document in training
-    batch_size: int = 64
-    num_steps: int = 1_500
+    batch_size: int = 32
+    num_steps: int = 500
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -63,7 +63,7 @@ def ablations(config: ScratchConfig) -> dict[str, ScratchConfig]:
     memory = config.memory
     return {
         "all": config,
-        "linear memory": replace(config, memory=replace(memory, rule="exact", depth=1)),
+        "deep memory": replace(config, memory=replace(memory, **_DEEP)),
         "no momentum": replace(config, memory=replace(memory, momentum=False)),
         "no forgetting": replace(config, memory=replace(memory, forgetting=False)),
         "no convolution": replace(config, memory=replace(memory, conv_width=1)),

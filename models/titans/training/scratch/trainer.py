@@ -20,7 +20,7 @@ from titans.training.scratch.config import ScratchConfig
 from titans.training.scratch.tasks import TASKS
 
 _SAVE_EVERY = 100  # steps
-_SCORED_BATCHES = 4
+_SCORED_BATCHES = 8
 LENGTHS = {"1x": 1, "2x": 2, "4x": 4}  # of a scored document, in lengths of training
 Scores = dict[str, dict[str, float]]  # "memory on" and "memory off", by length: "1x", "2x", "4x"
 
@@ -122,12 +122,15 @@ class ScratchTrainer:
 
 @torch.no_grad()
 def initialize(model: TitansModel) -> None:
-    """Weights to train from: matrices of unit gain, small embeddings; what goes back to the residual starts smaller."""
+    """Weights to train from: matrices of unit gain, and a tenth of it for what goes back to the residual.
+
+    So the residual is the tokens at first, and what a memory learns from it is worth learning.
+    """
     for name, parameter in model.named_parameters():
         if ".memory." in name or "persistent" in name or parameter.ndim < 2:
             continue
-        std = 0.02 if "embedding" in name else parameter.shape[1] ** -0.5
-        parameter.normal_(std=std * (0.5 if name.endswith(("out.weight", "down.weight")) else 1.0))
+        gain = 0.1 if name.endswith(("out.weight", "down.weight")) else 1.0
+        parameter.normal_(std=gain * parameter.shape[1] ** -0.5)
 
 
 def sample(config: ScratchConfig, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
