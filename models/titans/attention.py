@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
     def _see(self, k_BTGE: Tensor, v_BTGE: Tensor, place: Placement, ring: Ring) -> Ring:
         """All keys and values in sight, [B, G, S, E]; the new ones are then in the ring."""
-        k_BTGE = place.rotation(k_BTGE)
+        k_BTGE, v_BTGE = place.rotation(k_BTGE).to(ring.keys.dtype), v_BTGE.to(ring.values.dtype)
         if k_BTGE.shape[1] == 1:
             self._append(ring, k_BTGE, v_BTGE, place)
             return ring
@@ -141,14 +141,14 @@ class Attention(nn.Module):
         ring.values[place.rows, :, place.slots] = v_BTGE.detach()[place.rows, place.columns]
 
     def _attend(self, q_BTHE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, place: Placement, bias_BTS: Tensor) -> Tensor:
-        q_BHTE = place.rotation(q_BTHE).transpose(1, 2)
+        q_BHTE = place.rotation(q_BTHE).to(k_BGSE.dtype).transpose(1, 2)
         fused = q_BTHE.device.type == "cpu" and not torch.is_grad_enabled()
         mix = mix_fused if fused else mix_plain
         mixed_BHTE, total_BHT = mix(q_BHTE, k_BGSE, v_BGSE, bias_BTS)
         if self.persistent_keys.shape[0]:
             constant_BHTE, constant_BHT = self._recollect(place.persistent_rotation(q_BTHE))
-            share = (constant_BHT - total_BHT).sigmoid()[..., None]  # among all that the softmax runs over
-            mixed_BHTE = torch.lerp(mixed_BHTE.float(), constant_BHTE, share).to(v_BGSE.dtype)
+            share = (constant_BHT - total_BHT).float().sigmoid()[..., None]  # among all that the softmax runs over
+            mixed_BHTE = torch.lerp(mixed_BHTE.float(), constant_BHTE.float(), share).to(v_BGSE.dtype)
         return mixed_BHTE.transpose(1, 2).flatten(2)
 
     def _recollect(self, q_BTHE: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,20 @@ from typing import get_args
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from titans.config import Architecture
+from titans.training.scratch import trainer
 from titans.training.scratch.__main__ import table
 from titans.training.scratch.config import ScratchConfig, ablations
 from titans.training.scratch.tasks import TASKS
 from titans.training.scratch.trainer import ScratchTrainer
 
 TINY = ScratchConfig(hidden_size=16, num_tokens=128, batch_size=4, num_steps=4, warmup_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def _score_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_SCORED_BATCHES", 1)
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -51,14 +58,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(architecture: Architecture, tmp_
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+@pytest.mark.parametrize("memory", ["all", "deep memory"])
+def test_mixed_precision_stays_near_float32(architecture: Architecture, memory: str, tmp_path: Path) -> None:
+    config = replace(ablations(TINY)[memory], architecture=architecture, num_steps=2)
+    losses = []
+    for precision in ("no", "bf16"):
+        (tmp_path / precision).mkdir()
+        AcceleratorState._reset_state(reset_partial_state=True)  # the library has one precision a process
+        run = ScratchTrainer(config, tmp_path / precision, mixed_precision=precision)
+        run.train()
+        losses.append([row["loss"] for row in run.history])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_every_parameter_is_trained(tmp_path: Path) -> None:
     for name, config in ablations(TINY).items():
-        trainer = ScratchTrainer(config, tmp_path)
-        before = [p.clone() for p in trainer.model.parameters()]
-        trainer.config = replace(config, num_steps=2)
-        trainer.train()
+        run = ScratchTrainer(config, tmp_path)
+        before = [p.clone() for p in run.model.parameters()]
+        run.config = replace(config, num_steps=2)
+        run.train()
         (tmp_path / "trainer.pt").unlink()
-        after = zip(before, trainer.model.named_parameters(), strict=True)
+        after = zip(before, run.model.named_parameters(), strict=True)
         same = [name for old, (name, new) in after if new.numel() and torch.equal(old, new)]
         assert not same, f"{name}: {same}"
 

@@ -133,7 +133,8 @@ class NeuralMemory(nn.Module):
         if not most:
             return state.weights
         writes = self._writes(self._from_chunk(state.recent, begun_B, most))
-        return self.rule.absorb(writes, state.weights, state.momentum, None, begun_B).weights
+        with _as_written(state.weights):
+            return self.rule.absorb(writes, state.weights, state.momentum, None, begun_B).weights
 
     def read(
         self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
@@ -146,7 +147,7 @@ class NeuralMemory(nn.Module):
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
-        y = self._answer(self.rule.read(weights, queries), x_BTD)
+        y = self._answer(self._ask(weights, queries), x_BTD)
         return y, self._recent(joined, recent.shape[1], lengths_B)
 
     @torch.no_grad()
@@ -158,7 +159,7 @@ class NeuralMemory(nn.Module):
         reach = self.config.conv_width - 1
         context = state.recent[:, state.recent.shape[1] - reach :]
         writes = self._writes(torch.cat((context, self._input(h_BTD)), dim=1))
-        return (self.rule.read(self.settle(state), writes.keys) - writes.values).square().sum(-1)
+        return (self._ask(self.settle(state), writes.keys) - writes.values).square().sum(-1)
 
     def queries(self, h_BTD: Tensor) -> Tensor:
         """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K], unit length, float32."""
@@ -182,7 +183,9 @@ class NeuralMemory(nn.Module):
             aligned = self._from_chunk(joined, begun_B, most + num_tokens) if most else all_begin
             ends_B = begun_B + (num_tokens if lengths_B is None else lengths_B)
         queries = self._queries(aligned) if answering else None
-        weights, momentum, reads = self._walk(self._writes(aligned), state, queries, ends_B)
+        writes = self._writes(aligned)
+        with _as_written(state.weights):
+            weights, momentum, reads = self._walk(writes, state, queries, ends_B)
         if reads is not None and most:
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
@@ -226,7 +229,8 @@ class NeuralMemory(nn.Module):
 
     def _writes(self, joined: Tensor) -> Writes:
         x = joined[:, self.config.conv_width - 1 :].float()
-        gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
+        with _as_written(x):
+            gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
         theta, *more = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
         theta = theta.sigmoid()
@@ -256,6 +260,10 @@ class NeuralMemory(nn.Module):
         heads: Tensor = mixed.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         return heads
 
+    def _ask(self, weights: Tensor, queries: Tensor) -> Tensor:
+        with _as_written(weights):
+            return self.rule.read(weights, queries)
+
     def _answer(self, reads_BHTV: Tensor, x_BTD: Tensor) -> Tensor:
         gate = F.linear(x_BTD, self.out_gate.weight.to(x_BTD.dtype)) + self.out_gate.bias
         reads = gate.float().sigmoid() * self.read_norm(reads_BHTV).transpose(1, 2).flatten(2)
@@ -268,6 +276,11 @@ class NeuralMemory(nn.Module):
             return joined[:, joined.shape[1] - reach :].clone()
         index = lengths_B[:, None] + torch.arange(reach, device=joined.device)
         return joined.take_along_dim(index[..., None], dim=1)
+
+
+def _as_written(x: Tensor) -> torch.autocast:
+    """What adds up over a session is float32, also where training runs the large products in half precision."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _where(rows_B: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
