@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from titans.evaluation.facts import Fact, make_facts, plant
-from titans_client import APIConnectionError, Client, Document, Progress, ServerUnavailableError
+from titans_client import Client, Document, Progress, TitansError
 from tqdm import tqdm
 
 BOOK = Path(__file__).parent / "sherlock-holmes.txt"
@@ -36,24 +35,15 @@ def server(folder: Path) -> Iterator[Client]:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"TITANS_LOG_LEVEL": "warning"})
     try:
         with Client(f"http://127.0.0.1:{PORT}") as client:
-            wait_until_ready(client, process, folder / "server.log")
+            try:
+                health = client.wait_until_ready(is_alive=lambda: process.poll() is None)
+            except TitansError as error:
+                raise SystemExit(f"the server did not start: {error}\n{(folder / 'server.log').read_text()}") from None
+            print(f"serving {health.model} on {health.device}, sessions in {health.store}")
             yield client
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-
-
-def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when the model is loaded."""
-    while process.poll() is None:
-        try:
-            health = client.health()
-        except (APIConnectionError, ServerUnavailableError):
-            time.sleep(0.2)
-        else:
-            print(f"serving {health.model} on {health.device}, sessions in {health.store}")
-            return
-    raise SystemExit(f"the server did not start:\n{log.read_text()}")
 
 
 def learn(client: Client, text: str) -> tuple[str, Document]:

@@ -1,7 +1,7 @@
 """The client for asyncio programs. It differs from `Client` only in what it waits with."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import TypeVar, Unpack
@@ -10,9 +10,9 @@ import httpx
 from httpx_sse import EventSource
 
 from . import _core
-from ._core import Call, EventReader, Retries, StreamCall, connection_errors
+from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import AsyncDocumentSource, opened_async
-from ._errors import TitansError
+from ._errors import APIConnectionError, ServerUnavailableError, TitansError
 from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
 from ._settings import Settings
 from ._streams import AsyncStream
@@ -75,6 +75,22 @@ class AsyncClient:
     async def health(self) -> Health:
         """As `Client.health`."""
         return await self._send(_core.health())
+
+    async def wait_until_ready(
+        self,
+        timeout: float = 120.0,  # noqa: ASYNC109 — as `Client` has it, which knows no asyncio.timeout
+        *,
+        is_alive: Callable[[], bool] | None = None,
+    ) -> Health:
+        """As `Client.wait_until_ready`."""
+        patience = Patience(timeout, is_alive)
+        while True:
+            try:
+                return await self.health()
+            except (APIConnectionError, ServerUnavailableError):
+                if patience.has_ended():
+                    raise
+            await asyncio.sleep(_core.POLL)
 
     async def close(self) -> None:
         """Close the connections. The client is of no use afterwards."""

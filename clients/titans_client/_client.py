@@ -1,7 +1,7 @@
 """The client for synchronous programs."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -9,9 +9,9 @@ import httpx
 from httpx_sse import EventSource
 
 from . import _core
-from ._core import Call, EventReader, Retries, StreamCall, connection_errors
+from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import DocumentSource, opened
-from ._errors import TitansError
+from ._errors import APIConnectionError, ServerUnavailableError, TitansError
 from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
 from ._settings import Settings
 from ._streams import Stream
@@ -89,6 +89,21 @@ class Client:
     def health(self) -> Health:
         """The server, if it takes work now; raises APIStatusError if it does not. Never retried."""
         return self._send(_core.health())
+
+    def wait_until_ready(self, timeout: float = 120.0, *, is_alive: Callable[[], bool] | None = None) -> Health:
+        """Ask until the server takes work; what `health` then says.
+
+        Raises the last APIConnectionError or ServerUnavailableError when `timeout` seconds have passed, or as soon as
+        `is_alive` says no: whether there is a process still to wait for. Any other error at once.
+        """
+        patience = Patience(timeout, is_alive)
+        while True:
+            try:
+                return self.health()
+            except (APIConnectionError, ServerUnavailableError):
+                if patience.has_ended():
+                    raise
+            time.sleep(_core.POLL)
 
     def close(self) -> None:
         """Close the connections. The client is of no use afterwards."""

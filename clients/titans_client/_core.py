@@ -4,6 +4,7 @@ A `Call` is one request with the reader of its one answer; a `StreamCall`, of it
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from ._settings import Settings
 PLAIN_TEXT = "text/plain; charset=utf-8"
 EVENT_STREAM = "text/event-stream"
 MAX_WAIT = 60.0  # seconds; a server that asks for more is not waited for
+POLL = 0.2  # seconds from one "ready?" to the next
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Wire)
@@ -149,6 +151,18 @@ class Retries:
         self._left -= 1
         self._backoff *= 2
         return wait
+
+
+class Patience:
+    """How long to ask a server whether it is ready."""
+
+    def __init__(self, timeout: float, is_alive: Callable[[], bool] | None) -> None:
+        self._deadline = time.monotonic() + timeout
+        self._is_alive = is_alive
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return time.monotonic() >= self._deadline or not (self._is_alive is None or self._is_alive())
 
 
 @contextmanager

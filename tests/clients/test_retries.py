@@ -115,3 +115,32 @@ async def test_posts_are_never_tried_again(driver: Any, waits: list[float], acti
         await driver.use(flaky.handle, action)
     assert flaky.num_calls == 1
     assert waits == []
+
+
+async def test_waiting_for_a_server_ends_when_it_is_ready(driver: Any, waits: list[float], wire: Any) -> None:
+    flaky = Flaky(httpx.ConnectError("x"), refused(503, "7"), httpx.ReadError("x"), answer=wire["health"])
+    assert (await driver.use(flaky.handle, lambda c: c.wait_until_ready())).model == "tiny"
+    assert flaky.num_calls == 4
+    assert len(waits) == 3
+
+
+async def test_waiting_for_a_server_ends_in_time(driver: Any, waits: list[float]) -> None:
+    with pytest.raises(ServerUnavailableError, match="later"):
+        await driver.use(Flaky(*[refused(503)] * 9).handle, lambda c: c.wait_until_ready(0))
+    assert waits == []
+
+
+async def test_nobody_waits_for_a_server_that_has_ended(driver: Any, waits: list[float]) -> None:
+    alive = iter([True, False])
+    with pytest.raises(APIConnectionError):
+        await driver.use(
+            Flaky(*[httpx.ConnectError("x")] * 9).handle, lambda c: c.wait_until_ready(is_alive=lambda: next(alive))
+        )
+    assert len(waits) == 1
+
+
+async def test_what_waiting_cannot_mend_is_raised_at_once(driver: Any, waits: list[float]) -> None:
+    flaky = Flaky(httpx.Response(500, text="out of order"))
+    with pytest.raises(APIStatusError, match="out of order"):
+        await driver.use(flaky.handle, lambda c: c.wait_until_ready())
+    assert (flaky.num_calls, waits) == (1, [])

@@ -16,6 +16,7 @@ from typing import Any, Self
 import httpx
 import uvicorn
 from blockbuster import blockbuster_ctx
+from titans_client import Client, TitansError
 from titans_server.app import create_app
 from titans_server.settings import Settings
 
@@ -56,17 +57,12 @@ class ServerProcess:
         command = [sys.executable, "-m", "titans_server", "--port", str(self.port), "--store", self.store]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended:\n{self.log}"
-            try:
-                if self.http.get("/health/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        self.kill()
-        raise AssertionError(f"the server is not ready:\n{self.log}")
+        try:
+            with Client(self.url) as client:
+                client.wait_until_ready(is_alive=self.is_running)
+        except TitansError as error:
+            self.kill()
+            raise AssertionError(f"the server is not ready:\n{self.log}") from error
 
     def is_running(self) -> bool:
         """Whether the process is there."""

@@ -1,4 +1,4 @@
-"""Facts to plant in a text and ask for: seven-digit numbers of made-up things.
+"""Facts to plant in a text and ask for: seven-digit numbers of made-up things. The project's own suite.
 
 The things of the training and of the test split share neither an adjective nor a noun.
 """
@@ -9,7 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
+
+from titans.evaluation.haystack import Haystack, insert, spread
+from titans.evaluation.task import Exam, Grade, Question, most_in
+
+NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")  # the form of every value here
 
 Split = Literal["train", "test"]
 
@@ -37,6 +43,7 @@ _NOUNS: dict[Split, list[str]] = {
     "test": """lighthouse orchard windmill locket schooner greenhouse sundial accordion granary tapestry trellis obelisk
     gondola furnace pavilion sextant turret anvil caravan chalice""".split(),
 }
+NUM_THINGS = len(_ADJECTIVES["test"]) * len(_NOUNS["test"])  # that the test split has words for
 _NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
 locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
 serial number, ticket number, vault number"""
@@ -70,8 +77,13 @@ class Fact:
 
     def is_answered_by(self, text: str) -> bool:
         """Exact match: the first number in the generated text is the fact's."""
-        digits = "".join(c if c.isdigit() else " " for c in text).split()
-        return bool(digits) and digits[0] == self.value
+        return first_number(text) == self.value
+
+
+def first_number(text: str) -> str | None:
+    """Digits that stand together, the first in a text."""
+    found = re.search(r"\d+", text)
+    return found[0] if found else None
 
 
 def prompt(question: str) -> str:
@@ -91,6 +103,17 @@ def make_facts(count: int, rng: random.Random) -> list[Fact]:
     things = rng.sample(sorted({(a, n) for a in _ADJECTIVES["test"] for n in _NOUNS["test"]}), count)
     rng.shuffle(things)
     return [_fact(thing, rng.choice(ATTRIBUTES), rng) for thing in things]
+
+
+def make_keys(count: int, rng: random.Random) -> list[str]:
+    """`count` keys of the test split, an adjective and a noun each, all different.
+
+    No word comes twice before every word has come once.
+    """
+    adjectives, nouns = (rng.sample(lists["test"], len(lists["test"])) for lists in (_ADJECTIVES, _NOUNS))
+    assert count <= NUM_THINGS
+    turns = ((i, (i + i // len(adjectives)) % len(nouns)) for i in range(count))
+    return [f"{adjectives[i % len(adjectives)]}-{nouns[j]}" for i, j in turns]
 
 
 def make_families(count: int, rng: random.Random, words: Sequence[str], *, listed: bool = True) -> list[Fact]:
@@ -126,10 +149,46 @@ def _fact(words: tuple[str, str], attribute: str, rng: random.Random) -> Fact:
 
 def plant(text: str, facts: list[Fact]) -> str:
     """The text with one fact after a sentence near the middle of each of `len(facts)` equal parts."""
-    pieces, size = [], len(text) / len(facts)
-    for i, fact in enumerate(facts):
-        part = text[int(i * size) : int((i + 1) * size)]
-        cut = part.find(". ", len(part) // 2)
-        cut = len(part) if cut < 0 else cut + 2
-        pieces += [part[:cut].rstrip(), " ", fact.statement, " ", part[cut:]]
-    return "".join(pieces)
+    size = len(text) / len(facts)
+    bounds = [int(i * size) for i in range(len(facts) + 1)]
+    middles = [start + (stop - start) // 2 for start, stop in itertools.pairwise(bounds)]
+    return insert(text, [fact.statement for fact in facts], middles)
+
+
+@dataclass(frozen=True)
+class FactsTask:
+    """Facts of the test split, asked for in the form that the shipped memory was trained on."""
+
+    haystack: Haystack
+    name: str = "facts"
+    max_tokens: int = 32
+
+    @cached_property
+    def cost(self) -> float:
+        """Tokens of a statement, about."""
+        facts = make_facts(len(_STATEMENTS), random.Random(0))
+        return self.haystack.count(" ".join(fact.statement for fact in facts)) / len(facts)
+
+    def most_questions(self, num_tokens: int) -> int:
+        """See `Task`."""
+        return min(most_in(num_tokens, self.cost, self.name), NUM_THINGS // 2)
+
+    def make(self, num_tokens: int, num_questions: int, place: float, rng: random.Random) -> Exam:
+        """See `Task`."""
+        facts = make_facts(2 * num_questions, rng)
+        planted, absent = facts[:num_questions], facts[num_questions:]
+        text = self.haystack.cut(num_tokens - num_questions * self.cost, place)
+        statements = [fact.statement for fact in planted]
+        document = insert(text, statements, spread(text, num_questions, place), self.haystack.end)
+        depths = [document.index(statement) / len(document) for statement in statements]
+        questions = (Question(f.prompt, (f.value,), (depth,)) for f, depth in zip(planted, depths, strict=True))
+        return Exam(document, tuple(questions), tuple(Question(fact.prompt, ()) for fact in absent))
+
+    def grade(self, question: Question, answer: str) -> Grade:
+        """Right if the first number in the answer is the fact's."""
+        right = first_number(answer) == question.values[0]
+        return Grade(right, float(right))
+
+    def values_in(self, text: str) -> list[str]:
+        """See `Task`."""
+        return NUMBER.findall(text)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from titans.evaluation.facts import Fact, make_facts, plant
+from titans.evaluation.generate import generate
 from titans.model import TitansModel
-from titans.state import State, Stream
+from titans.state import State
 from titans.tokenizer import Tokenizer
 
 
@@ -35,20 +36,5 @@ def score_facts(
 ) -> float:
     """The share of the facts that greedy answers from `state` get right."""
     stream = model.open(state, recall=recall)
-    answers = [generate(model, tokenizer, stream.select([0]), fact.prompt) for fact in facts]
+    answers = generate(model, tokenizer, stream, [fact.prompt for fact in facts])
     return sum(f.is_answered_by(a) for f, a in zip(facts, answers, strict=True)) / len(facts)
-
-
-@torch.no_grad()
-def generate(model: TitansModel, tokenizer: Tokenizer, stream: Stream, prompt: str, max_tokens: int = 32) -> str:
-    """What the model says next, greedily, up to the end of the line. Uses `stream` up."""
-    tokens = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-    answer: list[int] = []
-    while len(answer) < max_tokens:
-        for part in tokens.split(model.config.window, dim=1):
-            h, stream = model(part, stream)
-        tokens = model.logits(h[:, -1:]).argmax(-1)
-        answer.append(int(tokens))
-        if answer[-1] == tokenizer.eos_token or "\n" in tokenizer.decode(answer):
-            break
-    return tokenizer.decode(answer)

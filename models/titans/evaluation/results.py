@@ -1,0 +1,74 @@
+"""Results on disk: one JSON file, written whole after every document, from which a run goes on."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from titans.evaluation.scoring import Cell, cells
+from titans.evaluation.task import EvaluationError
+
+Key = tuple[str, int, int]  # task, tokens, index of a document
+
+
+class Results:
+    """What has been measured so far; kept in memory alone where there is no file."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        """Goes on with what the file has. Raises EvaluationError for one of other settings, or none of ours."""
+        self.path, self.settings = path, settings
+        self.documents: dict[Key, dict[str, Any]] = {}
+        self.perplexity: dict[int, dict[str, float]] = {}
+        if path is not None and path.exists():
+            self._load(path)
+        elif path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, document: dict[str, Any]) -> None:
+        """A document that has been examined; durable when this returns."""
+        self.documents[_key(document)] = document
+        self._save()
+
+    def add_perplexity(self, tokens: int, nats: dict[str, float]) -> None:
+        """The same of a stream that has been read."""
+        self.perplexity[tokens] = nats
+        self._save()
+
+    def cells(self, keys: Iterable[Key]) -> list[Cell]:
+        """What these documents, as far as they are there, make up."""
+        return cells(self.documents[key] for key in keys if key in self.documents)
+
+    def _load(self, path: Path) -> None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            settings, documents, perplexity = found["settings"], found["documents"], found["perplexity"]
+            self.documents = {_key(document): document for document in documents}
+            self.perplexity = {row["tokens"]: row["nats"] for row in perplexity}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} is not a file of results") from error
+        other = [name for name in self.settings if settings.get(name) != self.settings[name]]
+        if other:
+            name = other[0]
+            was, now = settings.get(name), self.settings[name]
+            raise EvaluationError(f"{path} has results of another {name} ({was}, not {now}): name another file")
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        content = {
+            "settings": self.settings,
+            "cells": [cell.to_dict() for cell in cells(self.documents.values())],
+            "perplexity": [{"tokens": tokens, "nats": nats} for tokens, nats in self.perplexity.items()],
+            "documents": list(self.documents.values()),
+        }
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+
+def _key(document: dict[str, Any]) -> Key:
+    return document["task"], document["tokens"], document["index"]

@@ -1,0 +1,113 @@
+"""The measurement: cells of a task and a length, documents of a cell, questions of a document, with their controls."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from titans.evaluation.facts import FactsTask
+from titans.evaluation.haystack import Haystack
+from titans.evaluation.local import LocalReader
+from titans.evaluation.niah import NOISE, NOISE_LINES, needle_tasks
+from titans.evaluation.perplexity import LONGEST_IN_FULL
+from titans.evaluation.reader import Reader, Reading, Report
+from titans.evaluation.task import Exam, Task
+from titans.evaluation.verbatim import VerbatimTask
+
+TASKS = ("facts", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for, before anything is read."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]  # of documents, in tokens
+    num_samples: int  # questions a cell
+    questions_per_document: int  # at most; 1: RULER's tasks
+    seed: int = 0
+    full_attention: bool = False  # ask the body with full attention too, up to 8K tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """One document of a cell, and how many of its questions it has."""
+
+    task: Task
+    tokens: int
+    index: int
+    place: float  # among the documents of its cell, 0 to 1
+    num_questions: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What it is called in the results."""
+        return self.task.name, self.tokens, self.index
+
+
+def make_tasks(book: Haystack) -> dict[str, Task]:
+    """All tasks by name, on this text."""
+    noise = Haystack(NOISE * NOISE_LINES, book.count, end="\n")
+    tasks: list[Task] = [FactsTask(book), *needle_tasks(book, noise), VerbatimTask(book)]
+    return {task.name: task for task in tasks}
+
+
+def parts(plan: Plan, tasks: dict[str, Task]) -> list[Part]:
+    """The documents of all cells, shorter ones first. Raises EvaluationError for a cell that cannot be."""
+    return [
+        part
+        for tokens in sorted(plan.lengths)
+        for name in plan.tasks
+        for part in _cell_parts(tasks[name], tokens, plan)
+    ]
+
+
+def _cell_parts(task: Task, tokens: int, plan: Plan) -> Iterator[Part]:
+    most = min(plan.questions_per_document, task.most_questions(tokens))
+    count = -(-plan.num_samples // most)
+    for i in range(count):
+        num_questions = (i + 1) * plan.num_samples // count - i * plan.num_samples // count
+        yield Part(task, tokens, i, (i + 0.5) / count, num_questions)
+
+
+def examine(part: Part, plan: Plan, reader: Reader, report: Report) -> dict[str, Any]:
+    """Have one document read, ask all about it, grade the answers: what a results file has of it."""
+    rng = random.Random(f"{plan.seed}/{part.task.name}/{part.tokens}/{part.index}")
+    exam = part.task.make(part.tokens, part.num_questions, part.place, rng)
+    with reader.read(exam.document, report) as reading:
+        read = reading.num_tokens
+        prompts = [question.prompt for question in exam.questions]
+        answers = {name: _answers(part.task, reading, prompts, name == "memory") for name in ("memory", "off")}
+        absent = _answers(part.task, reading, [question.prompt for question in exam.absent], memory=True)
+    if plan.full_attention and part.tokens <= LONGEST_IN_FULL:
+        assert isinstance(reader, LocalReader), "a server has no such thing"
+        with reader.read_in_full(exam.document) as reading:
+            answers["full"] = _answers(part.task, reading, prompts, memory=False)
+    return {
+        "task": part.task.name,
+        "tokens": part.tokens,
+        "index": part.index,
+        "read": read,
+        "questions": list(_graded(part.task, exam, answers)),
+        "absent": [_controlled(part.task, exam, answer) for answer in absent],
+    }
+
+
+def _answers(task: Task, reading: Reading, prompts: Sequence[str], memory: bool) -> list[str]:
+    return reading.answer(prompts, memory=memory, max_tokens=task.max_tokens, stop="\n") if prompts else []
+
+
+def _graded(task: Task, exam: Exam, answers: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
+    for i, question in enumerate(exam.questions):
+        row: dict[str, Any] = {"depths": list(question.depths), "values": list(question.values)}
+        for name, given in answers.items():
+            grade = task.grade(question, given[i])
+            row[name] = {"answer": given[i], "right": grade.right, "share": grade.share}
+        yield row
+
+
+def _controlled(task: Task, exam: Exam, answer: str) -> dict[str, Any]:
+    """An answer about what the document never names: has it a value's form, and is it one that the document states?"""
+    found = task.values_in(answer)
+    stated = {*task.values_in(exam.document)}
+    return {"answer": answer, "value": bool(found), "planted": bool(stated & {*found})}

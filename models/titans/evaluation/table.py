@@ -1,0 +1,50 @@
+"""The table that is printed, a row a cell."""
+
+from titans.evaluation.scoring import Cell, Tally
+
+HEAD = (
+    f"{'task':<11}{'tokens':>10}{'asked':>7}{'right':>7}{'95 % interval':>15}{'given':>7}"
+    f"{'memory off':>12}{'full attention':>16}{'absent: a value':>17}{'planted':>9}"
+)
+
+
+def caption(model: str, through: str, questions_per_document: int) -> str:
+    """What stands above it."""
+    lines = [f"{model}, {through}; answers generated greedily; right: exact match; given: mean share of the answer"]
+    if questions_per_document > 1:
+        lines.append(
+            f"up to {questions_per_document} questions share a document, each with needles of its own, which distract "
+            "from the others': harder than RULER's one"
+        )
+    return "\n".join(lines)
+
+
+def row(cell: Cell) -> str:
+    """One cell; counts of right answers, "-" where nothing was asked."""
+    memory = cell.tallies["memory"]
+    low, high = memory.interval
+    asked, value, planted = cell.absent
+    return (
+        f"{cell.task:<11}{cell.tokens:>10,}{memory.asked:>7}{memory.right:>7}{f'{low:.1%} - {high:.1%}':>15}"
+        f"{memory.share:>7.1%}{_right(cell.tallies.get('off')):>12}{_right(cell.tallies.get('full')):>16}"
+        f"{_of(value, asked):>17}{_of(planted, asked):>9}"
+    )
+
+
+def perplexity_head() -> str:
+    """Of the other table: nats per token."""
+    return f"{'nats per token':<16}{'tokens':>10}{'memory':>9}{'memory off':>12}{'full attention':>16}"
+
+
+def perplexity_row(tokens: int, nats: dict[str, float]) -> str:
+    """One text read as a stream."""
+    memory, off, full = (f"{nats[name]:.3f}" if name in nats else "-" for name in ("memory", "off", "full"))
+    return f"{'':<16}{tokens:>10,}{memory:>9}{off:>12}{full:>16}"
+
+
+def _right(tally: Tally | None) -> str:
+    return "-" if tally is None else _of(tally.right, tally.asked)
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total}" if total else "-"
