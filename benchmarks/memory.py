@@ -3,7 +3,7 @@
 Width 512, 4 heads of 128, a two-layer perceptron of expansion 4 with momentum and forgetting, every token written and
 read. Each figure is the median of several runs in a process of its own, which also gives the peak of its memory.
 Prints tokens a second, peak bytes above the start, the ratios, and the share of the measured float32 matrix product
-that ours reaches.
+that ours reaches. "again" is the backward pass with `memory.checkpointing`: chunks are computed again, not kept.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -24,10 +24,11 @@ _BUDGET = 10.0  # seconds for one figure, about
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def ours(chunk: int) -> tuple[torch.nn.Module, Forward]:
+def ours(chunk: int, *, again: bool = False) -> tuple[torch.nn.Module, Forward]:
     """Every equation of the paper's memory, chunk rule."""
     shape = MemoryConfig(num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
     memory = NeuralMemory(replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION), SIZE)
+    memory.checkpointing = again
     return memory, lambda h: memory(h, memory.new_state(h.shape[0]))[0]
 
 
@@ -44,7 +45,7 @@ def theirs(chunk: int) -> tuple[torch.nn.Module, Forward]:
 def measure(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> None:
     """One figure; prints it as JSON."""
     torch.manual_seed(0)
-    memory, forward = (ours if side == "ours" else theirs)(chunk)
+    memory, forward = theirs(chunk) if side == "theirs" else ours(chunk, again=side == "again")
     h = torch.randn(batch, tokens, SIZE)
 
     def work() -> None:
@@ -87,18 +88,21 @@ def operations(chunk: int) -> float:
     return projections + dense + causal
 
 
-def row(chunk: int, batch: int, tokens: int, *, backward: bool) -> str:
-    """One line of the table; ours and the peer's one after the other."""
-    a = in_process("ours", chunk, batch, tokens, backward=backward)
-    b = in_process("theirs", chunk, batch, tokens, backward=backward)
-    assert a is not None, "our own memory must run"
-    name = f"{chunk:>5} {batch:>5}  {'fwd+bwd' if backward else 'forward':<8}"
-    mine = f"{a['rate']:>9,.0f} {a['bytes'] / 1e6:>9,.0f}"
-    if b is None:
-        return f"{name} {mine} {'did not end':>20}"
-    share = "" if backward else f" {a['rate'] * operations(chunk) / ceiling(torch.float32):>8.0%}"
-    other = f"{b['rate']:>9,.0f} {b['bytes'] / 1e6:>9,.0f}"
-    return f"{name} {mine} {other} {a['rate'] / b['rate']:>7.1f}x {b['bytes'] / max(a['bytes'], 1):>7.1f}x{share}"
+def rows(chunk: int, batch: int, tokens: int, *, backward: bool) -> Iterator[str]:
+    """Lines of the table; ours and the peer's one after the other."""
+    sides = ("theirs", "ours", "again") if backward else ("theirs", "ours")
+    figures = {side: in_process(side, chunk, batch, tokens, backward=backward) for side in sides}
+    theirs = figures.pop("theirs")
+    for side, own in figures.items():
+        assert own is not None, "our own memory must run"
+        name = f"{chunk:>5} {batch:>5}  {'forward' if not backward else 'fwd+bwd' if side == 'ours' else 'again':<8}"
+        line = f"{name} {own['rate']:>9,.0f} {own['bytes'] / 1e6:>9,.0f}"
+        if theirs is None:
+            yield f"{line} {'did not end':>20}"
+            continue
+        share = "" if backward else f" {own['rate'] * operations(chunk) / ceiling(torch.float32):>8.0%}"
+        ratios = f"{own['rate'] / theirs['rate']:>7.1f}x {theirs['bytes'] / max(own['bytes'], 1):>7.1f}x"
+        yield f"{line} {theirs['rate']:>9,.0f} {theirs['bytes'] / 1e6:>9,.0f} {ratios}{share}"
 
 
 def main() -> None:
@@ -118,7 +122,8 @@ def main() -> None:
     for backward in (False, True):
         for chunk in (64, 16):
             for batch in args.batches:
-                print(row(chunk, batch, args.tokens, backward=backward), flush=True)
+                for line in rows(chunk, batch, args.tokens, backward=backward):
+                    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,20 @@ def test_a_new_memory_starts_from_what_training_learnt(config: MemoryConfig) -> 
 
 
 @pytest.mark.parametrize("config", EVERY_FORM)
+def test_gradients_are_the_same_where_activations_are_computed_again(config: MemoryConfig) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        memory, h = make_memory(config, 4).requires_grad_(True), torch.randn(2, 75, SIZE).requires_grad_(True)
+        memory.checkpointing = checkpointing
+        y, state = memory(h, memory.new_state(2), torch.tensor([75, 41]))
+        (y[:, :41].square().sum() + state.weights.square().sum()).backward()
+        gradients.append([h.grad, *(p.grad for p in memory.parameters())])
+    assert all(g is not None and g.abs().max() > 0 for g in gradients[0])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("config", EVERY_FORM)
 def test_bfloat16_stays_near_float32(config: MemoryConfig) -> None:
     """Inputs and projections of 8 bits; gates, keys, the memory and its steps stay in float32."""
     single, half = make_memory(config), make_memory(config)

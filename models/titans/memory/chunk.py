@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TOGETHER = 8  # chunks whose coefficients are computed at once: fewer, larger operations
+_TOGETHER = 8  # chunks: fewer, larger operations; and what is computed again at once where activations are not kept
 
 
 class Writes(NamedTuple):
@@ -65,18 +65,20 @@ class Chunk(NamedTuple):
     queries: Tensor | None  # [B, H, C, K]; None: nobody asks
 
 
-def chunks(writes: Writes, size: int, queries: Tensor | None = None) -> Iterator[Chunk]:
-    """Chunk after chunk of `size` tokens, 1 or more; the last one may be shorter. `queries` are [B, H, T, K]."""
+def stretches(writes: Writes, size: int, queries: Tensor | None) -> Iterator[tuple[Writes, Tensor | None]]:
+    """Runs of a few whole chunks of `size` tokens and, at the end, of less than one. `queries` are [B, H, T, K]."""
     num_tokens = writes.keys.shape[2]
     whole = num_tokens - num_tokens % size
     bounds = [*range(0, whole, _TOGETHER * size), whole, *[num_tokens] * (whole < num_tokens)]
     sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
-    asked = [None] * len(sizes) if queries is None else queries.split(sizes, dim=2)
-    for some, asking in zip(writes.split(sizes), asked, strict=True):
-        yield from _chunks(some, min(size, some.keys.shape[2]), asking)
+    return zip(
+        writes.split(sizes), [None] * len(sizes) if queries is None else queries.split(sizes, dim=2), strict=True
+    )
 
 
-def _chunks(writes: Writes, size: int, queries: Tensor | None) -> Iterator[Chunk]:
+def chunks(writes: Writes, size: int, queries: Tensor | None) -> Iterator[Chunk]:
+    """One chunk of `size` tokens after the other, T a multiple of it. `queries` are [B, H, T, K]."""
+
     def cut(x: Tensor, dim: int) -> tuple[Tensor, ...]:
         pieces: tuple[Tensor, ...] = x.unflatten(dim, (-1, size)).unbind(dim)
         return pieces

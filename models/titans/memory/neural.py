@@ -9,18 +9,20 @@ R inputs that a state keeps: those the convolutions reach, and of a rule bound t
 T' = T - conv_width + 1.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from titans.config import MemoryConfig
 from titans.layers import RMSNorm
-from titans.memory.chunk import Writes, chunks
+from titans.memory.chunk import Writes, chunks, stretches
 from titans.memory.linear import LinearRule
 from titans.memory.mlp import MLPRule
-from titans.memory.rule import Rule
+from titans.memory.rule import Rule, Step
 
 
 class MemoryState(NamedTuple):
@@ -50,6 +52,7 @@ class NeuralMemory(nn.Module):
     def __init__(self, config: MemoryConfig, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: what chunks compute is computed again in the backward pass, not kept
         heads, key, value = config.num_heads, config.key_dim, config.value_dim
         self.rule = make_rule(config)
         self.norm = RMSNorm(size, eps)
@@ -196,14 +199,28 @@ class NeuralMemory(nn.Module):
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weights, momentum, reads = self.rule.split(state.weights), self.rule.split(state.momentum), []
-        num_tokens, size, bound = writes.keys.shape[2], self.config.chunk_size, self.rule.bound_to_chunks
-        ends_B = torch.full(writes.keys.shape[:1], num_tokens, device=writes.keys.device) if ends_B is None else ends_B
-        shortest = int(ends_B.min())
-        for i, chunk in enumerate(chunks(writes, size, queries)):
-            start, length = i * size, chunk.keys.shape[2]
-            if bound and queries is None and length < size:
-                break  # a chunk that only begins here is taken up when it is full
+        walk = partial(checkpoint, self._stretch, use_reentrant=False) if self.checkpointing else self._stretch
+        weights, momentum, reads, start = self.rule.split(state.weights), self.rule.split(state.momentum), [], 0
+        batch, _, num_tokens, _ = writes.keys.shape
+        ends_B = torch.full((batch,), num_tokens, device=writes.keys.device) if ends_B is None else ends_B
+        for some, asked in stretches(writes, self.config.chunk_size, queries):
+            after = walk(some, asked, weights, momentum, ends_B - start)
+            weights, momentum, start = after.weights, after.momentum, start + some.keys.shape[2]
+            if after.reads is not None:
+                reads.append(after.reads)
+        joined = self.rule.join(weights, state.weights), self.rule.join(momentum, state.momentum)
+        return *joined, torch.cat(reads, dim=2) if reads else None
+
+    def _stretch(
+        self, writes: Writes, queries: Tensor | None, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor
+    ) -> Step:
+        """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count."""
+        size, bound, reads = self.config.chunk_size, self.rule.bound_to_chunks, []
+        shortest, length = int(ends_B.min()), min(size, writes.keys.shape[2])
+        if bound and queries is None and length < size:
+            return Step(weights, momentum, None)  # a chunk that only begins here is taken up when it is full
+        for i, chunk in enumerate(chunks(writes, length, queries)):
+            start = i * size
             complete = start + (size if bound else length) <= shortest  # in every row
             ends = None if bound or complete else (ends_B - start).clamp(0, length)
             after = self.rule.step(chunk, weights, momentum, ends)
@@ -214,8 +231,7 @@ class NeuralMemory(nn.Module):
                 weights, momentum = _where(ended_B, after.weights, weights), _where(ended_B, after.momentum, momentum)
             else:
                 weights, momentum = after.weights, after.momentum
-        joined = self.rule.join(weights, state.weights), self.rule.join(momentum, state.momentum)
-        return *joined, torch.cat(reads, dim=2) if reads else None
+        return Step(weights, momentum, torch.cat(reads, dim=2) if reads else None)
 
     def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
         """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""
