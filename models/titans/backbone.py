@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
@@ -54,7 +55,7 @@ def load_backbone(path: Path) -> Backbone:
     """
     try:
         return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
-    except (OSError, KeyError, ValueError, IndexError) as error:
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
 
 
@@ -115,6 +116,8 @@ _GGUF_NAMES = {
 
 def _from_hugging_face(folder: Path) -> Backbone:
     fields = json.loads((folder / "config.json").read_text())
+    if not isinstance(fields, dict):
+        raise ValueError("config.json is not an object")
     if fields.get("model_type") != "llama":
         raise ValueError(f"model_type {fields.get('model_type')!r}, expected 'llama'")
     if fields.get("attention_bias") or fields.get("mlp_bias"):
@@ -140,9 +143,28 @@ def _from_hugging_face(folder: Path) -> Backbone:
     theirs: dict[str, Tensor] = {}
     for path in weight_files(folder):
         theirs |= load_file(path)
-    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    raw = _read_tokenizer(folder / "tokenizer.json")
     tensors = _fuse(lambda name: theirs[name].float(), config, _HUGGING_FACE_NAMES)
-    return Backbone(config, tensors, Tokenizer(raw, config.eos_token))
+    return Backbone(config, tensors, Tokenizer(raw, config.eos_token, config.bos_token, _chat_template(folder)))
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Of a Hugging Face directory: in a file of its own, or in the tokenizer's config; of several, the default one."""
+    own, shared = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.exists():
+        return own.read_text()
+    found = json.loads(shared.read_text()).get("chat_template") if shared.exists() else None
+    if isinstance(found, list):
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    return found
+
+
+def _read_tokenizer(path: Path) -> RawTokenizer:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return RawTokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _from_gguf(path: Path) -> Backbone:
@@ -184,7 +206,8 @@ def _from_gguf(path: Path) -> Backbone:
         raise ValueError(f"tokenizer {metadata['tokenizer.ggml.model']!r}, expected a byte-level BPE")
     special = list(_control_tokens(tokens, metadata["tokenizer.ggml.token_type"]))
     raw = bpe_tokenizer(tokens, metadata["tokenizer.ggml.merges"], special)
-    return Backbone(config, _fuse(get, config, _GGUF_NAMES), Tokenizer(raw, config.eos_token))
+    tokenizer = Tokenizer(raw, config.eos_token, config.bos_token, metadata.get("tokenizer.chat_template"))
+    return Backbone(config, _fuse(get, config, _GGUF_NAMES), tokenizer)
 
 
 def _control_tokens(tokens: list[str], types: list[int]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import write_tiny_checkpoint
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
 from titans.checkpoint import build
 from titans.config import MemoryConfig, TitansConfig
@@ -115,6 +116,18 @@ def test_what_is_not_a_body_is_refused(tmp_path: Path) -> None:
         load_backbone(torn)
     with pytest.raises(BackboneError):
         load_backbone(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(BackboneError, match="mamba"):
-        load_backbone(tmp_path)
+    for content, told in (({"model_type": "mamba"}, "mamba"), ([], "object"), ({"model_type": "llama"}, "token_id")):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(BackboneError, match=told):
+            load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff not it"])
+def test_a_directory_with_a_file_torn_or_missing_is_refused(tmp_path: Path, name: str, content: bytes | None) -> None:
+    path = write_tiny_checkpoint(tmp_path).body / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BackboneError):
+        load_backbone(path.parent)
