@@ -3,11 +3,13 @@
 Width 512, 4 heads of 128, a two-layer perceptron of expansion 4 with momentum and forgetting, every token written and
 read. Each figure is the median of several runs in a process of its own, which also gives the peak of its memory.
 Prints tokens a second, peak bytes above the start, the ratios, and the share of the measured float32 matrix product
-that ours reaches. "again" is the backward pass with `memory.checkpointing`: chunks are computed again, not kept.
+that ours reaches. "compiled" is ours with a chunk's step through torch.compile (it needs a C++ compiler on a CPU);
+"again" is the backward pass with `memory.checkpointing`: chunks are computed again, not kept.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -24,11 +26,13 @@ _BUDGET = 10.0  # seconds for one figure, about
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def ours(chunk: int, *, again: bool = False) -> tuple[torch.nn.Module, Forward]:
+def ours(chunk: int, *, way: str) -> tuple[torch.nn.Module, Forward]:
     """Every equation of the paper's memory, chunk rule."""
     shape = MemoryConfig(num_heads=HEADS, key_dim=HEAD, value_dim=HEAD, chunk_size=chunk)
     memory = NeuralMemory(replace(shape, momentum=True, rule="chunk", depth=2, expansion=EXPANSION), SIZE)
-    memory.checkpointing = again
+    memory.checkpointing = way == "again"
+    if way == "compiled":
+        memory.rule.step = torch.compile(memory.rule.step, dynamic=False)  # type: ignore[method-assign]
     return memory, lambda h: memory(h, memory.new_state(h.shape[0]))[0]
 
 
@@ -44,8 +48,10 @@ def theirs(chunk: int) -> tuple[torch.nn.Module, Forward]:
 
 def measure(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> None:
     """One figure; prints it as JSON."""
+    limit = int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # what needs more is to fail, and alone
     torch.manual_seed(0)
-    memory, forward = theirs(chunk) if side == "theirs" else ours(chunk, again=side == "again")
+    memory, forward = theirs(chunk) if side == "theirs" else ours(chunk, way=side)
     h = torch.randn(batch, tokens, SIZE)
 
     def work() -> None:
@@ -56,9 +62,10 @@ def measure(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -
                 y.square().mean().backward()
 
     before, times = peak(), list[float]()
+    work()  # what happens once
     while len(times) < 2 or (sum(times) < _BUDGET and len(times) < 7):
         times.append(seconds(work))
-    rate = batch * tokens / statistics.median(times[1:])
+    rate = batch * tokens / statistics.median(times)
     print(json.dumps({"rate": rate, "bytes": peak() - before}))
 
 
@@ -90,12 +97,14 @@ def operations(chunk: int) -> float:
 
 def rows(chunk: int, batch: int, tokens: int, *, backward: bool) -> Iterator[str]:
     """Lines of the table; ours and the peer's one after the other."""
-    sides = ("theirs", "ours", "again") if backward else ("theirs", "ours")
+    sides = ("theirs", "ours", "again" if backward else "compiled")
     figures = {side: in_process(side, chunk, batch, tokens, backward=backward) for side in sides}
     theirs = figures.pop("theirs")
     for side, own in figures.items():
-        assert own is not None, "our own memory must run"
-        name = f"{chunk:>5} {batch:>5}  {'forward' if not backward else 'fwd+bwd' if side == 'ours' else 'again':<8}"
+        name = f"{chunk:>5} {batch:>5}  {side if side != 'ours' else 'fwd+bwd' if backward else 'forward':<8}"
+        if own is None:
+            yield f"{name} {'did not end':>19}"
+            continue
         line = f"{name} {own['rate']:>9,.0f} {own['bytes'] / 1e6:>9,.0f}"
         if theirs is None:
             yield f"{line} {'did not end':>20}"
@@ -110,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4_096)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 16])
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -120,7 +130,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {limit:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
     print("chunk batch  pass     ours tok/s, MB      theirs tok/s, MB    speed   memory  ceiling")
     for backward in (False, True):
-        for chunk in (64, 16):
+        for chunk in args.chunks:
             for batch in args.batches:
                 for line in rows(chunk, batch, args.tokens, backward=backward):
                     print(line, flush=True)
