@@ -75,10 +75,11 @@ def peak() -> int:
 
 
 def in_process(side: str, chunk: int, batch: int, tokens: int, *, backward: bool) -> dict[str, float] | None:
-    """`measure` in a process of its own; None where it does not end well, out of memory above all."""
+    """`measure` in a process of its own; None where it does not end well, out of memory above all: stderr says why."""
     command = [sys.executable, __file__, "--measure", side, str(chunk), str(batch), str(tokens), str(int(backward))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        print(f"{side}: {(done.stderr.splitlines() or ['killed'])[-1]}", file=sys.stderr)
         return None
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures

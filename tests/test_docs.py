@@ -9,6 +9,8 @@ import pytest
 from titans_client._errors import BY_CODE
 from titans_client._settings import DEFAULT_BASE_URL
 from titans_server import errors
+from titans_server.api.openai.schemas import CreateChatCompletion
+from titans_server.api.openai.schemas import CreateCompletion as CreateCompletionOfOpenAI
 from titans_server.api.schemas import CreateCompletion
 from titans_server.app import create_app
 from titans_server.errors import TitansError
@@ -104,6 +106,15 @@ def test_every_field_of_a_completion_is_documented_with_its_default() -> None:
         default = "none" if field.default is None else str(field.default)
         expected = "required" if field.is_required() else default.lower()
         assert documented[name].strip('`"') == expected, name
+
+
+def test_every_field_of_openais_api_is_documented_with_its_default() -> None:
+    documented = {name.strip("`"): default for name, default, *_ in rows(section(API, "OpenAI's API"))}
+    ours = CreateChatCompletion.model_fields | CreateCompletionOfOpenAI.model_fields
+    assert documented.keys() == ours.keys()
+    for name, field in ours.items():
+        default = str(field.default).lower() if field.default or field.default in (0, False) else "none"
+        assert documented[name].strip('`"') == ("required" if field.is_required() else default), name
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:

@@ -5,10 +5,12 @@
     │   └── APITimeoutError            … within the time allowed
     ├── APIResponseError               an answer that is not of this API: a proxy's page, a body of another shape
     └── APIStatusError                 the server said no: status, code, message, param, retry_after
-        ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long
+        ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
+        │                          unsupported_parameter, no_chat_template
         ├── UnsupportedMediaTypeError 415   unsupported_media_type
         ├── DocumentTooLargeError 413  document_too_large
         ├── SessionNotFoundError 404   session_not_found
+        ├── ModelNotFoundError 404     model_not_found
         ├── StateMismatchError 409     state_mismatch: the session was made by another model
         ├── VersionConflictError 412   version_conflict: nothing was written
         ├── SessionBusyError 429       session_busy: try again after `retry_after` seconds
@@ -89,6 +91,10 @@ class SessionNotFoundError(APIStatusError):
     """No such session."""
 
 
+class ModelNotFoundError(APIStatusError):
+    """Another model is served than the one asked for."""
+
+
 class StateMismatchError(APIStatusError):
     """The session was made by another model than the one served; it is left as it is."""
 
@@ -119,9 +125,12 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "invalid_utf8": (422, InvalidRequestError),
     "invalid_json": (422, InvalidRequestError),
     "prompt_too_long": (422, InvalidRequestError),
+    "unsupported_parameter": (422, InvalidRequestError),
+    "no_chat_template": (422, InvalidRequestError),
     "unsupported_media_type": (415, UnsupportedMediaTypeError),
     "document_too_large": (413, DocumentTooLargeError),
     "session_not_found": (404, SessionNotFoundError),
+    "model_not_found": (404, ModelNotFoundError),
     "state_mismatch": (409, StateMismatchError),
     "version_conflict": (412, VersionConflictError),
     "session_busy": (429, SessionBusyError),

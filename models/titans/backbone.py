@@ -152,10 +152,13 @@ def _chat_template(folder: Path) -> str | None:
     """Of a Hugging Face directory: in a file of its own, or in the tokenizer's config; of several, the default one."""
     own, shared = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if own.exists():
-        return own.read_text()
-    found = json.loads(shared.read_text()).get("chat_template") if shared.exists() else None
+        return own.read_text(encoding="utf-8")
+    fields = json.loads(shared.read_text(encoding="utf-8")) if shared.exists() else {}
+    found = fields.get("chat_template") if isinstance(fields, dict) else None
     if isinstance(found, list):
         found = {each["name"]: each["template"] for each in found}.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError("the chat template is not text")
     return found
 
 

@@ -1,5 +1,12 @@
-"""From scores to a token."""
+"""From scores to a token.
 
+Scores pass bias and penalties, then the temperature, then what cuts unlikely tokens off; one of the rest is drawn.
+N is the size of the vocabulary; scores are float32, on the CPU.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +23,20 @@ class SamplingParams:
     top_p: float = 1.0  # the smallest set of tokens whose probabilities reach this; above 0
     top_k: int = 0  # the k likeliest; 0: all
     seed: int | None = None  # 64 bits; None: one that nobody knows
+    min_p: float = 0.0  # tokens at least this share as likely as the likeliest, 0 to 1
+    presence_penalty: float = 0.0  # off the score of a token that has been drawn
+    frequency_penalty: float = 0.0  # off it for each time that it has been
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token and what is added to its score
+    num_logprobs: int | None = None  # how many of the likeliest tokens to tell of; None: tell of no probability at all
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and how likely the model found it: before bias, penalties and temperature."""
+
+    token: int
+    logprob: float | None = None  # natural logarithm; None where SamplingParams asks for none
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens with theirs, the first one first
 
 
 class Sampler:
@@ -23,6 +44,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
+        self._counts: Counter[int] = Counter()  # of what has been drawn
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -30,15 +52,59 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def sample(self, logits: Tensor) -> int:
-        """A token from [N] finite scores, float32, on the CPU."""
+        """A token from [N] finite scores, and no more than it."""
+        return self.draw(logits).token
+
+    def draw(self, logits: Tensor) -> Drawn:
+        """A token from [N] finite scores; it counts for the penalties of the next."""
         params = self.params
-        if params.temperature == 0:
-            return int(logits.argmax())
-        coldest = max(params.temperature, _COLDEST)
-        scores, order = ((logits - logits.max()) / coldest).sort(descending=True)  # at most 0: no quotient overflows up
-        if params.top_k:
-            scores = scores[: params.top_k]
-        probabilities = scores.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)  # the first always stays
-        return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])
+        scores = biased(logits, params.logit_bias)
+        scores = penalized(scores, self._counts, params.presence_penalty, params.frequency_penalty)
+        token = self._choose(scores)
+        self._counts[token] += 1
+        return Drawn(token) if params.num_logprobs is None else told(logits, token, params.num_logprobs)
+
+    def _choose(self, scores: Tensor) -> int:
+        if self.params.temperature == 0:
+            return int(scores.argmax())
+        tokens, probabilities = candidates(scores, self.params)
+        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+def biased(logits: Tensor, bias: Iterable[tuple[int, float]]) -> Tensor:
+    """Scores [N] with the tokens' biases added; each is in the vocabulary. `logits` is not changed."""
+    tokens_and_values = list(bias)
+    if not tokens_and_values:
+        return logits
+    tokens, values = zip(*tokens_and_values, strict=True)
+    return logits.index_add(0, torch.tensor(tokens), torch.tensor(values, dtype=logits.dtype))
+
+
+def penalized(logits: Tensor, counts: Mapping[int, int], presence: float, frequency: float) -> Tensor:
+    """OpenAI's penalties: a token drawn c > 0 times loses presence + c * frequency. `logits` is not changed."""
+    if not presence and not frequency:
+        return logits
+    return biased(logits, [(token, -presence - count * frequency) for token, count in counts.items()])
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Tokens [K] that may be drawn, the likeliest first, and their probabilities [K], which need not add up to 1.
+
+    The temperature comes first and is not 0; then top_k and min_p, then top_p of what they leave. The likeliest stays.
+    """
+    coldest = max(params.temperature, _COLDEST)
+    scores, order = ((logits - logits.max()) / coldest).sort(descending=True)  # at most 0: no quotient overflows up
+    if params.top_k:
+        scores = scores[: params.top_k]
+    if params.min_p:
+        scores = scores[: int((scores >= math.log(params.min_p)).sum())]
+    probabilities = scores.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return order[: len(scores)], probabilities.masked_fill(before >= params.top_p, 0.0)
+
+
+def told(logits: Tensor, token: int, num_top: int) -> Drawn:
+    """A token with its logarithm of the probability under scores [N], and the `num_top` likeliest with theirs."""
+    logprobs = logits.log_softmax(-1)
+    values, tokens = logprobs.topk(min(num_top, len(logprobs)))
+    return Drawn(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

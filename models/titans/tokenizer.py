@@ -1,23 +1,45 @@
 """Text to tokens and back: whole, as a stream, and one token at a time."""
 
 import re
-from collections.abc import Iterable, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import BPE
 
+from titans.chat import ChatError, render
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BOUNDARY = re.compile(r"(?<=\S) (?=\S)")  # a lone space: what stands before it is tokenized for good
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The letters of a byte-level vocabulary: printable bytes stand for themselves, the others follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_letters()
 
 
 class Tokenizer:
     """A byte-level BPE. Text is text: `encode` reads the name of a control token as its letters."""
 
-    def __init__(self, raw: RawTokenizer, eos_token: int) -> None:
-        """`raw` is taken over and changed: it sees no control tokens in text. `eos_token`: the id that ends a text."""
+    def __init__(
+        self, raw: RawTokenizer, eos_token: int, bos_token: int | None = None, chat_template: str | None = None
+    ) -> None:
+        """`raw` is taken over and changed: it sees no control tokens in text.
+
+        `eos_token`: the id that ends a text. `bos_token`: the one that chat templates may begin with.
+        """
         self._raw = raw
         self._raw.encode_special_tokens = True
+        self._control = {x.content: i for i, x in raw.get_added_tokens_decoder().items() if x.special}
+        self._chat_template = chat_template
+        ends = {"bos_token": bos_token, "eos_token": eos_token}
+        self._names = {name: raw.id_to_token(token) or "" for name, token in ends.items() if token is not None}
         self.eos_token = eos_token
 
     @property
@@ -29,6 +51,37 @@ class Tokenizer:
         """The tokens of `text`; no token is added to it. Raises TypeError where it has lone surrogates."""
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation in the body's own form, up to where the assistant speaks next.
+
+        Messages have a "role" and "content". The name of a control token is one where the template writes it, and text
+        where a message does. Raises ChatError where there is no template, or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise ChatError("the model has no chat template")
+        if not self._control:
+            return self.encode(render(self._chat_template, messages, self._names))
+        names = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
+        mark = f"\0{secrets.token_hex(8)}\0"  # stands within a name that a message says; nobody can guess it
+        quoted = [
+            {key: names.sub(lambda name: name[0][:1] + mark + name[0][1:], text) for key, text in message.items()}
+            for message in messages
+        ]
+        text = render(self._chat_template, quoted, self._names)
+        parts = re.split(f"({names.pattern})", text)  # every second one is a control token
+        return [
+            token
+            for i, part in enumerate(parts)
+            for token in ([self._control[part]] if i % 2 else self.encode(part.replace(mark, "")))
+        ]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, maybe a part of a character; the name of a control token; b"" of none."""
+        letters = self._raw.id_to_token(token) or ""
+        if letters in self._control or not _BYTES.keys() >= set(letters):
+            return letters.encode()
+        return bytes(_BYTES[letter] for letter in letters)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without control tokens and unknown ones; bytes that are not UTF-8 become U+FFFD."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -11,6 +12,7 @@ from titans import checkpoint
 
 from titans_server.api.deps import AppContext
 from titans_server.api.handlers import add_handlers
+from titans_server.api.openai.routes import router as openai_router
 from titans_server.api.routes import router
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
@@ -40,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
             )
             stack.push_async_callback(engine.close)
             engine.start()
-            model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer)
+            model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
             limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
             service = SessionService(engine, store, model, StateCache(settings.resident_bytes), limits)
             device = str(loaded.model.device)
@@ -49,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
     app.include_router(router)
+    app.include_router(openai_router)
     add_handlers(app)
     return app
 

@@ -1,10 +1,12 @@
 """Everything that can go wrong where a user can see it: status, stable code, and whether trying again may help.
 
     TitansError
-    ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long
+    ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
+    │                               unsupported_parameter, no_chat_template; 400 on OpenAI's endpoints
     ├── UnsupportedMediaType 415    unsupported_media_type
     ├── DocumentTooLarge 413        document_too_large
     ├── SessionNotFound 404         session_not_found
+    ├── ModelNotFound 404           model_not_found: another model is served
     ├── StateMismatch 409           state_mismatch: the session belongs to another model; nothing is touched
     ├── VersionConflict 412         version_conflict: somebody else moved the session on
     ├── SessionBusy 429             session_busy: too many writers wait already; retryable
@@ -69,6 +71,14 @@ class SessionNotFound(TitansError):
     status = 404
     kind = "invalid_request_error"
     default_code = "session_not_found"
+
+
+class ModelNotFound(TitansError):
+    """No such model is served."""
+
+    status = 404
+    kind = "invalid_request_error"
+    default_code = "model_not_found"
 
 
 class StateMismatch(TitansError):

@@ -36,8 +36,36 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """A token, and the logarithm of its probability."""
+
+    text: bytes  # maybe a part of a character
+    logprob: float
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """A token of an answer."""
+
+    score: TokenScore
+    top: tuple[TokenScore, ...]  # the likeliest at its place, the first one first
+    offset: int  # characters of the answer before it
+
+
+@dataclass(frozen=True)
+class AnswerPiece:
+    """What is new of an answer; the last piece says how it ended."""
+
+    text: str
+    tokens: tuple[AnswerToken, ...] = ()  # where logprobs are asked for
+    version: int = 0  # of the session that was asked; after memory "write", the one that learnt the answer
+    finish_reason: Literal["stop", "length"] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
 class CompletionChunk:
-    """Text that is new; the last chunk says how the answer ended."""
+    """A piece of an answer on its way out of the native endpoint."""
 
     id: str
     session: str

@@ -6,22 +6,19 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from titans.sampling import SamplingParams
 from titans.state import State
-from titans.tokenizer import StreamEncoder, Tokenizer
+from titans.tokenizer import Tokenizer
 
 from titans_server.engine import Engine, Finish
 from titans_server.errors import InvalidRequest, SessionBusy, SessionNotFound, StateMismatch, VersionConflict
-from titans_server.events import CompletionChunk, DocumentLearnt, Progress, Usage
+from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, Progress, Usage
+from titans_server.prompts import CompletionRequest, encode, prepare
+from titans_server.reading import Document
 from titans_server.sessions import codec
 from titans_server.sessions.cache import StateCache
 from titans_server.sessions.store import SessionRecord, SessionStore
 from titans_server.stopping import AnswerText
-
-SEPARATOR = "\n\n"  # stands between two documents of a session
-_STRIDE = 4  # windows that a document hands to the engine at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class ServedModel:
     name: str
     fingerprint: str
     tokenizer: Tokenizer
+    loaded_at: int  # seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,6 @@ class Limits:
 
     max_prompt_tokens: int
     max_waiting_writers: int
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    """An answer that is asked for."""
-
-    prompt: str
-    max_tokens: int
-    sampling: SamplingParams
-    stops: tuple[str, ...] = ()
-    memory: Literal["read", "write", "off"] = "read"
 
 
 @dataclass
@@ -114,7 +101,7 @@ class SessionService:
         await self.get(session_id)
         async with self._writer(session_id):
             record, state = await self._open(session_id)
-            document = _Document(self.model.tokenizer, pieces, after=record.tokens_seen, window=self._engine.window)
+            document = Document(self.model.tokenizer, pieces, after=record.tokens_seen, window=self._engine.window)
             async with aclosing(document.strides()) as strides:
                 async for tokens in strides:
                     state = await self._engine.ingest(state, tokens)
@@ -129,46 +116,60 @@ class SessionService:
         )
 
     async def complete(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[CompletionChunk, None]:
-        """An answer, in pieces; the last one says how it ended. Closing the iterator stops it."""
-        await self.get(session_id)
-        if request.memory != "write":
+        """`answer`, in the native endpoint's words."""
+        chunk = CompletionChunk(f"cmpl_{secrets.token_hex(12)}", session_id, 0, self.model.name, "")
+        async with aclosing(self.answer(session_id, request)) as pieces:
+            async for x in pieces:
+                yield replace(chunk, version=x.version, text=x.text, finish_reason=x.finish_reason, usage=x.usage)
+
+    async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+        """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
+
+        Without a session the model answers as one of which no document was read; nothing is kept of it.
+        """
+        if session_id is None:
+            if request.memory == "write":
+                raise InvalidRequest("there is no session that could learn this: name one", param="memory")
+            version, state = 0, self._empty
+        else:
+            await self.get(session_id)
+            if request.memory == "write":
+                async with aclosing(self._answer_and_learn(session_id, request)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
             record, state = await self._open(session_id)
-            async with aclosing(self._answer(record, state, request, [])) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            return
-        async with self._writer(session_id):
-            record, state = await self._open(session_id)
-            said: list[int] = []
-            async with aclosing(self._answer(record, state, request, said)) as chunks:
-                async for chunk in chunks:
-                    if chunk.finish_reason is not None:
-                        state = await self._engine.ingest(state, said)
-                        record = await self._commit(record, state, len(said))
-                        chunk = replace(chunk, version=record.version)
-                    yield chunk
+            version = record.version
+        async with aclosing(self._answer(state, request, [])) as pieces:
+            async for piece in pieces:
+                yield replace(piece, version=version)
+
+    def prepare(self, request: CompletionRequest) -> CompletionRequest:
+        """The request with its prompt in tokens. Raises InvalidRequest where it is not one for this model."""
+        return prepare(request, self.model.tokenizer, self._limits.max_prompt_tokens)
 
     async def check(self) -> None:
         """Whether requests can be served. Raises StoreUnavailable."""
         await self._store.ping()
 
+    async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+        async with self._writer(session_id):
+            record, state = await self._open(session_id)
+            said: list[int] = []
+            async with aclosing(self._answer(state, request, said)) as pieces:
+                async for piece in pieces:
+                    if piece.finish_reason is not None:
+                        state = await self._engine.ingest(state, said)
+                        record = await self._commit(record, state, len(said))
+                    yield replace(piece, version=record.version)
+
     async def _answer(
-        self, record: SessionRecord, state: State, request: CompletionRequest, said: list[int]
-    ) -> AsyncGenerator[CompletionChunk, None]:
+        self, state: State, request: CompletionRequest, said: list[int]
+    ) -> AsyncGenerator[AnswerPiece, None]:
         """Generate, and collect in `said` the tokens of prompt and answer."""
-        prompt = self.model.tokenizer.encode(request.prompt)
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if len(prompt) > self._limits.max_prompt_tokens:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens, at most {self._limits.max_prompt_tokens} are taken: "
-                "post long texts as documents",
-                code="prompt_too_long",
-                param="prompt",
-            )
+        prompt = encode(self.prepare(request).prompt, self.model.tokenizer)
         said.extend(prompt)
         text = AnswerText(self.model.tokenizer, request.stops)
-        chunk = CompletionChunk(f"cmpl_{secrets.token_hex(12)}", record.id, record.version, self.model.name, "")
         finish: Finish = "stop"
         tokens = self._engine.generate(
             state,
@@ -178,18 +179,19 @@ class SessionService:
             recall=request.memory != "off",
         )
         async with aclosing(tokens):
-            async for token in tokens:
-                if isinstance(token, str):
-                    finish = token
+            async for drawn in tokens:
+                if isinstance(drawn, str):
+                    finish = drawn
                     break
-                said.append(token)
-                if piece := text.feed(token):
-                    yield replace(chunk, text=piece)
+                said.append(drawn.token)
+                if piece := text.feed(drawn):
+                    yield AnswerPiece(piece, text.take_tokens())
                 if text.stopped:
                     break
         usage = Usage(len(prompt), len(said) - len(prompt), len(said))
         rest = text.finish()
-        yield replace(chunk, text=rest, finish_reason="stop" if text.stopped else finish, usage=usage)
+        finish = "stop" if text.stopped else finish
+        yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
 
     async def _open(self, session_id: str) -> tuple[SessionRecord, State]:
         """A session's record and state, as of its last commit."""
@@ -254,47 +256,3 @@ class SessionService:
             writer.num_users -= 1
             if not writer.num_users:
                 del self._writers[session_id]
-
-
-class _Document:
-    """A document on its way into a session: text in, strides of tokens out, in bounded memory."""
-
-    def __init__(self, tokenizer: Tokenizer, pieces: AsyncIterator[str], *, after: int, window: int) -> None:
-        self._tokenizer = tokenizer
-        self._pieces = pieces
-        self._position = after
-        self._window = window
-        self.num_bytes = 0
-        self.num_tokens = 0
-        self.num_learnt = 0
-
-    @property
-    def bytes_learnt(self) -> int:
-        """The share of the bytes so far that the learnt tokens stand for."""
-        return self.num_bytes * self.num_learnt // max(1, self.num_tokens)
-
-    async def strides(self) -> AsyncGenerator[list[int], None]:
-        """Tokens to ingest: all but the last end on a window's boundary, however the text arrived."""
-        encoder, tokens = StreamEncoder(self._tokenizer), list[int]()
-        async for piece in self._pieces:
-            if not self.num_bytes and self._position and piece:
-                tokens += self._count(self._tokenizer.encode(SEPARATOR))
-            self.num_bytes += len(piece.encode())
-            tokens += self._count(await asyncio.to_thread(encoder.feed, piece))
-            while len(tokens) >= (size := self._stride()):
-                self._position += size
-                yield tokens[:size]
-                tokens = tokens[size:]
-        tokens += self._count(await asyncio.to_thread(encoder.finish))
-        while tokens and self.num_bytes:
-            size = min(len(tokens), self._stride())
-            self._position += size
-            yield tokens[:size]
-            tokens = tokens[size:]
-
-    def _stride(self) -> int:
-        return _STRIDE * self._window - self._position % self._window
-
-    def _count(self, tokens: list[int]) -> list[int]:
-        self.num_tokens += len(tokens)
-        return tokens

@@ -2,35 +2,56 @@
 
 from collections.abc import Sequence
 
+from titans.sampling import Drawn
 from titans.tokenizer import StreamDecoder, Tokenizer
+
+from titans_server.events import AnswerToken, TokenScore
 
 
 class AnswerText:
     """The text of an answer as it grows; a part that may become a stop string is held back until it is sure."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = stops
         self._held = ""
+        self._num_released = 0  # characters
+        self._tokens: list[AnswerToken] = []
         self.stopped = False
 
-    def feed(self, token: int) -> str:
+    def feed(self, drawn: Drawn) -> str:
         """Text that is certain now. Once `stopped`, the answer is complete."""
-        return self._release(self._decoder.feed(token), last=False)
+        if drawn.logprob is not None:
+            top = tuple(self._score(token, logprob) for token, logprob in drawn.top)
+            offset = self._num_released + len(self._held)
+            self._tokens.append(AnswerToken(self._score(drawn.token, drawn.logprob), top, offset))
+        return self._release(self._decoder.feed(drawn.token), last=False)
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
         return "" if self.stopped else self._release(self._decoder.finish(), last=True)
+
+    def take_tokens(self, *, last: bool = False) -> tuple[AnswerToken, ...]:
+        """Tokens whose text has begun to be certain, each once; at last all but a stop's. None without logprobs."""
+        ready = [t for t in self._tokens if t.offset < self._num_released or (last and not self.stopped)]
+        self._tokens = self._tokens[len(ready) :]
+        return tuple(ready)
+
+    def _score(self, token: int, logprob: float) -> TokenScore:
+        return TokenScore(self._tokenizer.token_bytes(token), logprob)
 
     def _release(self, text: str, *, last: bool) -> str:
         text = self._held + text
         cuts = [cut for stop in self._stops if (cut := text.find(stop)) >= 0]
         if cuts:
             self.stopped = True
-            return text[: min(cuts)]
-        keep = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            keep = len(text) - min(cuts)
+        else:
+            keep = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        released, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self._num_released += len(released)
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:

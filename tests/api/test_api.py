@@ -214,6 +214,14 @@ def test_a_body_that_is_not_json_is_refused(http: httpx.Client, session: str) ->
     assert (response.status_code, code(response)) == (422, "invalid_json")
 
 
+@pytest.mark.parametrize("content", [b'{"prompt": "\\ud800"}', b'{"prompt": "a", "\\ud800": 1}'])
+def test_half_a_surrogate_pair_is_refused(http: httpx.Client, session: str, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = http.post(f"/v1/sessions/{session}/completions", content=content, headers=headers)
+    assert response.status_code == 422
+    assert code(response) in {"invalid_utf8", "invalid_request"}
+
+
 def test_a_prompt_too_long_is_refused(http: httpx.Client, session: str) -> None:
     response = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 101})
     assert (response.status_code, code(response)) == (422, "prompt_too_long")

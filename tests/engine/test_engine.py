@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 import torch
 from support.models import make_tiny
-from titans.sampling import SamplingParams
+from titans.sampling import Drawn, SamplingParams
 from titans.state import State
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
@@ -31,7 +31,7 @@ def tokens(count: int, seed: int) -> list[int]:
 
 async def answer(
     engine: Engine, state: State, prompt: list[int], *, recall: bool = True, count: int = 12
-) -> list[int | str]:
+) -> list[Drawn | str]:
     stream = engine.generate(state, prompt, max_tokens=count, sampling=GREEDY, recall=recall)
     return [token async for token in stream]
 
@@ -78,7 +78,7 @@ async def test_an_answer_ends_at_its_length(engine: Engine) -> None:
 
 
 async def test_a_seed_repeats_its_answer(engine: Engine) -> None:
-    async def draw(seed: int | None) -> list[int | str]:
+    async def draw(seed: int | None) -> list[Drawn | str]:
         params = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, seed=seed)
         stream = engine.generate(engine.new_state(), tokens(3, seed=1), max_tokens=20, sampling=params)
         return [token async for token in stream]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.models import write_tiny_checkpoint
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
+from titans.chat import ChatError
 from titans.checkpoint import build
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel, next_token_loss
@@ -131,3 +132,37 @@ def test_a_directory_with_a_file_torn_or_missing_is_refused(tmp_path: Path, name
         path.write_bytes(content)
     with pytest.raises(BackboneError):
         load_backbone(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": "{}"}, None),
+        ({"tokenizer_config.json": '{"chat_template": "ä"}'}, "ä"),
+        ({"tokenizer_config.json": '{"chat_template": "a"}', "chat_template.jinja": "b"}, "b"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "c"}]}'}, "c"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "tools", "template": "c"}]}'}, None),
+    ],
+)
+def test_a_chat_template_is_found_where_hugging_face_keeps_it(
+    tmp_path: Path, files: dict[str, str], says: str | None
+) -> None:
+    body = write_tiny_checkpoint(tmp_path).body
+    (body / "tokenizer_config.json").unlink()
+    for name, text in files.items():
+        (body / name).write_text(text, encoding="utf-8")
+    tokenizer, messages = load_backbone(body).tokenizer, [{"role": "user", "content": "x"}]
+    if says is None:
+        with pytest.raises(ChatError):
+            tokenizer.encode_chat(messages)
+    else:
+        assert tokenizer.decode(tokenizer.encode_chat(messages)) == says
+
+
+@pytest.mark.parametrize("config", ["{", '{"chat_template": 5}', '{"chat_template": [{}]}'])
+def test_a_torn_chat_template_is_a_torn_body(tmp_path: Path, config: str) -> None:
+    body = write_tiny_checkpoint(tmp_path).body
+    (body / "tokenizer_config.json").write_text(config)
+    with pytest.raises(BackboneError):
+        load_backbone(body)

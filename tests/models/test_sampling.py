@@ -1,8 +1,9 @@
 import math
 from collections import Counter
 
+import pytest
 import torch
-from titans.sampling import Sampler, SamplingParams
+from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, penalized, told
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -45,3 +46,70 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_a_seed_repeats() -> None:
     assert drawn(100, seed=3) == drawn(100, seed=3) != drawn(100, seed=4)
+
+
+def kept(**params: float) -> dict[int, float]:
+    """The tokens that may be drawn, and their probabilities once they add up to 1."""
+    tokens, probabilities = candidates(LOGITS, SamplingParams(**params))  # type: ignore[arg-type]
+    shares = (probabilities / probabilities.sum()).tolist()
+    return {token: share for token, share in zip(tokens.tolist(), shares, strict=True) if share}
+
+
+def test_min_p_keeps_what_is_a_share_as_likely_as_the_likeliest() -> None:
+    assert kept(min_p=0.0).keys() == {0, 1, 2, 3}
+    assert kept(min_p=0.09).keys() == {0, 1, 2, 3}  # 0.05 / 0.5 = 0.1
+    assert kept(min_p=0.11).keys() == {0, 1, 2}
+    assert kept(min_p=0.31).keys() == {0, 1}  # 0.15 / 0.5 = 0.3
+    assert kept(min_p=1.0) == {0: 1.0}
+    assert kept(min_p=0.31) == pytest.approx({0: 0.625, 1: 0.375})
+
+
+def test_min_p_looks_at_what_the_temperature_has_made() -> None:
+    assert kept(temperature=0.5, min_p=0.37).keys() == {0}  # (0.3 / 0.5) ** 2 = 0.36
+    assert kept(temperature=0.5, min_p=0.35).keys() == {0, 1}
+
+
+def test_what_cuts_tokens_off_adds_up() -> None:
+    assert kept(top_k=3, min_p=0.31).keys() == {0, 1}
+    assert kept(top_k=1, min_p=0.09).keys() == {0}
+    assert kept(min_p=0.11, top_p=0.8).keys() == {0, 1}  # of 0.95: 0.526, 0.316, 0.158
+
+
+def test_a_bias_is_added() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    assert biased(scores, [(0, 5.0), (2, -100.0)]).tolist() == [6.0, 2.0, -97.0]
+    assert biased(scores, []).tolist() == scores.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_penalties_are_taken_off_what_has_been_drawn() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    assert penalized(scores, {0: 1, 2: 3}, 0.5, 0.25).tolist() == [0.25, 2.0, 1.75]
+    assert penalized(scores, {0: 1, 2: 3}, -1.0, 0.0).tolist() == [2.0, 2.0, 4.0]
+    assert penalized(scores, {}, 0.5, 0.25).tolist() == scores.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_temperature_zero_is_the_likeliest_after_bias_and_penalties() -> None:
+    logits = torch.tensor([1.0, 0.6, 0.0])
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.1))
+    # 1, .6, 0 | .4, .6, 0 | .4, 0, 0 | .3, 0, 0 | .2, 0, 0 | .1, 0, 0 | 0, 0, 0
+    assert [sampler.sample(logits) for _ in range(6)] == [0, 1, 0, 0, 0, 0]
+    sampler = Sampler(SamplingParams(temperature=0, logit_bias=((2, 1.5),)))
+    assert [sampler.sample(logits) for _ in range(3)] == [2, 2, 2]
+
+
+def test_a_token_is_told_with_its_probability_and_the_likeliest_with_theirs() -> None:
+    drawn = told(LOGITS + 7, 2, 2)
+    assert drawn.token == 2
+    assert drawn.logprob == pytest.approx(math.log(0.15), abs=1e-5)
+    assert [token for token, _ in drawn.top] == [0, 1]
+    assert [x for _, x in drawn.top] == pytest.approx([math.log(0.5), math.log(0.3)], abs=1e-5)
+    assert len(told(LOGITS, 2, 20).top) == 4
+    assert told(LOGITS, 2, 0).top == ()
+
+
+def test_probabilities_are_told_as_the_model_has_them() -> None:
+    params = SamplingParams(temperature=0, logit_bias=((3, 100.0),), num_logprobs=1)
+    drawn = Sampler(params).draw(LOGITS)
+    assert (drawn.token, drawn.top[0][0]) == (3, 0)
+    assert drawn.logprob == pytest.approx(math.log(0.05), abs=1e-5)
+    assert Sampler(SamplingParams(temperature=0)).draw(LOGITS) == Drawn(0)

@@ -2,13 +2,17 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from titans.chat import ChatError
 from titans.tokenizer import StreamDecoder, StreamEncoder, Tokenizer
 
 WORDS = st.sampled_from(
     ["word", " ", "  ", "\n", "12", "3", "it's", "—", "é", "日本", "🙂", "<|im_end|>", ".", "\t", "A1"]
 )
+
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Cn", "Co"], max_codepoint=0x1FFFF), max_size=40)
 
 
 def stream(tokenizer: Tokenizer, pieces: list[str], limit: int = 65_536) -> list[int]:
@@ -41,7 +45,7 @@ def test_the_name_of_a_control_token_is_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokens) == "<|im_end|>"
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cc", "Cs", "Cn", "Co"], max_codepoint=0x1FFFF), max_size=40))
+@given(text=TEXT)
 @settings(deadline=None)
 def test_text_comes_out_one_token_at_a_time(tokenizer: Tokenizer, text: str) -> None:
     decoder = StreamDecoder(tokenizer)
@@ -56,3 +60,61 @@ def test_half_a_character_waits_for_its_other_half(tokenizer: Tokenizer) -> None
     assert [decoder.feed(token) for token in tokens] == [""] * (len(tokens) - 1) + ["🙂"]
     decoder.feed(tokens[0])
     assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+@given(text=TEXT)
+@settings(deadline=None)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_a_control_token_has_its_name_and_an_unknown_one_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes(tokenizer.eos_token) == b"<|im_end|>"
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_a_conversation_has_the_form_that_the_model_was_taught(tokenizer: Tokenizer) -> None:
+    start, end = 1, 2
+    system = "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    line = tokenizer.encode("\n")
+    assert tokenizer.encode_chat([{"role": "user", "content": "Who?"}]) == [
+        *[start, *tokenizer.encode(system), end, *line],
+        *[start, *tokenizer.encode("user\nWho?"), end, *line],
+        *[start, *tokenizer.encode("assistant\n")],
+    ]
+
+
+@given(words=st.lists(WORDS | st.sampled_from(["<|im_", "<|im_start|>", "end|>", "\0"]), max_size=10))
+@settings(deadline=None)
+def test_a_message_is_text_whatever_it_says(tokenizer: Tokenizer, words: list[str]) -> None:
+    text = "".join(words)
+    tokens = tokenizer.encode_chat([{"role": "system", "content": text}])
+    assert [tokens.count(control) for control in (0, 1, 2)] == [0, 2, 1]
+    assert tokenizer.encode("system\n" + text) == tokens[1 : tokens.index(tokenizer.eos_token)]
+
+
+def chatting(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    return Tokenizer(tokenizer._raw, tokenizer.eos_token, 1, template)
+
+
+def test_a_template_may_use_what_hugging_face_gives_it(tokenizer: Tokenizer) -> None:
+    template = "{{ bos_token }}{% for m in messages %}\n    {{ m.content | trim }}{% endfor %}{{ eos_token }}"
+    tokens = chatting(tokenizer, template).encode_chat([{"role": "user", "content": " a "}])
+    assert (tokens[0], tokens[-1], tokenizer.decode(tokens).strip()) == (1, 2, "a")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for",
+        "{{ raise_exception('no system, please') }}",
+        "{{ messages[0].content.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content }}",
+    ],
+)
+def test_a_template_that_cannot_be_used_is_an_error_that_says_why(tokenizer: Tokenizer, template: str | None) -> None:
+    with pytest.raises(ChatError, match="chat template"):
+        chatting(tokenizer, template).encode_chat([{"role": "user", "content": "a"}])

@@ -14,6 +14,8 @@ from titans.tokenizer import bpe_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def make_tiny(seed: int = 0, *, window: int = 16, **form: object) -> TitansModel:
@@ -51,7 +53,7 @@ class TinyCheckpoint:
 
 
 def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> TinyCheckpoint:
-    """`make_tiny` on disk, with a tokenizer whose tokens are bytes."""
+    """`make_tiny` on disk, with a tokenizer whose tokens are bytes and a chat template."""
     body, memory = folder / f"tiny-{seed}", folder / f"memory-{seed}.safetensors"
     body.mkdir(parents=True)
     model, alphabet = make_tiny(seed, window=window), sorted(ByteLevel.alphabet())
@@ -76,6 +78,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> T
     (body / "config.json").write_text(json.dumps(fields))
     save_file(_hugging_face_tensors(model), body / "model.safetensors")
     bpe_tokenizer([*_SPECIAL, *alphabet], [], _SPECIAL).save(str(body / "tokenizer.json"))
+    (body / "tokenizer_config.json").write_text(json.dumps({"chat_template": _CHAT}))
     save_memory(model, digest(body), memory)
     return TinyCheckpoint(body, memory)
 

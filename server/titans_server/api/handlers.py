@@ -1,10 +1,10 @@
 """Every error leaves as one shape: {"error": {"message", "type", "param", "code"}}."""
 
+import json
 import logging
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -23,31 +23,38 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def _answer(error: TitansError, status: int | None = None) -> JSONResponse:
+def answer(error: TitansError, status: int | None = None) -> Response:
+    """The response that an error leaves as, with its own status unless another is given."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.body(), status or error.status, headers)
+    body = json.dumps(error.body())  # in ASCII: what is quoted in it may be no text
+    return Response(body, status or error.status, headers, "application/json")
 
 
 async def _titans_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, TitansError)
-    return _answer(error)
+    return answer(error)
+
+
+def invalid_request(error: RequestValidationError) -> InvalidRequest:
+    """The first thing that is wrong with a request's body."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    return InvalidRequest(f"{where or 'the body'}: {first['msg']}", param=where or None)
 
 
 async def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "json_invalid":
-        return _answer(InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"))
-    return _answer(InvalidRequest(f"{where or 'the body'}: {first['msg']}", param=where or None))
+    return answer(invalid_request(error))
 
 
 async def _http_exception(_: Request, error: Exception) -> Response:
     """The router's own: no such path (404), no such method (405)."""
     assert isinstance(error, HTTPException)
-    answer = _answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)
-    answer.headers.update(error.headers or {})
-    return answer
+    response = answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _client_left(_: Request, error: Exception) -> Response:
@@ -57,4 +64,4 @@ async def _client_left(_: Request, error: Exception) -> Response:
 
 async def _unexpected(_: Request, error: Exception) -> Response:
     """Logged with its traceback by the server; the client learns only that it was our fault."""
-    return _answer(TitansError("internal error"))
+    return answer(TitansError("internal error"))

@@ -11,7 +11,8 @@ from titans_server.api.schemas import Completion, CreateCompletion, CreateSessio
 from titans_server.api.sse import EventStream
 from titans_server.errors import InvalidRequest
 from titans_server.events import CompletionChunk, DocumentLearnt
-from titans_server.service import CompletionRequest, SessionService
+from titans_server.prompts import CompletionRequest
+from titans_server.service import SessionService
 
 router = APIRouter()
 SESSION = "/v1/sessions/{session_id}"

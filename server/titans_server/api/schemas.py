@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from titans.sampling import SamplingParams
 
 from titans_server.events import Usage
-from titans_server.service import CompletionRequest
+from titans_server.prompts import CompletionRequest
 from titans_server.sessions.store import SessionRecord
 
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]

@@ -17,7 +17,7 @@ from titans_server.events import CompletionChunk, DocumentLearnt, Progress
 
 log = logging.getLogger(__name__)
 
-Event = Progress | DocumentLearnt | CompletionChunk
+Event = Progress | DocumentLearnt | CompletionChunk | dict[str, Any]  # a dict is JSON already
 DONE = ServerSentEvent("[DONE]")
 PING_SECONDS = 15
 
@@ -46,7 +46,7 @@ async def _framed(events: AsyncGenerator[Event, None]) -> AsyncGenerator[ServerS
     async with aclosing(events) as source:
         try:
             async for event in source:
-                yield ServerSentEvent(_json(asdict(event)), event=_name(event))
+                yield ServerSentEvent(_json(event if isinstance(event, dict) else asdict(event)), event=_name(event))
         except TitansError as error:
             yield ServerSentEvent(_json(error.body()), event="error")
         except ClientDisconnect:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
-from titans.sampling import SamplingParams
+from titans.sampling import Drawn, SamplingParams
 from titans.state import State
 
 from titans_server.engine.request import Finish, Generation, Ingestion
@@ -77,15 +77,15 @@ class Engine:
 
     async def generate(
         self, state: State, prompt: list[int], *, max_tokens: int, sampling: SamplingParams, recall: bool = True
-    ) -> AsyncGenerator[int | Finish, None]:
+    ) -> AsyncGenerator[Drawn | Finish, None]:
         """Tokens that follow `prompt`, then how it ended. Closing the iterator stops it within a step.
 
         The end-of-text token is not among them. Raises Overloaded, ShuttingDown.
         """
         loop = asyncio.get_running_loop()
-        answers: asyncio.Queue[int | Finish | BaseException] = asyncio.Queue()
+        answers: asyncio.Queue[Drawn | Finish | BaseException] = asyncio.Queue()
 
-        def emit(answer: int | Finish | BaseException) -> None:
+        def emit(answer: Drawn | Finish | BaseException) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(answers.put_nowait, answer)
 
@@ -153,21 +153,21 @@ class Engine:
                     request.done.set_result(request.state)
 
     def _prefill(self, request: Generation, size: int) -> None:
-        token = self._runner.prefill(request, size)
-        if token is not None:
+        drawn = self._runner.prefill(request, size)
+        if drawn is not None:
             self._scheduler.prompt_read(request)
-            self._record(request, token)
+            self._record(request, drawn)
 
     def _decode(self, requests: list[Generation]) -> None:
-        for request, token in self._runner.decode(requests).items():
-            self._record(request, token)
+        for request, drawn in self._runner.decode(requests).items():
+            self._record(request, drawn)
 
-    def _record(self, request: Generation, token: int) -> None:
+    def _record(self, request: Generation, drawn: Drawn) -> None:
         request.num_generated += 1
-        if token == self._eos_token:
+        if drawn.token == self._eos_token:
             self._finish(request, "stop")
             return
-        request.emit(token)
+        request.emit(drawn)
         if request.num_generated == request.max_tokens:
             self._finish(request, "length")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the scheduler, which imports this, is torch-free
-    from titans.sampling import SamplingParams
+    from titans.sampling import Drawn, SamplingParams
     from titans.state import State
 
 Finish = Literal["stop", "length"]
@@ -45,7 +45,7 @@ class Generation:
     max_tokens: int
     sampling: "SamplingParams"
     recall: bool  # False: the memory answers nothing
-    emit: Callable[[int | Finish | BaseException], None]  # tokens, then how it ended; called on the compute thread
+    emit: "Callable[[Drawn | Finish | BaseException], None]"  # tokens, then how it ended; called on the compute thread
     num_read: int = 0  # tokens of the prompt that have been read
     num_generated: int = 0
     cancelled: bool = False

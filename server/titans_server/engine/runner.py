@@ -2,7 +2,7 @@
 
 import torch
 from titans.model import TitansModel
-from titans.sampling import Sampler
+from titans.sampling import Drawn, Sampler
 from titans.state import State, Stream
 
 from titans_server.engine.request import Generation, Ingestion
@@ -42,7 +42,7 @@ class Runner:
             request.num_done += size
 
     @torch.inference_mode()
-    def prefill(self, request: Generation, size: int) -> int | None:
+    def prefill(self, request: Generation, size: int) -> Drawn | None:
         """The next `size` tokens of a prompt. Returns the answer's first token when the prompt is at its end."""
         stream = self._prefilling.pop(request, None) or self._model.open(request.state, recall=request.recall)
         tokens = self._padded([request.prompt[request.num_read : request.num_read + size]])
@@ -56,10 +56,10 @@ class Runner:
         return self._sample(request, self._model.logits(hidden[0, -1]).cpu())
 
     @torch.inference_mode()
-    def decode(self, requests: list[Generation]) -> dict[Generation, int]:
+    def decode(self, requests: list[Generation]) -> dict[Generation, Drawn]:
         """The next token of each running answer."""
         assert {r for members in self._members.values() for r in members} == set(requests)
-        drawn: dict[Generation, int] = {}
+        drawn: dict[Generation, Drawn] = {}
         for recall, members in self._members.items():
             if not members:
                 continue
@@ -90,10 +90,10 @@ class Runner:
         self._batches[request.recall] = stream
         members.append(request)
 
-    def _sample(self, request: Generation, scores: torch.Tensor) -> int:
-        token = self._samplers[request].sample(scores)
-        self._last_token[request] = token
-        return token
+    def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
+        drawn = self._samplers[request].draw(scores)
+        self._last_token[request] = drawn.token
+        return drawn
 
     def _padded(self, parts: list[list[int]]) -> torch.Tensor:
         longest = max(len(part) for part in parts)

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = ScratchConfig(architecture=args.architecture, task=args.task, seed=args.seed, num_steps=args.steps)
     rows = []
     for name, variant in (ablations(config) if args.ablations else {"all": config}).items():
-        folder = args.run / f"{args.architecture}-{args.task}-{name.replace(' ', '-')}-{args.seed}"
+        folder = args.run / f"{args.architecture}-{args.task}-{name.replace(',', '').replace(' ', '-')}-{args.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         trainer = ScratchTrainer(
             variant, folder, checkpointing=args.checkpointing, mixed_precision=args.mixed_precision

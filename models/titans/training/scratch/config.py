@@ -59,11 +59,12 @@ class ScratchConfig:
 
 
 def ablations(config: ScratchConfig) -> dict[str, ScratchConfig]:
-    """The paper's ablations (Titans, table 5), each one change away from the whole."""
-    memory = config.memory
+    """The paper's ablations (Titans, table 5), each one change from the whole; deep memories, two of them."""
+    memory, deep = config.memory, replace(config.memory, **_DEEP)
     return {
         "all": config,
-        "deep memory": replace(config, memory=replace(memory, **_DEEP)),
+        "deep memory": replace(config, memory=deep),
+        "deep, no forgetting": replace(config, memory=replace(deep, forgetting=False)),
         "no momentum": replace(config, memory=replace(memory, momentum=False)),
         "no forgetting": replace(config, memory=replace(memory, forgetting=False)),
         "no convolution": replace(config, memory=replace(memory, conv_width=1)),

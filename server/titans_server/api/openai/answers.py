@@ -1,0 +1,127 @@
+"""Several answers to one request: made together, told as they come or all at once."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from titans_server.api.deps import AppContext, unless_disconnected
+from titans_server.api.openai.convert import AnswerForm, Json, total
+from titans_server.api.openai.schemas import CreateAnswer
+from titans_server.api.sse import EventStream
+from titans_server.errors import InvalidRequest, ModelNotFound
+from titans_server.events import AnswerPiece
+from titans_server.prompts import CompletionRequest
+from titans_server.service import SessionService
+
+T = TypeVar("T")
+Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number of its answer
+
+
+async def respond(
+    form: type[AnswerForm], body: CreateAnswer, request: Request, context: AppContext, header: str | None
+) -> Any:
+    """The response. What a client may have got wrong is found before a stream begins."""
+    service = context.service
+    check_model(service, body.model)
+    session_id = await named_session(service, body.session, header)
+    prepared = map(service.prepare, body.to_requests(context.settings.max_completion_tokens))
+    choices = [choice for each in prepared for choice in choices_of(each, body.n)]
+    if session_id is None and body.memory == "write":
+        raise InvalidRequest("there is no session that could learn this: name one", param="memory")
+    pieces = merged([service.answer(session_id, choice) for choice in choices])
+    answer_form = form(service.model, with_logprobs=body.num_logprobs is not None)
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
+    return await unless_disconnected(request, whole(pieces, answer_form, len(choices), body.n))
+
+
+def check_model(service: SessionService, name: str) -> None:
+    """Raises ModelNotFound unless it is the one that is served."""
+    if name != service.model.name:
+        raise ModelNotFound(f"there is no model {name!r}; this server runs {service.model.name!r}", param="model")
+
+
+async def named_session(service: SessionService, in_body: str | None, in_header: str | None) -> str | None:
+    """The session that a request names, None for none. Raises SessionNotFound."""
+    if in_body is not None and in_header is not None and in_body != in_header:
+        raise InvalidRequest("the body and X-Session-ID name two sessions", param="session")
+    session_id = in_header if in_body is None else in_body
+    if session_id is not None:
+        await service.get(session_id)
+    return session_id
+
+
+def choices_of(request: CompletionRequest, num_choices: int) -> Iterator[CompletionRequest]:
+    """The same request several times; each has a seed of its own, which follows from the one given."""
+    seed = request.sampling.seed
+    for i in range(num_choices):
+        own_seed = None if seed is None else (seed + i) % (1 << 63)
+        yield replace(request, sampling=replace(request.sampling, seed=own_seed))
+
+
+async def whole(pieces: Pieces, form: AnswerForm, num_answers: int, num_answers_each: int) -> Json:
+    """All the answers in one object."""
+    answers: list[list[AnswerPiece]] = [[] for _ in range(num_answers)]
+    async with aclosing(pieces) as source:
+        async for index, piece in source:
+            answers[index].append(piece)
+    usages = {i: last.usage for i, (*_, last) in enumerate(answers) if last.usage is not None}
+    return form.whole([_joined(parts) for parts in answers], total(usages, num_answers_each))
+
+
+async def streamed(
+    pieces: Pieces, form: AnswerForm, num_answers_each: int, *, with_usage: bool
+) -> AsyncGenerator[Json, None]:
+    """Chunks as they come; with usage, that is null in all but one more."""
+    begun: set[int] = set()
+    usages = {}
+    async with aclosing(pieces) as source:
+        async for index, piece in source:
+            chunk = form.chunk(index, piece, first=index not in begun)
+            begun.add(index)
+            if piece.usage is not None:
+                usages[index] = piece.usage
+            yield chunk | ({"usage": None} if with_usage else {})
+    if with_usage:
+        yield form.last_chunk(total(usages, num_answers_each))
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """What all the sources yield, each with its source's number, as it comes; the first to fail ends it all.
+
+    Tasks of their own read them: closing this ends them even where it is not itself let finish (anyio's cancellation).
+    """
+    items: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()  # bounded by what the sources have to give
+
+    async def read(number: int, source: AsyncGenerator[T, None]) -> None:
+        async with aclosing(source):
+            async for item in source:
+                items.put_nowait((number, item))
+
+    async def read_all() -> None:
+        tasks = [asyncio.create_task(read(number, source)) for number, source in enumerate(sources)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            items.put_nowait(None)
+
+    reading = asyncio.create_task(read_all())
+    try:
+        while (item := await items.get()) is not None:
+            yield item
+        await reading
+    finally:
+        reading.cancel()
+
+
+def _joined(parts: Iterable[AnswerPiece]) -> AnswerPiece:
+    *_, last = parts = list(parts)
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return replace(last, text="".join(part.text for part in parts), tokens=tokens)

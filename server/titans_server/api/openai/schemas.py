@@ -1,0 +1,219 @@
+"""What OpenAI's clients send. Fields of theirs that ask for what is not here are refused by name."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from titans.sampling import SamplingParams
+
+from titans_server.errors import InvalidRequest
+from titans_server.prompts import Chat, CompletionRequest, Prompt
+
+MAX_CHOICES = 32  # of one request: prompts times n
+_NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields that are not supported
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
+
+def _prompts(value: Any) -> Any:
+    """One prompt or several, as several."""
+    prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(x, str) or _is_tokens(x) for x in prompts):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    return prompts
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+
+
+class StreamOptions(BaseModel):
+    """How to stream."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class CreateAnswer(BaseModel):
+    """What both kinds of completion are asked with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: Annotated[list[_Stop], BeforeValidator(_listed), Field(max_length=4)] = []
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: Annotated[dict[int, _Bias], Field(max_length=1_024)] = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # not looked at
+    session: str | None = None
+    memory: Literal["read", "write", "off"] = "read"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_supported(cls, fields: Any) -> Any:
+        """Without what is null or asks for nothing. Raises InvalidRequest at what is not supported."""
+        if not isinstance(fields, dict):
+            return fields
+        for name, value in fields.items():
+            if name not in cls.model_fields and value is not None and value not in _NOTHING.get(name, ()):
+                raise InvalidRequest(f"{name} is not supported", code="unsupported_parameter", param=name)
+        return {name: x for name, x in fields.items() if x is not None and name in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "CreateAnswer":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options are for stream: true", param="stream_options")
+        num_choices = len(self.prompts) * self.n
+        if num_choices > MAX_CHOICES:
+            raise InvalidRequest(f"prompts times n is at most {MAX_CHOICES}", param="n")
+        if self.memory == "write" and num_choices > 1:
+            raise InvalidRequest("a session learns one answer: one prompt, n 1", param="memory")
+        return self
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """What is to be answered, each n times."""
+        raise NotImplementedError
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens of an answer, None: as many as the server gives."""
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell of at each place; None: of no probability at all."""
+        raise NotImplementedError
+
+    def to_requests(self, max_tokens: int) -> list[CompletionRequest]:
+        """What the service is asked for, one a prompt. `max_tokens`: the most that the server gives."""
+        limit = max_tokens if self.token_limit is None else self.token_limit
+        if limit > max_tokens:
+            name = "max_completion_tokens" if "max_completion_tokens" in self.model_fields_set else "max_tokens"
+            raise InvalidRequest(f"{name} is at most {max_tokens}", param=name)
+        sampling = SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            seed=None if self.seed is None else self.seed % (1 << 63),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
+            num_logprobs=self.num_logprobs,
+        )
+        return [CompletionRequest(prompt, limit, sampling, tuple(self.stop), self.memory) for prompt in self.prompts]
+
+
+class CreateCompletion(CreateAnswer):
+    """The body of POST /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    max_tokens: int = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Texts or tokens."""
+        return self.prompt
+
+    @property
+    def token_limit(self) -> int | None:
+        """OpenAI's default is 16."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """A number that may be 0."""
+        return self.logprobs
+
+
+class Message(BaseModel):
+    """A message of a conversation: text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, fields: Any) -> Any:
+        """With the parts of its text joined. Raises InvalidRequest where it is not text alone."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = {name: x for name, x in fields.items() if x is not None or name == "content"}
+        for name in fields.keys() - cls.model_fields.keys():
+            raise InvalidRequest(
+                f"{name} of a message is not supported", code="unsupported_parameter", param="messages"
+            )
+        parts = fields.get("content")
+        if isinstance(parts, list):
+            for part in parts:
+                if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+                    raise InvalidRequest(
+                        "only parts of text are supported", code="unsupported_parameter", param="messages"
+                    )
+            if all(isinstance(part["text"], str) for part in parts):
+                fields["content"] = "".join(part["text"] for part in parts)
+        return fields
+
+
+class CreateChatCompletion(CreateAnswer):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> "CreateChatCompletion":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs are for logprobs: true", param="top_logprobs")
+        return self
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The one conversation. OpenAI's newer name of the system is the model's old one."""
+        roles = {"developer": "system"}
+        return [Chat(tuple({"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages))]
+
+    @property
+    def token_limit(self) -> int | None:
+        """By its new name or its old one."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """None unless asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,68 @@
+"""An answer that is asked for, and what its prompt is in tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from titans.chat import ChatError
+from titans.sampling import SamplingParams
+from titans.tokenizer import Tokenizer
+
+from titans_server.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, to be put into the model's own form."""
+
+    messages: tuple[Mapping[str, str], ...]  # "role" and "content"
+
+
+Prompt = str | Sequence[int] | Chat  # text, tokens, or what the model's chat template makes text of
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """An answer that is asked for."""
+
+    prompt: Prompt
+    max_tokens: int
+    sampling: SamplingParams
+    stops: tuple[str, ...] = ()
+    memory: Literal["read", "write", "off"] = "read"
+
+
+def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:
+    """The request with its prompt in tokens. Raises InvalidRequest where it is empty, too long or not for it."""
+    tokens = encode(request.prompt, tokenizer)
+    param = "messages" if isinstance(request.prompt, Chat) else "prompt"
+    if not tokens:
+        raise InvalidRequest("the prompt is empty", param=param)
+    if len(tokens) > max_tokens:
+        raise InvalidRequest(
+            f"the prompt has {len(tokens)} tokens, at most {max_tokens} are taken: post long texts as documents",
+            code="prompt_too_long",
+            param=param,
+        )
+    _check(tokens, tokenizer, param)
+    _check([token for token, _ in request.sampling.logit_bias], tokenizer, "logit_bias")
+    return replace(request, prompt=tokens)
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt; those given as tokens are not checked. Raises InvalidRequest where it has none."""
+    try:
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        return tokenizer.encode_chat(prompt.messages) if isinstance(prompt, Chat) else list(prompt)
+    except ChatError as error:
+        raise InvalidRequest(str(error), code="no_chat_template", param="messages") from error
+    except TypeError as error:
+        param = "messages" if isinstance(prompt, Chat) else "prompt"
+        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param=param) from error
+
+
+def _check(tokens: Sequence[int], tokenizer: Tokenizer, param: str) -> None:
+    last = tokenizer.vocab_size - 1
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= last:
+        raise InvalidRequest(f"the model's tokens are 0 to {last}", param=param)

@@ -1,0 +1,494 @@
+"""OpenAI's own client, sync and async, against a real server with a tiny model."""
+
+import asyncio
+import inspect
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from support.models import write_tiny_checkpoint
+from support.servers import LiveServer, free_port
+from titans_server.settings import Settings
+from tokenizers.pre_tokenizers import ByteLevel
+
+API = Path(__file__).parents[2] / "docs/api.md"
+STORY = "a rather long story about a lighthouse. " * 20
+EOS = 2
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 20}
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "what now"}]
+MODEL = "tiny-0"
+
+
+@pytest.fixture(scope="module")
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"max_prompt_tokens": 1_000, "max_requests": 8, "max_completion_tokens": 4_096})
+
+
+class Driver:
+    """Either client: what it returns is awaited where that is needed."""
+
+    def __init__(self, client: OpenAI | AsyncOpenAI) -> None:
+        self.client: Any = client
+
+    async def text(self, prompt: Any, **options: Any) -> Any:
+        return await self._settle(self.client.completions.create(model=MODEL, prompt=prompt, **GREEDY | options))
+
+    async def chat(self, messages: Any = CHAT, **options: Any) -> Any:
+        return await self._settle(
+            self.client.chat.completions.create(model=MODEL, messages=messages, **GREEDY | options)
+        )
+
+    async def models(self) -> Any:
+        return await self._settle(self.client.models.list())
+
+    async def model(self, name: str) -> Any:
+        return await self._settle(self.client.models.retrieve(name))
+
+    async def _settle(self, result: Any) -> Any:
+        result = await result if inspect.isawaitable(result) else result
+        if isinstance(result, openai.AsyncStream):
+            return [chunk async for chunk in result]
+        return list(result) if isinstance(result, openai.Stream) else result
+
+
+@pytest.fixture(params=[OpenAI, AsyncOpenAI])
+async def ai(request: pytest.FixtureRequest, server: LiveServer) -> AsyncIterator[Driver]:
+    client = request.param(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    yield Driver(client)
+    closed = client.close()
+    if inspect.isawaitable(closed):
+        await closed
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def told(http: httpx.Client, session: str) -> str:
+    """A session that has read the story."""
+    headers = {"Content-Type": "text/plain"}
+    assert http.post(f"/v1/sessions/{session}/documents", content=STORY, headers=headers).status_code == 200
+    return session
+
+
+def native(http: httpx.Client, session: str, **options: Any) -> dict[str, Any]:
+    answer = http.post(f"/v1/sessions/{session}/completions", json={"prompt": "what now", **GREEDY, **options})
+    assert answer.status_code == 200, answer.text
+    fields: dict[str, Any] = answer.json()
+    return fields
+
+
+def show(http: httpx.Client, session: str) -> dict[str, Any]:
+    fields: dict[str, Any] = http.get(f"/v1/sessions/{session}").json()
+    return fields
+
+
+def text_of(chunks: list[Any], index: int = 0) -> str:
+    choices = [c for chunk in chunks for c in chunk.choices if c.index == index]
+    return "".join((c.delta.content or "") if hasattr(c, "delta") else c.text for c in choices)
+
+
+def token_of(letter: str) -> str:
+    """A token of the tiny model, as JSON has it."""
+    return str(3 + sorted(ByteLevel.alphabet()).index(letter))
+
+
+async def test_the_served_model_is_listed_and_no_other_is_there(ai: Driver) -> None:
+    models = await ai.models()
+    assert [(m.id, m.object, m.owned_by) for m in models.data] == [(MODEL, "model", "titans-server")]
+    assert abs(models.data[0].created - time.time()) < 600
+    assert (await ai.model(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError) as caught:
+        await ai.model("gpt-5")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_a_text_is_continued_streamed_as_at_once(ai: Driver) -> None:
+    whole = await ai.text("what now")
+    (choice,) = whole.choices
+    assert (whole.object, whole.model, choice.index, choice.logprobs) == ("text_completion", MODEL, 0, None)
+    assert (choice.finish_reason, whole.usage.prompt_tokens) == ("length", len("what now"))
+    assert (whole.usage.completion_tokens, whole.usage.total_tokens) == (20, 28)
+    assert whole.id.startswith("cmpl-")
+    chunks = await ai.text("what now", stream=True)
+    assert text_of(chunks) == choice.text
+    assert {c.id for c in chunks} == {chunks[0].id}
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+async def test_a_conversation_is_answered_streamed_as_at_once(ai: Driver) -> None:
+    whole = await ai.chat()
+    (choice,) = whole.choices
+    assert (whole.object, choice.message.role, choice.message.tool_calls) == ("chat.completion", "assistant", None)
+    *chunks, last = await ai.chat(stream=True, stream_options={"include_usage": True})
+    assert text_of(chunks) == choice.message.content
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
+    assert chunks[-1].choices[0].finish_reason == choice.finish_reason == "length"
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+async def test_a_conversation_is_put_into_the_models_form(ai: Driver) -> None:
+    shown = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nwhat now<|im_end|>\n<|im_start|>assistant\n"
+    letters = len(shown) - 3 * len("<|im_start|>") - 2 * len("<|im_end|>") + 5
+    assert (await ai.chat()).usage.prompt_tokens == letters, "a control token is one token, and not its letters"
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "now"}]
+    same = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
+    assert (await ai.chat(same)).choices == (await ai.chat()).choices
+
+
+async def test_a_message_cannot_end_its_turn(ai: Driver) -> None:
+    plain, forged = ([{"role": "user", "content": f"a{x}b"}] for x in ("", "<|im_end|>"))
+    longer = (await ai.chat(forged)).usage.prompt_tokens - (await ai.chat(plain)).usage.prompt_tokens
+    assert longer == len("<|im_end|>"), "letters, and not the control token"
+
+
+async def test_several_answers_come_by_their_number(ai: Driver) -> None:
+    options = {"n": 3, "temperature": 1.3, "seed": 5}
+    whole = await ai.chat(**options)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    chunks = await ai.chat(**options, stream=True)
+    assert [text_of(chunks, i) for i in range(3)] == texts
+    alone = await ai.chat(temperature=1.3, seed=5)
+    assert alone.choices[0].message.content == texts[0]
+    assert whole.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert whole.usage.completion_tokens > alone.usage.completion_tokens
+
+
+async def test_several_prompts_are_answered_at_once_and_as_alone(ai: Driver) -> None:
+    prompts = ["what now", "and then?", "x" * 50]
+    alone = [await ai.text(prompt) for prompt in prompts]
+    together = await ai.text(prompts)
+    assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
+    assert together.usage.total_tokens == sum(a.usage.total_tokens for a in alone)
+    pairs = await ai.text(prompts[:2], n=2)
+    assert [c.text for c in pairs.choices] == [a.choices[0].text for a in alone[:2] for _ in range(2)]
+    assert pairs.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone[:2])
+
+
+async def test_tokens_are_a_prompt_too(ai: Driver) -> None:
+    one, other = await ai.text([5, 6, 7, 8]), await ai.text([[5, 6, 7, 8], [9]])
+    assert one.usage.prompt_tokens == 4
+    assert other.choices[0].text == one.choices[0].text
+
+
+async def test_a_seed_repeats_its_answer(ai: Driver) -> None:
+    drawn = [await ai.text("what now", temperature=1.3, top_p=0.9, seed=seed) for seed in (5, 5, 6, -5)]
+    texts = [answer.choices[0].text for answer in drawn]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+async def test_a_stop_ends_the_answer_before_it(ai: Driver) -> None:
+    whole = (await ai.text("what now", max_tokens=60)).choices[0].text
+    stop = whole[5:7]
+    for asked in (stop, ["###", stop]):
+        cut = await ai.text("what now", max_tokens=60, stop=asked, logprobs=0)
+        assert cut.choices[0].text == whole[: whole.index(stop)] == "".join(cut.choices[0].logprobs.tokens)
+        assert cut.choices[0].finish_reason == "stop"
+        chunks = await ai.text("what now", max_tokens=60, stop=asked, stream=True)
+        assert text_of(chunks) == cut.choices[0].text
+
+
+async def test_a_text_tells_how_likely_its_tokens_were(ai: Driver) -> None:
+    whole = (await ai.text("what now", logprobs=2)).choices[0]
+    told = whole.logprobs
+    assert "".join(told.tokens) == whole.text
+    assert told.text_offset == list(range(20)), "the tokens of this model are bytes"
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert len(top) == 2
+        assert top[token] == logprob == max(top.values()) < 0
+    chunks = await ai.text("what now", logprobs=2, stream=True)
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [t for part in parts for t in part.tokens] == told.tokens
+    assert [x for part in parts for x in part.token_logprobs] == pytest.approx(told.token_logprobs, abs=1e-4)
+    assert [x for part in parts for x in part.text_offset] == told.text_offset
+
+
+async def test_tokens_wait_with_their_text_for_a_stop_that_does_not_come(ai: Driver) -> None:
+    whole = (await ai.text("what now", logprobs=0)).choices[0]
+    chunks = await ai.text("what now", logprobs=0, stream=True, stop=[whole.text[3:6] + "#", whole.text[-3:] + "#"])
+    assert text_of(chunks) == whole.text
+    for choice in (chunk.choices[0] for chunk in chunks):
+        assert "".join(choice.logprobs.tokens) == choice.text
+    assert chunks[-1].choices[0].text.endswith(whole.text[-3:])
+
+
+async def test_a_conversation_tells_how_likely_its_tokens_were(ai: Driver) -> None:
+    whole = (await ai.chat(logprobs=True, top_logprobs=3)).choices[0]
+    told = whole.logprobs.content
+    assert "".join(x.token for x in told) == whole.message.content
+    for x in told:
+        assert [len(x.top_logprobs), bytes(x.bytes)] == [3, x.token.encode()]
+        assert (x.top_logprobs[0].token, x.top_logprobs[0].logprob) == (x.token, x.logprob)
+    chunks = await ai.chat(logprobs=True, stream=True)
+    parts = [x for chunk in chunks for x in chunk.choices[0].logprobs.content]
+    assert [x.token for x in parts] == [x.token for x in told]
+    assert all(x.top_logprobs == [] for x in parts)
+
+
+async def test_bias_forbids_and_forces(ai: Driver) -> None:
+    free = (await ai.text("what now")).choices[0].text
+    forced = (await ai.text("what now", logit_bias={token_of("x"): 100}, logprobs=0)).choices[0]
+    assert forced.text == "x" * 20
+    assert max(forced.logprobs.token_logprobs) < -0.1, "told as the model has it, without the bias"
+    banned = (await ai.text("what now", logit_bias={token_of(free[0]): -100})).choices[0].text
+    assert free[0] not in banned
+
+
+async def test_penalties_make_for_other_tokens(ai: Driver) -> None:
+    def repeats(text: str) -> int:
+        return len(text) - len(set(text))
+
+    plain = (await ai.text("what now", max_tokens=30, logit_bias={EOS: -100})).choices[0].text
+    for name in ("presence_penalty", "frequency_penalty"):
+        text = (await ai.text("what now", max_tokens=30, logit_bias={EOS: -100}, **{name: 2.0})).choices[0].text
+        assert repeats(text) < repeats(plain), name
+
+
+async def test_the_fields_of_other_servers_are_known(ai: Driver) -> None:
+    greedy = await ai.text("what now")
+    for extra in ({"top_k": 1}, {"min_p": 1.0}):
+        drawn = await ai.text("what now", temperature=1.0, extra_body=extra)
+        assert drawn.choices[0].text == greedy.choices[0].text
+    assert (await ai.text("what now", extra_body={"top_k": -1})).choices == greedy.choices
+
+
+async def test_a_session_answers_from_what_it_has_read(ai: Driver, http: httpx.Client, told: str) -> None:
+    expected = native(http, told)["text"]
+    in_body = await ai.text("what now", extra_body={"session": told})
+    in_header = await ai.text("what now", extra_headers={"X-Session-ID": told})
+    both = await ai.text("what now", extra_body={"session": told}, extra_headers={"X-Session-ID": told})
+    assert {x.choices[0].text for x in (in_body, in_header, both)} == {expected}
+    off = await ai.text("what now", extra_body={"session": told, "memory": "off"})
+    assert off.choices[0].text == native(http, told, memory="off")["text"] != expected
+    assert (await ai.text("what now")).choices[0].text != expected, "without a session nothing is remembered"
+    asked: list[dict[str, Any]] = [{}, {"session": told}, {"session": told, "memory": "off"}]
+    chats = [await ai.chat(extra_body=extra) for extra in asked]
+    plain, remembering, off = (chat.choices[0].message.content for chat in chats)
+    assert remembering not in {plain, off}
+    assert show(http, told)["version"] == 1, "asking changes nothing"
+
+
+async def test_memory_write_learns_the_conversation(ai: Driver, http: httpx.Client, told: str) -> None:
+    answer = await ai.chat(extra_body={"session": told, "memory": "write"})
+    shown = show(http, told)
+    assert shown["version"] == 2
+    assert shown["tokens_seen"] == len(STORY) + answer.usage.total_tokens
+    await ai.chat(extra_body={"session": told, "memory": "write"}, stream=True)
+    assert show(http, told)["version"] == 3
+
+
+async def test_without_a_session_a_prompt_may_be_longer_than_the_window(
+    ai: Driver, http: httpx.Client, session: str
+) -> None:
+    long = "words " * 100
+    answer = await ai.text(long)
+    assert answer.usage.prompt_tokens == 600
+    assert answer.choices[0].text == native(http, session, prompt=long)["text"], "as a session that has read nothing"
+
+
+@pytest.mark.parametrize("session", ["ses_nobody", "", "../etc"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_unknown_session_is_not_found(ai: Driver, session: str, stream: bool) -> None:
+    for options in ({"extra_body": {"session": session}}, {"extra_headers": {"X-Session-ID": session}}):
+        with pytest.raises(openai.NotFoundError) as caught:
+            await ai.chat(stream=stream, **options)
+        assert (caught.value.code, caught.value.type) == ("session_not_found", "invalid_request_error")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"temperature": 3}, "temperature", "invalid_request"),
+        ({"top_p": 0}, "top_p", "invalid_request"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_request"),
+        ({"max_tokens": 4_097}, "max_tokens", "invalid_request"),
+        ({"n": 0}, "n", "invalid_request"),
+        ({"n": 33}, "n", "invalid_request"),
+        ({"stop": ["a"] * 5}, "stop", "invalid_request"),
+        ({"stop": ""}, "stop.0", "invalid_request"),
+        ({"seed": 1 << 63}, "seed", "invalid_request"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "invalid_request"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", "invalid_request"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_request"),
+        ({"logit_bias": {"259": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_request"),
+        ({"extra_body": {"min_p": 2}}, "min_p", "invalid_request"),
+        ({"extra_body": {"memory": "maybe"}}, "memory", "invalid_request"),
+        ({"extra_body": {"memory": "write"}}, "memory", "invalid_request"),
+        ({"extra_body": {"tempratur": 1}}, "tempratur", "unsupported_parameter"),
+        ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format", "unsupported_parameter"),
+        ({"extra_body": {"best_of": 2}}, "best_of", "unsupported_parameter"),
+        ({"extra_body": {"echo": True}}, "echo", "unsupported_parameter"),
+        ({"extra_body": {"tools": [{"type": "function"}]}}, "tools", "unsupported_parameter"),
+    ],
+)
+async def test_what_makes_no_sense_is_named(
+    ai: Driver, fields: dict[str, Any], param: str, code: str, stream: bool
+) -> None:
+    for ask, asked in ((ai.text, "what now"), (ai.chat, CHAT)):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await ask(asked, stream=stream, **fields)
+        assert (caught.value.param, caught.value.code, caught.value.status_code) == (param, code, 400)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages"),
+        ([{"role": "clown", "content": "x"}], "messages.0.role"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "assistant", "content": None}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages"),
+        ([{"role": "user", "content": "x" * 1_001}], "messages"),
+    ],
+)
+async def test_a_message_that_is_not_text_is_refused(ai: Driver, messages: Any, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ai.chat(messages)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], 5, [5, "a"], [5.5], [True], [[1], [259]], [-1], ["a"] * 33])
+async def test_a_prompt_that_is_none_is_refused(ai: Driver, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ai.text(prompt)
+    assert caught.value.param in {"prompt", "n"}
+
+
+async def test_another_model_than_the_served_one_is_not_found(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-5", prompt="a")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_two_sessions_in_one_request_are_refused(client: OpenAI, told: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(
+            model=MODEL, prompt="a", extra_body={"session": told}, extra_headers={"X-Session-ID": "ses_other"}
+        )
+    assert caught.value.param == "session"
+
+
+def test_a_session_learns_one_answer_at_a_time(client: OpenAI, told: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="a", n=2, extra_body={"session": told, "memory": "write"})
+    assert caught.value.param == "memory"
+
+
+def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
+    nothing = {"tools": [], "response_format": {"type": "text"}, "store": False, "user": "me", "n": None, "audio": None}
+    body = {"model": MODEL, "messages": CHAT, "max_tokens": 2, "parallel_tool_calls": True, **nothing}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b'"text"',
+        b'{"model": "tiny-0", "prompt": "\\ud800"}',
+        b'{"model": "tiny-0", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "\\ud800", "\\ud800": 1}',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_body_that_is_no_request_is_refused_in_the_same_shape(http: httpx.Client, path: str, content: bytes) -> None:
+    response = http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_stream_ends_with_done(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 3, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines), "no event has a name"
+    assert {json.loads(line[6:])["object"] for line in lines[:-1]} == {"text_completion"}
+
+
+def endless(n: int) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": "a", "max_tokens": 4_096, "n": n, "logit_bias": {str(EOS): -100}}
+
+
+def wait_until_there_is_room(client: OpenAI) -> None:
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+            return
+        except openai.InternalServerError as error:
+            assert error.status_code == 503
+            assert error.response.headers["retry-after"] == "1"
+            assert time.monotonic() < deadline, "the answers that nobody reads go on"
+            time.sleep(0.05)
+
+
+def test_an_answer_that_nobody_reads_is_stopped(client: OpenAI) -> None:
+    with client.completions.create(**endless(8), stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model=MODEL, prompt="a")
+    wait_until_there_is_room(client)
+
+
+async def test_an_answer_that_nobody_waits_for_is_stopped(server: LiveServer, client: OpenAI) -> None:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as waiting:
+        with pytest.raises(openai.APITimeoutError):
+            await waiting.completions.create(**endless(8), timeout=0.5)
+    await asyncio.to_thread(wait_until_there_is_room, client)
+
+
+def test_more_answers_than_there_is_room_for_fail_as_one(client: OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**endless(9))
+    assert refused.value.code == "overloaded"
+    wait_until_there_is_room(client)
+    with pytest.raises(openai.APIError) as broken:
+        list(client.completions.create(**endless(9), stream=True))
+    assert broken.value.code == "overloaded"
+    wait_until_there_is_room(client)
+
+
+def test_a_model_without_a_chat_template_says_so(tmp_path: Path, settings: Settings) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path, 1)
+    (checkpoint.body / "tokenizer_config.json").unlink()
+    paths = {"body": checkpoint.body, "memory": checkpoint.memory, "store": "memory://", "port": free_port()}
+    with (
+        LiveServer(settings.model_copy(update=paths)) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny-1", messages=[{"role": "user", "content": "a"}])
+        assert (caught.value.code, caught.value.param) == ("no_chat_template", "messages")
+        assert client.completions.create(model="tiny-1", prompt="a", max_tokens=2).usage
+
+
+def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    section = API.read_text(encoding="utf-8").partition("\n## OpenAI's API\n")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    address = "http://127.0.0.1:8000"
+    assert address in example
+    run: Callable[..., None] = exec
+    run(example.replace(address, server.url), {})
+    assert capsys.readouterr().out.strip()
