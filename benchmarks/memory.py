@@ -96,8 +96,8 @@ def operations(chunk: int) -> float:
     return projections + dense + causal
 
 
-def rows(chunk: int, batch: int, tokens: int, *, backward: bool) -> Iterator[str]:
-    """Lines of the table; ours and the peer's one after the other."""
+def rows(limit: float, chunk: int, batch: int, tokens: int, *, backward: bool) -> Iterator[str]:
+    """Lines of the table; ours and the peer's one after the other. `limit`: operations a second of a product."""
     sides = ("theirs", "ours", "again" if backward else "compiled")
     figures = {side: in_process(side, chunk, batch, tokens, backward=backward) for side in sides}
     theirs = figures.pop("theirs")
@@ -110,7 +110,7 @@ def rows(chunk: int, batch: int, tokens: int, *, backward: bool) -> Iterator[str
         if theirs is None:
             yield f"{line} {'did not end':>20}"
             continue
-        share = "" if backward else f" {own['rate'] * operations(chunk) / ceiling(torch.float32):>8.0%}"
+        share = "" if backward else f" {own['rate'] * operations(chunk) / limit:>8.0%}"
         ratios = f"{own['rate'] / theirs['rate']:>7.1f}x {theirs['bytes'] / max(own['bytes'], 1):>7.1f}x"
         yield f"{line} {theirs['rate']:>9,.0f} {theirs['bytes'] / 1e6:>9,.0f} {ratios}{share}"
 
@@ -127,13 +127,13 @@ def main() -> None:
         side, chunk, batch, tokens, backward = args.measure
         measure(side, int(chunk), int(batch), int(tokens), backward=backward == "1")
         return
-    limit = ceiling(torch.float32) / 1e12
-    print(f"{torch.get_num_threads()} threads, {limit:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
+    limit = max(ceiling(torch.float32) for _ in range(3))
+    print(f"{torch.get_num_threads()} threads, {limit / 1e12:.2f} TFLOP/s float32 product, {args.tokens:,} tokens")
     print("chunk batch  pass     ours tok/s, MB      theirs tok/s, MB    speed   memory  ceiling")
     for backward in (False, True):
         for chunk in args.chunks:
             for batch in args.batches:
-                for line in rows(chunk, batch, args.tokens, backward=backward):
+                for line in rows(limit, chunk, batch, args.tokens, backward=backward):
                     print(line, flush=True)
 
 
