@@ -52,6 +52,11 @@ class Tokenizer:
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
         return ids
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can put a conversation into the body's form."""
+        return self._chat_template is not None
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation in the body's own form, up to where the assistant speaks next.
 

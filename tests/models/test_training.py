@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from titans.checkpoint import digest, load
 from titans.evaluation.facts import Fact, make_facts, make_families, words_of
 from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
+from titans.tokenizer import Tokenizer
 from titans.training.batch import _rows, make_batch
 from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer
@@ -71,21 +73,29 @@ def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -
 @torch.no_grad()
 def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
     trainer = make_trainer(tiny, pool, tmp_path / "run")
-    words = words_of([TEXT.read_text(encoding="utf-8")] * 2)
-    fact = _make_facts(CONFIG, random.Random(CONFIG.seed), words)[-1]
-    asked = f"{fact.prompt} {fact.lead} {fact.value}.\n"
-    tokens = torch.tensor([load_backbone(tiny.body).tokenizer.encode(asked)])
-
-    model, question = trainer.model, pool.questions[-1]
+    tokenizer = load_backbone(tiny.body).tokenizer
+    facts = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
+    i, tokens = next(
+        (i, asked)
+        for i, fact in reversed([*enumerate(facts)])
+        if len(asked := asked_alone(tokenizer, fact)) == len(pool.questions[i].targets)
+    )
+    model, question = trainer.model, pool.questions[i]
     text, end = pool.tails.text[question.tail], pool.tails.position[question.tail]
     state = model.ingest(pool.haystack_tokens[text, :end][None], model.new_state())
     stream = model.open(state)
     memory = MemoryState(state.position, *(stream.state.layers[-1][x] for x in ("weights", "momentum", "recent")))
-    hidden, _ = model(tokens, stream)
+    hidden, _ = model(torch.tensor([tokens]), stream)
     logits = model.logits(hidden[:, -question.answer - 1 : -1])
-    expected = next_token_loss(logits, tokens[:, -question.answer :])
-    loss, _, _ = trainer._answer(memory, _rows(pool, [question], [0]))
+    expected = next_token_loss(logits, torch.tensor([tokens[-question.answer :]]))
+    loss, *_ = trainer._answer(memory, [_rows(pool, [question], [0])])
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+def asked_alone(tokenizer: Tokenizer, fact: Fact) -> list[int]:
+    lead = f" {fact.answer_lead}" if fact.answer_lead else ""
+    prompt = f"\n\nQuestion: {fact.question}\nAnswer:" if fact.form == "question" else fact.prompt
+    return tokenizer.encode(f"{prompt}{lead} {fact.value}.\n")
 
 
 def test_steps_on_a_batch_lower_its_losses(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
@@ -158,7 +168,7 @@ def stop_after_first_stage(trainer: Trainer) -> None:
 
 
 def words_in(facts: list[Fact]) -> set[str]:
-    return {word for f in facts for word in f.question.rstrip("?").split(" of the ")[-1].split()}
+    return {word for fact in facts for word in re.split("[ -]", fact.thing)}
 
 
 def test_training_held_out_and_test_facts_share_no_word() -> None:
@@ -170,8 +180,10 @@ def test_training_held_out_and_test_facts_share_no_word() -> None:
 
 
 def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
-    facts = make_families(40, random.Random(0), ["door", "lake", "horse", "stone", "evening"])
-    things = [f.question.rstrip("?").split(" of the ")[-1] for f in facts]
+    facts = make_families(
+        40, random.Random(0), ["door", "lake", "horse", "evening", "water", "night", "morning", "paper"]
+    )
+    things = [fact.thing for fact in facts]
     assert len(set(things)) == len(things)
-    alike = [set(a.split()) & set(b.split()) for a, b in itertools.pairwise(things)]
+    alike = [words_in([a]) & words_in([b]) for a, b in itertools.pairwise(facts)]
     assert sum(map(bool, alike)) >= 30

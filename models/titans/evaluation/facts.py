@@ -1,6 +1,6 @@
-"""Facts to plant in a text and ask for: seven-digit numbers of made-up things. The project's own suite.
+"""Facts to plant in a text and ask for: numbers, codes, words, names, dates of made-up things. The project's suite.
 
-The things of the training and of the test split share neither an adjective nor a noun.
+Things of the training and of the test split share neither an adjective nor a noun, nor do values that are words.
 """
 
 import itertools
@@ -14,70 +14,82 @@ from typing import Literal
 
 from titans.evaluation.haystack import Haystack, insert, spread
 from titans.evaluation.task import Exam, Grade, Question, most_in
-
-NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")  # the form of every value here
-
-Split = Literal["train", "test"]
-
-_ADJECTIVES: dict[Split, list[str]] = {
-    "train": """amber ancient arctic azure blue bold brass brave bright broken bronze calm carved clever copper coral
-    cosmic crimson crystal curious dark distant dusty eager early eastern elegant emerald empty faded fallen famous
-    floating forgotten frozen gentle giant gilded glass golden gray green hidden hollow humble icy iron ivory jade
-    jolly lively lonely lost lucky lunar marble mellow merry misty modern narrow noble northern old orange painted pale
-    patient pink plain polished proud purple quiet rapid rare red restless royal rugged rustic sacred secret shining
-    silent silver simple sleepy smooth solar southern spare steady stone strange sunny swift tall thirsty tiny twisted
-    velvet vivid wandering warm western white wild windy winter wise wooden yellow young""".split(),
-    "test": """scarlet cobalt weathered tranquil ornate crooked slender violet sturdy radiant mossy brittle gloomy
-    speckled sapphire drowsy foggy graceful hasty luminous""".split(),
-}
-_NOUNS: dict[Split, list[str]] = {
-    "train": """anchor archive arrow balcony barge barrel basket beacon bell bicycle bottle bridge cabin cable camera
-    candle canoe canyon carriage cart castle cavern chapel chest chimney clock coach compass cottage cradle crane
-    crown cupboard dagger desk door dragon drum engine falcon farm fence ferry flag forge fountain fox galley garden
-    gate glacier glider guitar hammer harbor hat helmet hotel island jacket jar kettle key kite ladder lake lamp
-    lantern ledger library lion lock locomotive mill mine mirror monument mountain museum needle oven owl painting
-    palace parcel pearl piano pigeon pillar pipe planet plow pond printer quarry raft razor reservoir ring river
-    robot rocket rope sailor saddle school ship shovel sled statue station stove sword table telescope temple tent
-    theater ticket tiger tower tractor train trumpet trunk tunnel turtle umbrella valley vase vault violin wagon
-    wallet warehouse watch well whistle wolf workshop""".split(),
-    "test": """lighthouse orchard windmill locket schooner greenhouse sundial accordion granary tapestry trellis obelisk
-    gondola furnace pavilion sextant turret anvil caravan chalice""".split(),
-}
-NUM_THINGS = len(_ADJECTIVES["test"]) * len(_NOUNS["test"])  # that the test split has words for
-_NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
-locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
-serial number, ticket number, vault number"""
-_NOT_RARE = 3  # times in the texts
-_FAMILY = 4
-ATTRIBUTES = " ".join(_NUMBERS.split()).split(", ")
-
-_STATEMENTS = (
-    "The {attribute} of the {thing} is {value}.",
-    "The {attribute} for the {thing} is {value}.",
-    "Remember that the {attribute} of the {thing} is {value}.",
-    "As everybody there knew, the {attribute} of the {thing} was {value}.",
-    "It was written there that the {attribute} of the {thing} is {value}.",
-    "One of the special {attribute}s for the {thing} is: {value}.",
+from titans.evaluation.values import KINDS, Kind, Source
+from titans.evaluation.wording import (
+    ADJECTIVES,
+    ASKINGS,
+    ENDINGS,
+    FIRST_NAMES,
+    LAST_NAMES,
+    NOUNS,
+    PLACES,
+    STATEMENTS,
+    WORDS,
+    Split,
 )
+
+NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")  # the form of the plain facts' values
+_ANY_NUMBER = re.compile(r"(?<!\d)\d{4,}(?!\d)")
+NUM_THINGS = len(ADJECTIVES["test"]) * len(NOUNS["test"])  # that the test split has words for
+_NOT_RARE = 3  # times in the texts
+_SAMPLE = 16
+_FAMILY = 4
+_PLAIN = 0.2  # share of training's facts
+_PLAIN_STATEMENTS = 6  # so many of the training split's, the first ones, state the plain facts
+
+Form = Literal["question", "sentence", "beginning", "chat"]
+_FORMS: dict[Split, tuple[Form, ...]] = {
+    "train": ("question", "question", "question", "sentence", "sentence", "beginning", "chat", "chat"),
+    "test": ("question", "sentence", "beginning"),
+}
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing's number, as the text states it and as a reader asks for it."""
+    """What is told of one thing, as the text states it and as a reader asks for it."""
 
-    statement: str
-    question: str
-    lead: str  # how the answer begins: a full sentence, up to the number
+    thing: str
+    before: str  # what the statement says before the value
     value: str
+    after: str  # and after it
+    question: str
+    lead: str  # how the answer begins: a full sentence, up to the value
+    form: Form = "question"
+
+    @property
+    def statement(self) -> str:
+        """One or more whole sentences."""
+        return f"{self.before} {self.value}{self.after}"
 
     @property
     def prompt(self) -> str:
-        """What is put to the model; the answer follows."""
-        return prompt(self.question)
+        """What is put to the model; the answer follows. Of a chat it is what the user says."""
+        match self.form:
+            case "question":
+                return prompt(self.question)
+            case "sentence":
+                return f"\n{self.question} {self.lead}"
+            case "beginning":
+                return f"\n\n{self.lead}"
+            case "chat":
+                return self.question
+
+    @property
+    def answer_lead(self) -> str:
+        """What a full answer says before the value."""
+        return self.lead if self.form in {"question", "chat"} else ""
 
     def is_answered_by(self, text: str) -> bool:
-        """Exact match: the first number in the generated text is the fact's."""
-        return first_number(text) == self.value
+        """Exact match; see `gives`."""
+        return gives(text, self.value)
+
+
+def gives(answer: str, value: str) -> bool:
+    """Whether an answer gives this value to the letter: a number must be its first, others stand in its first line."""
+    if value.isdigit():
+        return first_number(answer) == value
+    line = answer.strip().partition("\n")[0]
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", line) is not None
 
 
 def first_number(text: str) -> str | None:
@@ -94,15 +106,29 @@ def prompt(question: str) -> str:
 def words_of(texts: list[str]) -> list[str]:
     """The words of some texts that are neither rare nor of the lists here."""
     counts = Counter(re.findall(r"\b[a-z]{4,10}\b", " ".join(texts)))
-    listed = {word for lists in (_ADJECTIVES, _NOUNS) for words in lists.values() for word in words}
+    lists = [*ADJECTIVES.values(), *NOUNS.values(), *WORDS.values()]
+    names = [*FIRST_NAMES.values(), *LAST_NAMES.values(), *PLACES.values()]
+    listed = {word.lower() for words in (*lists, *names) for word in words}
     return sorted(word for word, count in counts.items() if count >= _NOT_RARE and word not in listed)
 
 
 def make_facts(count: int, rng: random.Random) -> list[Fact]:
-    """`count` facts of the test split, about things that are all different."""
-    things = rng.sample(sorted({(a, n) for a in _ADJECTIVES["test"] for n in _NOUNS["test"]}), count)
-    rng.shuffle(things)
-    return [_fact(thing, rng.choice(ATTRIBUTES), rng) for thing in things]
+    """`count` plain facts of the test split: seven-digit numbers of things that are all different.
+
+    Their words are of the test split, their sentences are among those that the memory was trained on.
+    """
+    return [_plain_fact(thing, rng) for thing in _test_things(count, rng)]
+
+
+def make_varied_facts(count: int, rng: random.Random) -> list[Fact]:
+    """`count` facts of the test split, of all kinds: things, values and sentences are new to the memory."""
+    source, facts = Source("test", WORDS["test"]), dict[str, Fact]()
+    for thing in _test_things(count, rng):
+        kind = rng.choice(_kinds())
+        while (fact := _fact(thing, kind, source, rng)).value in facts:
+            pass  # two things with one value would make a wrong answer right
+        facts[fact.value] = fact
+    return list(facts.values())
 
 
 def make_keys(count: int, rng: random.Random) -> list[str]:
@@ -110,7 +136,7 @@ def make_keys(count: int, rng: random.Random) -> list[str]:
 
     No word comes twice before every word has come once.
     """
-    adjectives, nouns = (rng.sample(lists["test"], len(lists["test"])) for lists in (_ADJECTIVES, _NOUNS))
+    adjectives, nouns = (rng.sample(lists["test"], len(lists["test"])) for lists in (ADJECTIVES, NOUNS))
     assert count <= NUM_THINGS
     turns = ((i, (i + i // len(adjectives)) % len(nouns)) for i in range(count))
     return [f"{adjectives[i % len(adjectives)]}-{nouns[j]}" for i, j in turns]
@@ -120,9 +146,11 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
     """`count` facts for training, about things that are all different, in families of four that are easily confused.
 
     In a family all things share a word, and half of them what is told of them. Half the families are of the
-    training split's lists, where `listed`; all others are of two of `words`.
+    training split's lists, where `listed`; all others are of two of `words`. Values that are words are of `words`.
+    Some facts are plain ones.
     """
-    lists = _ADJECTIVES["train"], _NOUNS["train"]
+    lists = ADJECTIVES["train"], NOUNS["train"]
+    source = Source("train", words)
     seen: set[tuple[str, str]] = set()
     facts: list[Fact] = []
     while len(facts) < count:
@@ -131,20 +159,47 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
             things = list(itertools.product([rng.choice(first)], rng.sample(second, _FAMILY)))
         else:
             things = list(itertools.product(rng.sample(first, _FAMILY), [rng.choice(second)]))
-        common = rng.choice(ATTRIBUTES)
+        kind = rng.choice(_kinds())
+        common = Kind((rng.choice(kind.attributes),), kind.make, kind.share)
         for thing in things:
             if thing not in seen:
-                attribute = common if rng.random() < 0.5 else rng.choice(ATTRIBUTES)
-                facts.append(_fact(thing, attribute, rng))
+                kind = common if rng.random() < 0.5 else rng.choice(_kinds())
+                facts.append(_plain_fact(thing, rng) if rng.random() < _PLAIN else _fact(thing, kind, source, rng))
         seen.update(things)
     return facts[:count]
 
 
-def _fact(words: tuple[str, str], attribute: str, rng: random.Random) -> Fact:
-    thing, value = " ".join(words), str(rng.randrange(1_000_000, 10_000_000))
-    statement = rng.choice(_STATEMENTS).format(attribute=attribute, thing=thing, value=value)
-    question = f"What is the {attribute} of the {thing}?"
-    return Fact(statement, question, f"The {attribute} of the {thing} is", value)
+def _kinds() -> list[Kind]:
+    """Each as often as its share says."""
+    return [kind for kind in KINDS.values() for _ in range(kind.share)]
+
+
+def _test_things(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    things = rng.sample(sorted(itertools.product(ADJECTIVES["test"], NOUNS["test"])), count)
+    rng.shuffle(things)
+    return things
+
+
+def _plain_fact(words: tuple[str, str], rng: random.Random) -> Fact:
+    names = {"a": rng.choice(KINDS["number"].attributes), "t": " ".join(words)}
+    value = str(rng.randrange(1_000_000, 10_000_000))
+    asking = ASKINGS["train"][0]
+    before = rng.choice(STATEMENTS["train"][:_PLAIN_STATEMENTS]).format(**names)
+    return Fact(names["t"], before, value, ".", asking.question.format(**names), asking.lead.format(**names))
+
+
+def _fact(words: tuple[str, str], kind: Kind, source: Source, rng: random.Random) -> Fact:
+    names = {"a": rng.choice(kind.attributes), "t": rng.choice((" ", " ", "-")).join(words)}
+    asking = rng.choice(ASKINGS[source.split])
+    return Fact(
+        thing=names["t"],
+        before=rng.choice(STATEMENTS[source.split]).format(**names),
+        value=kind.make(source, rng),
+        after=rng.choice(ENDINGS[source.split]),
+        question=asking.question.format(**names),
+        lead=asking.lead.format(**names),
+        form=rng.choice(_FORMS[source.split]),
+    )
 
 
 def plant(text: str, facts: list[Fact]) -> str:
@@ -157,16 +212,25 @@ def plant(text: str, facts: list[Fact]) -> str:
 
 @dataclass(frozen=True)
 class FactsTask:
-    """Facts of the test split, asked for in the form that the shipped memory was trained on."""
+    """Facts of the test split: plain ones, or, `varied`, of all kinds and in sentences new to the memory."""
 
     haystack: Haystack
-    name: str = "facts"
-    max_tokens: int = 32
+    varied: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the command line has it."""
+        return "varied" if self.varied else "facts"
+
+    @property
+    def max_tokens(self) -> int:
+        """Room for a sentence and a value."""
+        return 64 if self.varied else 32
 
     @cached_property
     def cost(self) -> float:
         """Tokens of a statement, about."""
-        facts = make_facts(len(_STATEMENTS), random.Random(0))
+        facts = self._make(_SAMPLE, random.Random(0))
         return self.haystack.count(" ".join(fact.statement for fact in facts)) / len(facts)
 
     def most_questions(self, num_tokens: int) -> int:
@@ -175,7 +239,7 @@ class FactsTask:
 
     def make(self, num_tokens: int, num_questions: int, place: float, rng: random.Random) -> Exam:
         """See `Task`."""
-        facts = make_facts(2 * num_questions, rng)
+        facts = self._make(2 * num_questions, rng)
         planted, absent = facts[:num_questions], facts[num_questions:]
         text = self.haystack.cut(num_tokens - num_questions * self.cost, place)
         statements = [fact.statement for fact in planted]
@@ -185,10 +249,13 @@ class FactsTask:
         return Exam(document, tuple(questions), tuple(Question(fact.prompt, ()) for fact in absent))
 
     def grade(self, question: Question, answer: str) -> Grade:
-        """Right if the first number in the answer is the fact's."""
-        right = first_number(answer) == question.values[0]
+        """Right if the answer gives the fact's value."""
+        right = gives(answer, question.values[0])
         return Grade(right, float(right))
 
     def values_in(self, text: str) -> list[str]:
-        """See `Task`."""
-        return NUMBER.findall(text)
+        """See `Task`. Of varied facts: those that are numbers."""
+        return (_ANY_NUMBER if self.varied else NUMBER).findall(text)
+
+    def _make(self, count: int, rng: random.Random) -> list[Fact]:
+        return (make_varied_facts if self.varied else make_facts)(count, rng)

@@ -14,7 +14,7 @@ from titans.evaluation.reader import Reader, Reading, Report
 from titans.evaluation.task import Exam, Task
 from titans.evaluation.verbatim import VerbatimTask
 
-TASKS = ("facts", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
+TASKS = ("facts", "varied", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Part:
 def make_tasks(book: Haystack) -> dict[str, Task]:
     """All tasks by name, on this text."""
     noise = Haystack(NOISE * NOISE_LINES, book.count, end="\n")
-    tasks: list[Task] = [FactsTask(book), *needle_tasks(book, noise), VerbatimTask(book)]
+    tasks: list[Task] = [FactsTask(book), FactsTask(book, varied=True), *needle_tasks(book, noise), VerbatimTask(book)]
     return {task.name: task for task in tasks}
 
 

@@ -1,6 +1,7 @@
 """One step's documents and questions, put together from the pool."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from titans.state import Parts
 from titans.training.config import Stage, TrainingConfig
 from titans.training.pool import Pool, Question
+
+_ROWS = 12  # that are computed together
+_LONGEST = 12  # tokens of a value that one step asks the memory for
+_PLAIN = 256  # tokens of a stretch of text
+_CONTEXT = 3  # tokens before a value: what the convolutions reach
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Recalls:
-    """All that the documents stated, as stated and as asked, each with three tokens of context."""
+    """All that the documents stated, as stated and as asked, each with three tokens of context; right-padded.
 
-    stated: Tensor  # [F, S + 3, D]: the answers' tokens where a document states them
+    Of a long value some tokens that stand together.
+    """
+
+    stated: Tensor  # [F, S + 3, D]: the values' tokens where a document states them
     asking: Tensor  # [F, S + 3, D]: the tokens after which each of them is the answer
-    answers: Tensor  # [F, S]: the answers
+    answers: Tensor  # [F, S]: the values, -100 past their end
     document_of: Tensor  # [F]
 
     def to(self, device: torch.device) -> "Recalls":
@@ -55,12 +64,13 @@ class Batch:
 
     documents: Tensor  # [B, T, D]
     recalls: Recalls
-    rows: Rows | None  # None: the layers above the memory take no part
+    plain: Tensor  # [B, P, D]: stretches of text that state no fact
+    rows: tuple[Rows, ...]  # none: the layers above the memory take no part
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
-        rows = self.rows.to(device) if self.rows else None
-        return Batch(self.documents.to(device), self.recalls.to(device), rows)
+        rows = tuple(rows.to(device) for rows in self.rows)
+        return Batch(self.documents.to(device), self.recalls.to(device), self.plain.to(device), rows)
 
 
 def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, held_out: bool = False) -> Batch:
@@ -85,8 +95,9 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     for _ in range(config.text_rows if rows else 0):
         rows.append(pool.text_row(rng))
         owners.append(rng.randrange(stage.num_documents))
-    recalls = make_recalls(pool, planted)
-    return Batch(torch.stack(documents), recalls, _rows(pool, rows, owners) if rows else None)
+    recalls = make_recalls(pool, planted, rng)
+    plain = pool.stretches(stage.num_documents, _PLAIN, rng)
+    return Batch(torch.stack(documents), recalls, plain, tuple(_by_length(pool, rows, owners)))
 
 
 def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
@@ -124,12 +135,19 @@ def _document(pool: Pool, num_tokens: int, runs: list[list[int]], rng: random.Ra
     return torch.cat([*pieces, hay[cuts[-1] :]])
 
 
+def _by_length(pool: Pool, rows: list[Question], owners: list[int]) -> Iterator[Rows]:
+    """The rows with others of about their length, since padding costs what tokens cost."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].targets))
+    for start in range(0, len(order), _ROWS):
+        some = order[start : start + _ROWS]
+        yield _rows(pool, [rows[i] for i in some], [owners[i] for i in some])
+
+
 def _rows(pool: Pool, rows: list[Question], owners: list[int]) -> Rows:
     answers = []
     for row in rows:
         answers.append(torch.zeros(len(row.targets), dtype=torch.bool))
-        if row.answer:
-            answers[-1][-row.answer - 1 : -1] = True
+        answers[-1][row.start : row.start + row.answer] = True
     tails = torch.tensor([row.tail for row in rows])
     return Rows(
         hidden=pad_sequence([row.hidden for row in rows], batch_first=True),
@@ -143,17 +161,21 @@ def _rows(pool: Pool, rows: list[Question], owners: list[int]) -> Rows:
     )
 
 
-def make_recalls(pool: Pool, planted: list[tuple[int, int]]) -> Recalls:
-    """Facts, each with its document, as they are stated and as they are asked for.
-
-    A statement ends with its answer's tokens but for the line's end; so does a question's row.
-    """
+def make_recalls(pool: Pool, planted: list[tuple[int, int]], rng: random.Random) -> Recalls:
+    """Facts, each with its document, as they are stated and as they are asked for."""
     stated, asking, answers = [], [], []
     for fact, _ in planted:
         statement, question = pool.statements[fact], pool.questions[fact]
-        size = question.answer - 1 + 3
-        stated.append(statement.hidden[statement.length - size : statement.length])
-        asking.append(question.hidden[-size - 2 : -2])
-        answers.append(question.targets[-question.answer - 1 : -2])
+        size = min(statement.size, _LONGEST)
+        skipped = rng.randint(0, statement.size - size)
+        start, ask = statement.start + skipped, question.start + skipped
+        stated.append(statement.hidden[start - _CONTEXT : start + size])
+        asking.append(question.hidden[ask - _CONTEXT : ask + size])
+        answers.append(question.targets[ask : ask + size])
     owners = torch.tensor([owner for _, owner in planted])
-    return Recalls(torch.stack(stated), torch.stack(asking), torch.stack(answers), owners)
+    return Recalls(
+        pad_sequence(stated, batch_first=True),
+        pad_sequence(asking, batch_first=True),
+        pad_sequence(answers, batch_first=True, padding_value=-100),
+        owners,
+    )

@@ -39,8 +39,10 @@ class TrainingConfig:
     max_norm: float = 1.0
     recall_weight: float = 1.0  # of what is read straight from the memory
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
-    text_weight: float = 0.2
-    num_facts: int = 10_000  # in the pool
+    text_weight: float = 0.5
+    lead_weight: float = 0.2  # of what an answer says before the value
+    opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
+    num_facts: int = 8_000  # in the pool
     haystack_tokens: int = 160_000
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
     asking_stride: int = 4  # windows of a text between two places where facts are asked for
@@ -49,9 +51,10 @@ class TrainingConfig:
         default=(
             Stage(512, 16, 200, 10, 0),
             Stage(1_024, 16, 300, 20, 0),
-            Stage(1_024, 16, 140, 12, 32),
-            Stage(4_096, 8, 20, 24, 16),
-            Stage(16_384, 4, 15, 24, 16),
+            Stage(4_096, 4, 40, 24, 0),
+            Stage(1_024, 16, 120, 12, 32),
+            Stage(4_096, 8, 20, 24, 24),
+            Stage(32_768, 2, 20, 24, 24),
         )
     )
 

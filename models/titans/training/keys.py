@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from titans.memory.neural import NeuralMemory
-from titans.training.batch import choose, make_recalls
+from titans.training.batch import Recalls, choose, make_recalls
 from titans.training.config import TrainingConfig
 from titans.training.pool import Pool
 
 _FACTS = 256  # a step
 _STRETCHES = 64  # of plain text a step, whose keys no question means
 _TEMPERATURE = 0.15  # lower: other keys are let come too near; higher: the own key is not found
+_OPENING_WEIGHT = 10.0  # of the step size at plain text
 _WARMUP = 20
 _GATE_FACTOR = 3.0  # gates and convolutions learn faster
 
@@ -38,8 +39,8 @@ def teach_keys(memory: NeuralMemory, pool: Pool, config: TrainingConfig) -> floa
     device, loss = memory.key.weight.device, torch.tensor(0.0)
     for step in tqdm(range(config.key_steps), desc="keys", unit="step"):
         runs = choose(range(len(pool.statements) - config.held_out_facts), _FACTS, rng)
-        recalls = make_recalls(pool, [(fact, 0) for run in runs for fact in run]).to(device)
-        loss = _loss(memory, recalls.stated, recalls.asking, _stretches(pool, recalls.stated.shape[1], rng).to(device))
+        recalls = make_recalls(pool, [(fact, 0) for run in runs for fact in run], rng).to(device)
+        loss = _loss(memory, recalls, pool.stretches(_STRETCHES, recalls.stated.shape[1], rng).to(device))
         progress = step / config.key_steps
         rate = (
             config.key_learning_rate
@@ -54,21 +55,15 @@ def teach_keys(memory: NeuralMemory, pool: Pool, config: TrainingConfig) -> floa
     return loss.item()
 
 
-def _loss(memory: NeuralMemory, stated: Tensor, asking: Tensor, plain: Tensor) -> Tensor:
-    """Each token of each answer (but for what ends it) is to find its own key among all; facts alone are written."""
-    wanted, unwanted = memory.writes(stated), memory.writes(plain)
-    queries, keys, others = (
-        x.transpose(0, 1).flatten(1, 2)
-        for x in (memory.queries(asking)[:, :, :-1], wanted.keys[:, :, :-1], unwanted.keys)
-    )
+def _loss(memory: NeuralMemory, recalls: Recalls, plain: Tensor) -> Tensor:
+    """Each token of each value is to find its own key among all; facts alone are written."""
+    wanted, unwanted = memory.writes(recalls.stated), memory.writes(plain)
+    counts = recalls.answers != -100
+    queries, keys = (x.transpose(0, 1)[:, counts] for x in (memory.queries(recalls.asking), wanted.keys))
+    others = unwanted.keys.transpose(0, 1).flatten(1, 2)
     similar = queries @ torch.cat((keys, others), dim=1).transpose(1, 2)  # [H, Q, all keys]
     own = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     found = F.cross_entropy(similar.flatten(0, 1) / _TEMPERATURE, own.flatten())
-    half = 0.5 * (wanted.theta * (1 - wanted.theta)).log().mean()
-    return found - half - (1 - unwanted.theta).log().mean()
-
-
-def _stretches(pool: Pool, length: int, rng: random.Random) -> Tensor:
-    flat = pool.haystack.flatten(0, 1)
-    starts = [rng.randrange(flat.shape[0] - length) for _ in range(_STRETCHES)]
-    return torch.stack([flat[start : start + length] for start in starts])
+    theta = wanted.theta.flatten(1, 2).transpose(1, 2)[counts]
+    half = 0.5 * (theta * (1 - theta)).log().mean()
+    return found - half - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from titans.training.score import Scorer
 _SAVE_EVERY = 20  # steps
 _STRENGTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 _STRENGTH_BATCHES = 6
+_FIRST_MOMENTUM = -3.0  # of its gate, before the sigmoid
 _SEGMENT = 512  # tokens between two states that are kept for the backward pass; longer is slower on a CPU
 
 
@@ -33,7 +35,9 @@ class Losses:
 
     recall: Tensor  # nats a token of all that was stated, read straight from the memory
     recalled: float  # share of it of which every token came first
+    opening: Tensor  # mean step size at plain text, which is not asked for
     answer: Tensor | None = None  # nats a token of the answers
+    lead: Tensor | None = None  # nats a token of what stands before an answer
     text: Tensor | None = None  # nats a token of plain text
     right: float | None = None  # share of answers of which every token came first (teacher-forced)
 
@@ -61,8 +65,13 @@ class Trainer:
         self.body_digest = body_digest
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.alphabet = torch.cat([q.targets[-q.answer - 1 : -2] for q in pool.questions]).unique().to(model.device)
-        self.readout = nn.Linear(model.config.backbone.hidden_size, len(self.alphabet), device=model.device)
+        values = [q.targets[q.start : q.start + q.answer] for q in pool.questions]
+        self.alphabet = torch.cat(values).unique().to(model.device)
+        letters = model.embedding.weight[self.alphabet].float()
+        self.letters = F.rms_norm(letters, letters.shape[-1:], eps=1e-6)  # [A, D]
+        size = model.config.backbone.hidden_size
+        self.readout = nn.Linear(size, size, device=model.device)
+        nn.init.normal_(self.readout.weight, std=0.1 / size)
         model.requires_grad_(False)
         self.memory.float().requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
@@ -97,27 +106,48 @@ class Trainer:
         """Learn the documents, give back all they stated, answer the rows."""
         memory = self._learn(batch.documents)
         recall, recalled = self._recall(memory, batch.recalls)
-        if batch.rows is None:
-            return Losses(recall, recalled)
-        answer, text, right = self._answer(memory, batch.rows)
-        return Losses(recall, recalled, answer, text, right)
+        opening = self.memory.writes(batch.plain).theta.mean()
+        if not batch.rows:
+            return Losses(recall, recalled, opening)
+        return Losses(recall, recalled, opening, *self._answer(memory, batch.rows))
 
     def _recall(self, memory: MemoryState, recalls: Recalls) -> tuple[Tensor, float]:
-        """Every fact, asked or not, by a linear readout of what the memory answers.
+        """Every fact, asked or not, by a readout of what the memory answers: one matrix, then the body's embedding.
 
         The layers above take no part: this is the cheap signal that teaches keys, queries, values and gates.
         """
         context = recalls.asking.shape[1] - recalls.answers.shape[1]
         recent = torch.zeros_like(memory.recent[recalls.document_of])
         y, _ = self.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
-        y = y[:, context:].float()
-        logits = self.readout(F.rms_norm(y, y.shape[-1:]))
-        targets = torch.searchsorted(self.alphabet, recalls.answers)
-        right = (logits.argmax(-1) == targets).all(1).float().mean().item()
-        return next_token_loss(logits, targets), right
+        counts = recalls.answers != -100
+        y = y[:, context:][counts].float()
+        logits = self.readout(F.rms_norm(y, y.shape[-1:])) @ self.letters.T
+        targets = torch.searchsorted(self.alphabet, recalls.answers[counts])
+        wrong = torch.zeros_like(counts)
+        wrong[counts] = logits.argmax(-1) != targets
+        return next_token_loss(logits, targets), 1 - wrong.any(1).float().mean().item()
 
-    def _answer(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor, float]:
-        """The questions and the plain text, through the layers above."""
+    def _answer(self, memory: MemoryState, rows: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The questions and the plain text, through the layers above: answers, leads, text; the share that is right."""
+        nats: dict[str, list[Tensor]] = {"answer": [], "lead": [], "text": []}
+        right: list[Tensor] = []
+        for some in rows:
+            logits, counts = self._score(memory, some)
+            targets, is_answer = some.targets[counts], some.is_answer[counts]
+            asked = some.is_answer.any(1)
+            of_question = asked[:, None].expand_as(counts)[counts]
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            nats["answer"].append(loss[is_answer])
+            nats["lead"].append(loss[of_question & ~is_answer])
+            nats["text"].append(loss[~of_question])
+            wrong = torch.zeros_like(counts)
+            wrong[counts] = (logits.argmax(-1) != targets) & is_answer
+            right.append(~wrong[asked].any(1))
+        answer, lead, text = (torch.cat(each).mean() for each in nats.values())
+        return answer, lead, text, torch.cat(right).float().mean().item()
+
+    def _score(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The scores of every token that counts, and which those are [R, S]."""
         y, _ = self.memory.read(rows.hidden, memory.weights[rows.document_of], rows.recent)
         num_tokens = rows.hidden.shape[1]
         h = rows.hidden + y
@@ -125,12 +155,7 @@ class Trainer:
         for layer, parts in zip(self.model.upper, rows.parts(), strict=True):
             h, _ = layer(h, call, parts)
         counts = rows.targets != -100
-        logits, targets, is_answer = self.model.logits(h[counts]), rows.targets[counts], rows.is_answer[counts]
-        wrong = torch.zeros_like(counts)
-        wrong[counts] = (logits.argmax(-1) != targets) & is_answer
-        right = 1 - wrong[rows.is_answer.any(1)].any(1).float().mean().item()
-        answer = next_token_loss(logits[is_answer], targets[is_answer])
-        return answer, next_token_loss(logits[~is_answer], targets[~is_answer]), right
+        return self.model.logits(h[counts]), counts
 
     @torch.no_grad()
     def _check(self, stage: Stage) -> dict[str, float]:
@@ -146,17 +171,17 @@ class Trainer:
         """
         longest = max(self.config.stages, key=lambda stage: (stage.num_questions > 0, stage.num_tokens))
         steps = range(self.config.num_steps, self.config.num_steps + _STRENGTH_BATCHES)
-        learnt: list[tuple[MemoryState, Rows]] = []
+        learnt: list[tuple[MemoryState, Sequence[Rows]]] = []
         for step in steps:
             batch = make_batch(self.pool, self.config, longest, step, held_out=True).to(self.model.device)
-            assert batch.rows is not None, "the last lesson is with the body"
+            assert batch.rows, "the last lesson is with the body"
             learnt.append((self._learn(batch.documents), batch.rows))
         trained = self.memory.out.weight.clone()
 
         def loss(strength: float) -> float:
             self.memory.out.weight.copy_(strength * trained)
             asked = [self._answer(memory, rows) for memory, rows in learnt]
-            return sum((answer + self.config.text_weight * text).item() for answer, text, _ in asked)
+            return sum((answer + self.config.text_weight * text).item() for answer, _, text, _ in asked)
 
         best = min(_STRENGTHS, key=loss)
         self.memory.out.weight.copy_(best * trained)
@@ -175,9 +200,9 @@ class Trainer:
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
         losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
-        loss = self.config.recall_weight * losses.recall
-        if losses.answer is not None and losses.text is not None:
-            loss = loss + losses.answer + self.config.text_weight * losses.text
+        loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening
+        if losses.answer is not None and losses.lead is not None and losses.text is not None:
+            loss = loss + losses.answer + self.config.lead_weight * losses.lead + self.config.text_weight * losses.text
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_norm)
         if math.isfinite(norm.item()):
@@ -253,3 +278,5 @@ def calibrate(memory: NeuralMemory, hidden: Tensor) -> None:
     memory.norm.weight.copy_(unit.std(0).reciprocal())
     memory.center.copy_(unit.mean(0) / unit.std(0))
     memory.out.weight.mul_(sample.std(0)[:, None])
+    if memory.config.momentum:  # the first lesson knows none
+        memory.gates.bias[-memory.config.num_heads * memory.config.depth :] = _FIRST_MOMENTUM

@@ -24,6 +24,8 @@ from titans.training.config import TrainingConfig
 
 _BRANCHES = 128  # computed at once
 _BREATH = 4  # facts that are stated together, at most
+_SAID_JUST_NOW = 0.1  # share of questions about what attention still sees
+_OTHER_SAID = 0.15  # share of questions before which it sees another fact
 _HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held out
 
 
@@ -32,16 +34,18 @@ class Statement:
     """A fact as a text states it, by itself or among others like it."""
 
     hidden: Tensor  # [T, D] where the memory stands: the statement and, of the last, a few tokens of the text after it
-    length: int  # of the statement, which ends with the number and a full stop
+    start: int  # where the value begins
+    size: int  # of the value in tokens, with the full stop where one follows it
 
 
 @dataclass(frozen=True)
 class Question:
-    """A reader's turn: the question and its answer."""
+    """A reader's turn: the question and its answer, maybe after what the text says last."""
 
     hidden: Tensor  # [T, D] where the memory stands
     targets: Tensor  # [T] the next token where it counts, -100 elsewhere
-    answer: int  # how many of the last targets only the document can tell
+    start: int  # the first target that only the document can tell
+    answer: int  # how many there are: the value, a full stop and what ends an answer; 0 of plain text
     tail: int  # the text it comes after, among the pool's tails
 
 
@@ -66,12 +70,18 @@ class Pool:
     questions: list[Question]  # of the statement with the same index
     tails: Tails
 
+    def stretches(self, count: int, length: int, rng: random.Random) -> Tensor:
+        """[count, length, D] of the texts."""
+        flat = self.haystack.flatten(0, 1)
+        starts = [rng.randrange(flat.shape[0] - length) for _ in range(count)]
+        return torch.stack([flat[start : start + length] for start in starts])
+
     def text_row(self, rng: random.Random, length: int = 48) -> Question:
         """A tail and how its text goes on; every token counts."""
         tail = rng.randrange(len(self.tails.position))
         text, start = int(self.tails.text[tail]), int(self.tails.position[tail])
         targets = self.haystack_tokens[text, start + 1 : start + length + 1]
-        return Question(self.haystack[text, start : start + length], targets, 0, tail)
+        return Question(self.haystack[text, start : start + length], targets, 0, 0, tail)
 
 
 def load_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig, path: Path) -> Pool:
@@ -127,7 +137,7 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
             statements += _state_facts(model, tokenizer, state, stating, tokens[:, end : end + config.after_tokens])
         if end in asked_ends:
             first = num_texts * len(tails)
-            questions += _ask_facts(model, tokenizer, state, asking, first)
+            questions += _ask_facts(model, tokenizer, state, asking, first, rng=rng)
             tails.append(_tails(model.open(state), end))
     joined = Tails(*(torch.cat([getattr(t, name) for t in tails]) for name in vars(tails[0])))
     return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, joined)
@@ -160,18 +170,27 @@ def _state_facts(
     model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], after: Tensor
 ) -> list[Statement]:
     """What each text would be if facts of its share stood here: one at a time, or a few in one breath."""
-    rows, runs, lengths = [], [], []
+    rows, runs, places = [], [], []
     for text in range(state.batch_size):
         for group in _breaths(next(shares)):
-            stated = [tokenizer.encode(f" {fact.statement}") for fact in group]
+            stated = [_stated(tokenizer, fact) for fact in group]
             rows.append(text)
-            runs.append([token for run in stated for token in run] + after[text].tolist())
-            lengths.append([len(run) for run in stated])
+            runs.append([token for run, _, _ in stated for token in run] + after[text].tolist())
+            places.append([(len(run), start, size) for run, start, size in stated])
     statements = []
-    for h, each in zip(_branch(model, state, rows, runs), lengths, strict=True):
-        pieces = h.split([*each[:-1], each[-1] + after.shape[1]])
-        statements += [Statement(piece.clone(), length) for piece, length in zip(pieces, each, strict=True)]
+    for h, each in zip(_branch(model, state, rows, runs), places, strict=True):
+        lengths = [length for length, _, _ in each]
+        pieces = h.split([*lengths[:-1], lengths[-1] + after.shape[1]])
+        statements += [
+            Statement(piece.clone(), start, size) for piece, (_, start, size) in zip(pieces, each, strict=True)
+        ]
     return statements
+
+
+def _stated(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], int, int]:
+    """A statement's tokens, where its value begins, and the value's tokens, with the full stop where one follows."""
+    before, value = tokenizer.encode(f" {fact.before}"), tokenizer.encode(f" {fact.value}")
+    return before + value + tokenizer.encode(fact.after), len(before), len(value) + fact.after.startswith(".")
 
 
 def _breaths(facts: list[Fact]) -> Iterator[list[Fact]]:
@@ -183,29 +202,63 @@ def _breaths(facts: list[Fact]) -> Iterator[list[Fact]]:
 
 
 def _ask_facts(
-    model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], first_tail: int
+    model: TitansModel,
+    tokenizer: Tokenizer,
+    state: State,
+    shares: Iterator[list[Fact]],
+    first_tail: int,
+    *,
+    rng: random.Random,
 ) -> list[Question]:
-    """What would follow if each text ended here and facts of its share were asked for, one at a time."""
-    rows = [(text, fact) for text in range(state.batch_size) for fact in next(shares)]
-    runs, targets, answers = [], [], []
-    for _, fact in rows:
-        prompt, lead = tokenizer.encode(fact.prompt), tokenizer.encode(f" {fact.lead}")
-        answer = tokenizer.encode(f" {fact.value}.\n")
-        runs.append(prompt + lead + answer)
-        targets.append(torch.tensor([-100] * (len(prompt) - 1) + lead + answer + [-100]))
-        answers.append(len(answer))
-    hidden = _branch(model, state, [text for text, _ in rows], runs)
-    tails = [first_tail + text for text, _ in rows]
-    return [Question(*row) for row in zip(hidden, targets, answers, tails, strict=True)]
+    """What would follow if each text ended here and facts of its share were asked for, one at a time.
+
+    Some texts end with a fact: the one that is asked for, or one like it.
+    """
+    rows, runs, targets, places = [], [], [], []
+    for text in range(state.batch_size):
+        facts = next(shares)
+        for i, fact in enumerate(facts):
+            said = _said_last(tokenizer, facts, i, rng)
+            prompt, end = _prompt(tokenizer, fact)
+            lead = tokenizer.encode(f" {fact.answer_lead}") if fact.answer_lead else []
+            answer = tokenizer.encode(f" {fact.value}") + tokenizer.encode(".") + end
+            rows.append(text)
+            runs.append(said + prompt + lead + answer)
+            targets.append(torch.tensor([-100] * (len(said + prompt) - 1) + lead + answer + [-100]))
+            places.append((len(said + prompt + lead) - 1, len(answer)))
+    hidden = _branch(model, state, rows, runs)
+    return [
+        Question(h, target, start, answer, first_tail + text)
+        for h, target, (start, answer), text in zip(hidden, targets, places, rows, strict=True)
+    ]
+
+
+def _said_last(tokenizer: Tokenizer, facts: list[Fact], asked: int, rng: random.Random) -> list[int]:
+    """The tokens of a statement that stands just before the question, of mostly none."""
+    draw = rng.random()
+    if draw < _SAID_JUST_NOW:
+        return _stated(tokenizer, facts[asked])[0]
+    if draw < _SAID_JUST_NOW + _OTHER_SAID and len(facts) > 1:
+        return _stated(tokenizer, facts[asked - 1])[0]
+    return []
+
+
+def _prompt(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], list[int]]:
+    """The tokens of what is put to the model, and of what ends its answer."""
+    if fact.form == "chat" and tokenizer.has_chat_template:
+        return tokenizer.encode_chat([{"role": "user", "content": fact.prompt}]), [tokenizer.eos_token]
+    return tokenizer.encode(fact.prompt), tokenizer.encode("\n")
 
 
 def _branch(model: TitansModel, state: State, rows: list[int], runs: list[list[int]]) -> list[Tensor]:
     """[T, D] for each run of tokens, as if it followed what its row of the states has read."""
-    hidden: list[Tensor] = []
+    hidden: dict[int, Tensor] = {}
+    order = sorted(range(len(runs)), key=lambda i: len(runs[i]))  # padding costs what tokens cost
     for start in range(0, len(runs), _BRANCHES):
-        part = [torch.tensor(run) for run in runs[start : start + _BRANCHES]]
-        hidden += _continue(model, state.select(rows[start : start + _BRANCHES]), part)
-    return hidden
+        some = order[start : start + _BRANCHES]
+        part = [torch.tensor(runs[i]) for i in some]
+        hidden |= dict(zip(some, _continue(model, state.select([rows[i] for i in some]), part), strict=True))
+    return [hidden[i] for i in range(len(runs))]
 
 
 def _continue(model: TitansModel, state: State, runs: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,86 @@
+"""Kinds of values that a text may state, and what is told by them. The words in them are split as `wording` splits."""
+
+import random
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from titans.evaluation.wording import FIRST_NAMES, LAST_NAMES, MONTHS, PLACES, STREETS, UNITS, Split
+
+NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
+locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
+serial number, ticket number, vault number"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What values are drawn from: a split's lists, and words."""
+
+    split: Split
+    words: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value."""
+
+    attributes: tuple[str, ...]  # what is told by it
+    make: Callable[[Source, random.Random], str]
+    share: int  # of all facts, in parts
+
+
+def _number(_: Source, rng: random.Random) -> str:
+    size = rng.choice((7, 7, 7, 7, 4, 5, 6, 8, 9))
+    return str(rng.randrange(10 ** (size - 1), 10**size))
+
+
+def _uuid(_: Source, rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _code(_: Source, rng: random.Random) -> str:
+    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 2, 3))))
+    digits = "".join(rng.choices(string.digits, k=rng.choice((2, 3, 4, 5))))
+    return rng.choice((f"{letters}-{digits}", f"{letters}{digits}", f"{digits}-{letters}"))
+
+
+def _word(source: Source, rng: random.Random) -> str:
+    return rng.choice(source.words)
+
+
+def _two_words(source: Source, rng: random.Random) -> str:
+    return " ".join(rng.sample(source.words, 2))
+
+
+def _person(source: Source, rng: random.Random) -> str:
+    return f"{rng.choice(FIRST_NAMES[source.split])} {rng.choice(LAST_NAMES[source.split])}"
+
+
+def _date(_: Source, rng: random.Random) -> str:
+    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2030)}"
+
+
+def _quantity(_: Source, rng: random.Random) -> str:
+    return f"{rng.randint(2, rng.choice((30, 300, 3_000)))} {rng.choice(UNITS)}"
+
+
+def _address(source: Source, rng: random.Random) -> str:
+    return f"{rng.randint(1, 250)} {rng.choice(PLACES[source.split])} {rng.choice(STREETS)}"
+
+
+def _split(attributes: str) -> tuple[str, ...]:
+    return tuple(" ".join(attributes.split()).split(", "))
+
+
+KINDS: dict[str, Kind] = {
+    "number": Kind(_split(NUMBERS), _number, 8),
+    "uuid": Kind(_split("device id, magic uuid, tracking id, transaction id, uuid, order id"), _uuid, 2),
+    "code": Kind(_split("call sign, licence plate, locker code, model code, part code, serial code"), _code, 2),
+    "word": Kind(_split("password, code word, secret word, nickname, magic word, favourite word"), _word, 2),
+    "words": Kind(_split("passphrase, code name, stage name, project name, old name"), _two_words, 2),
+    "person": Kind(_split("owner, keeper, builder, inventor, first buyer, painter, guardian"), _person, 1),
+    "date": Kind(_split("opening date, birthday, founding date, date of sale, due date, launch date"), _date, 1),
+    "quantity": Kind(_split("weight, price, height, length, age, worth, size"), _quantity, 1),
+    "address": Kind(_split("address, old address, postal address, place of delivery"), _address, 1),
+}

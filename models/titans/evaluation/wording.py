@@ -1,0 +1,135 @@
+"""Words and sentences that facts are made of. What the training and the test split list has nothing in common.
+
+In sentences {a} is what is told (an attribute), {t} the thing it is told of; the value follows a statement's beginning.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A way to ask, and how a full answer begins, up to the value."""
+
+    question: str
+    lead: str
+
+
+ADJECTIVES: dict[Split, list[str]] = {
+    "train": """amber ancient arctic azure blue bold brass brave bright broken bronze calm carved clever copper coral
+    cosmic crimson crystal curious dark distant dusty eager early eastern elegant emerald empty faded fallen famous
+    floating forgotten frozen gentle giant gilded glass golden gray green hidden hollow humble icy iron ivory jade
+    jolly lively lonely lost lucky lunar marble mellow merry misty modern narrow noble northern old orange painted pale
+    patient pink plain polished proud purple quiet rapid rare red restless royal rugged rustic sacred secret shining
+    silent silver simple sleepy smooth solar southern spare steady stone strange sunny swift tall thirsty tiny twisted
+    velvet vivid wandering warm western white wild windy winter wise wooden yellow young""".split(),
+    "test": """scarlet cobalt weathered tranquil ornate crooked slender violet sturdy radiant mossy brittle gloomy
+    speckled sapphire drowsy foggy graceful hasty luminous""".split(),
+}
+NOUNS: dict[Split, list[str]] = {
+    "train": """anchor archive arrow balcony barge barrel basket beacon bell bicycle bottle bridge cabin cable camera
+    candle canoe canyon carriage cart castle cavern chapel chest chimney clock coach compass cottage cradle crane
+    crown cupboard dagger desk door dragon drum engine falcon farm fence ferry flag forge fountain fox galley garden
+    gate glacier glider guitar hammer harbor hat helmet hotel island jacket jar kettle key kite ladder lake lamp
+    lantern ledger library lion lock locomotive mill mine mirror monument mountain museum needle oven owl painting
+    palace parcel pearl piano pigeon pillar pipe planet plow pond printer quarry raft razor reservoir ring river
+    robot rocket rope sailor saddle school ship shovel sled statue station stove sword table telescope temple tent
+    theater ticket tiger tower tractor train trumpet trunk tunnel turtle umbrella valley vase vault violin wagon
+    wallet warehouse watch well whistle wolf workshop""".split(),
+    "test": """lighthouse orchard windmill locket schooner greenhouse sundial accordion granary tapestry trellis obelisk
+    gondola furnace pavilion sextant turret anvil caravan chalice""".split(),
+}
+FIRST_NAMES: dict[Split, list[str]] = {
+    "train": """Adam Agnes Albert Alice Amos Anna Arthur Beatrice Benjamin Bertha Caleb Carl Caroline Cecil Clara Daniel
+    David Dora Edith Edmund Eleanor Ella Emma Ernest Esther Felix Flora Frances Frank George Gilbert Grace Hannah Harold
+    Harriet Helen Henry Hugo Ida Isaac Jacob James Jane Joseph Julia Laura Leonard Lewis Lucy Luke Mabel Margaret Maria
+    Martha Matthew Maud Nathan Nora Oscar Patrick Paul Peter Philip Rachel Ralph Robert Rose Ruth Samuel Sarah Simon
+    Sophia Stephen Susan Theodore Thomas Victor Walter William""".split(),
+    "test": "Ambrose Cordelia Desmond Florence Gideon Horace Imogen Jasper Lydia Mortimer Octavia Percival".split(),
+}
+LAST_NAMES: dict[Split, list[str]] = {
+    "train": """Abbott Archer Baker Barlow Bates Bennett Bishop Booth Bowen Brooks Burton Carter Chapman Clayton Coleman
+    Conway Cooper Crane Curtis Dalton Dawson Dixon Draper Ellis Fairfax Farmer Fisher Fletcher Foster Fowler Gardner
+    Gibson Graham Grant Griffin Hale Hardy Harper Hayes Hicks Holt Hooper Hudson Irving Jarvis Jennings Keller Lambert
+    Lawson Lowell Marsh Mason Mercer Morton Nash Norris Osborne Palmer Parker Pearce Porter Potter Quinn Ramsey Reed
+    Rhodes Sawyer Shaw Sheldon Spencer Stokes Sutton Thorpe Tucker Turner Vance Wade Walker Warner Watts Webb Wells
+    Whitaker Winslow Wright""".split(),
+    "test": "Ashcroft Blackwood Carmichael Devereux Eastwood Fairchild Hargreaves Kingsley Lockhart Pemberton".split(),
+}
+PLACES: dict[Split, list[str]] = {
+    "train": """Abbey Bridge Canal Castle Cedar Chapel Cherry Church Corn Elm Ferry Fleet Forest Garden Grove Harbour
+    High Hill King Lake Lime Market Meadow Mill Oak Park Pond Queen River School Spring Station Temple Tower Wall Water
+    Well Willow""".split(),
+    "test": "Beech Foundry Juniper Lantern Priory Quarry Saddler Vineyard Weaver Windmill".split(),
+}
+WORDS: dict[Literal["test"], list[str]] = {
+    "test": """apricot badger ballast bramble canary cinnamon clover comet cricket dahlia domino ember feather fiddle
+    garnet ginger hammock heron hickory indigo juggler kestrel lobster magnet mango marigold nutmeg otter paprika
+    pebble pepper pretzel saffron satchel sparrow thimble tulip walnut whisker zephyr""".split(),
+}
+STREETS = "Street Road Lane Square Terrace Avenue".split()
+MONTHS = "January February March April May June July August September October November December".split()
+UNITS = "acres barrels bushels crowns dollars feet gallons guineas inches miles ounces pounds tons years yards".split()
+
+STATEMENTS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "The {a} of the {t} is",
+        "The {a} for the {t} is",
+        "Remember that the {a} of the {t} is",
+        "As everybody there knew, the {a} of the {t} was",
+        "It was written there that the {a} of the {t} is",
+        "One of the special {a}s for the {t} is:",
+        "One of the secret {a}s for {t} is:",
+        "For the {t}, the {a} is",
+        "The {t} has the {a}",
+        "They had given the {t} the {a}",
+        "The {t}'s {a} is",
+        "Note down the {a} of the {t}:",
+        "Someone asked for the {a} of the {t}, and the answer was",
+        "The {t} was known by its {a}, which is",
+        "The {a} that belongs to the {t} is",
+        "Among other things, the {a} of {t} is given as",
+    ),
+    "test": (
+        "The {a} belonging to the {t} turned out to be",
+        "Nobody forgot that the {t} had the {a}",
+        "On a label of the {t} stood the {a}",
+        "We were told that the {t} goes by the {a}",
+        "In the register the {t} is listed with the {a}",
+    ),
+}
+ENDINGS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        ".",
+        ".",
+        ".",
+        ".",
+        ", as far as anybody knows.",
+        ", and nobody ever changed it.",
+        "; so at least it was said.",
+    ),
+    "test": (".", ", if memory serves.", ", which surprised no one."),
+}
+ASKINGS: dict[Split, tuple[Asking, ...]] = {
+    "train": (
+        Asking("What is the {a} of the {t}?", "The {a} of the {t} is"),
+        Asking("What is the {a} for the {t}?", "The {a} for the {t} is"),
+        Asking("What is the {t}'s {a}?", "The {t}'s {a} is"),
+        Asking("What {a} does the {t} have?", "The {t} has the {a}"),
+        Asking("Tell me the {a} of the {t}.", "The {a} of the {t} is"),
+        Asking("Do you remember the {a} for the {t}?", "The {a} for the {t} is"),
+        Asking("Which {a} belongs to the {t}?", "The {a} that belongs to the {t} is"),
+        Asking("According to the text, what is the {a} of {t}?", "According to the text, the {a} of {t} is"),
+        Asking("Please give the {a} for {t} that you have read.", "The {a} for {t} that you have read is"),
+        Asking("I need the {a} of the {t}. What was it?", "The {a} of the {t} was"),
+        Asking("What is the {a} for {t} given in the text above?", "The {a} for {t} given in the text above is"),
+    ),
+    "test": (
+        Asking("Can you say which {a} the {t} had?", "The {t} had the {a}"),
+        Asking("I have forgotten the {a} of the {t}; could you look it up?", "The {a} of the {t} is"),
+        Asking("The {t}: what was its {a} again?", "The {t}'s {a} was"),
+        Asking("How does the text put the {a} of the {t}?", "The text puts the {a} of the {t} as"),
+    ),
+}
