@@ -21,7 +21,7 @@ from titans.evaluation.results import Results
 from titans.evaluation.scoring import cells, wilson
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
 from titans.evaluation.task import EvaluationError, Question, Task
-from titans.evaluation.wording import MONTHS, STREETS, UNITS
+from titans.evaluation.wording import ADJECTIVES, MONTHS, NOUNS, STREETS, UNITS
 from titans.tokenizer import Tokenizer
 
 TEXT = (Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt").read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_verbatim_asks_for_what_the_document_goes_on_with(tasks: dict[str, Task]
 
 def test_keys_are_held_out_words_and_share_none_while_there_are_enough() -> None:
     keys = [key.split("-") for key in make_keys(20, random.Random(0))]
-    for words, lists in zip(zip(*keys, strict=True), (facts.ADJECTIVES, facts.NOUNS), strict=True):
+    for words, lists in zip(zip(*keys, strict=True), (ADJECTIVES, NOUNS), strict=True):
         assert set(words) == set(lists["test"])
         assert set(words).isdisjoint(lists["train"])
     assert len(set(make_keys(400, random.Random(0)))) == 400
