@@ -69,7 +69,7 @@ def documented_codes() -> dict[str, int]:
 
 
 def default_of(value: object) -> str:
-    return "unset" if value is None else f"`{value}`"
+    return "unset" if value in (None, "") else f"`{value}`"
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

@@ -5,9 +5,9 @@ import logging
 import sys
 
 import uvicorn
-from pydantic import ValidationError
 from sse_starlette.sse import AppStatus
 
+from titans_server import failpoints
 from titans_server.app import create_app
 from titans_server.settings import Settings
 
@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("host", "port", "store") if getattr(args, name) is not None}
     try:
         settings = Settings(**given)
-    except ValidationError as error:
+        failpoints.arm(settings.failpoints)
+    except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -28,4 +28,5 @@ class Settings(BaseSettings):
     max_waiting_writers: int = Field(default=4, ge=0)
     resident_bytes: int = Field(default=1 << 30, ge=0)
     drain_seconds: int = Field(default=60, ge=0)
+    failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
