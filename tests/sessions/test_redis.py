@@ -5,15 +5,12 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
+from support.redis_server import RedisServer
 from titans_server.errors import StateCorrupted, StoreUnavailable
 from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.store import SessionRecord, sha256
-
-if TYPE_CHECKING:
-    from conftest import RedisServer
 
 SESSION = SessionRecord(id="ses_1", model="tiny", fingerprint="f", created_at=1.5, updated_at=1.5)
 STATE = os.urandom(1 << 20)
@@ -25,12 +22,12 @@ def after(record: SessionRecord, state: bytes) -> SessionRecord:
 
 
 @pytest.fixture
-def server(start_redis: "Callable[[], RedisServer]") -> "RedisServer":
+def server(start_redis: Callable[[], RedisServer]) -> RedisServer:
     return start_redis()
 
 
 @pytest.fixture
-async def store(server: "RedisServer") -> AsyncIterator[RedisStore]:
+async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
     store = RedisStore(server.url)
     await store.open()
     yield store
@@ -46,7 +43,7 @@ async def record(store: RedisStore) -> SessionRecord:
     return record
 
 
-async def test_a_commit_survives_sigkill(server: "RedisServer", store: RedisStore, record: SessionRecord) -> None:
+async def test_a_commit_survives_sigkill(server: RedisServer, store: RedisStore, record: SessionRecord) -> None:
     server.kill()
     server.start()
     assert await store.get(record.id) == record
@@ -55,7 +52,7 @@ async def test_a_commit_survives_sigkill(server: "RedisServer", store: RedisStor
 
 
 async def test_a_store_that_is_down_is_unavailable_until_it_is_back(
-    server: "RedisServer", store: RedisStore, record: SessionRecord
+    server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
     server.kill()
     second = after(record, b"second")
@@ -76,7 +73,7 @@ async def test_a_store_that_is_down_is_unavailable_until_it_is_back(
     assert await store.load(second) == b"second"
 
 
-async def test_a_store_that_is_down_cannot_be_opened(server: "RedisServer") -> None:
+async def test_a_store_that_is_down_cannot_be_opened(server: RedisServer) -> None:
     server.kill()
     store = RedisStore(server.url)
     with pytest.raises(StoreUnavailable, match="cannot be reached"):
@@ -85,7 +82,7 @@ async def test_a_store_that_is_down_cannot_be_opened(server: "RedisServer") -> N
 
 
 async def test_a_full_memory_is_unavailable_and_leaves_the_old_version(
-    server: "RedisServer", store: RedisStore, record: SessionRecord
+    server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
     server.command("CONFIG", "SET", "maxmemory", "1mb")
     second = after(record, b"second" * 100_000)
@@ -100,14 +97,14 @@ async def test_a_full_memory_is_unavailable_and_leaves_the_old_version(
     assert await store.get(record.id) == second
 
 
-async def test_a_replica_is_unavailable_to_writers(server: "RedisServer", store: RedisStore) -> None:
+async def test_a_replica_is_unavailable_to_writers(server: RedisServer, store: RedisStore) -> None:
     server.command("CONFIG", "SET", "replica-serve-stale-data", "yes")
     server.command("REPLICAOF", "127.0.0.1", "1")
     with pytest.raises(StoreUnavailable, match="replica"):
         await store.create(SESSION)
 
 
-async def test_a_wrong_password_is_unavailable_and_not_repeated(server: "RedisServer", store: RedisStore) -> None:
+async def test_a_wrong_password_is_unavailable_and_not_repeated(server: RedisServer, store: RedisStore) -> None:
     server.command("ACL", "SETUSER", "ada", "on", ">right", "~*", "+@all")
     intruder = RedisStore(server.url.replace("redis://", "redis://ada:secret@"))
     with pytest.raises(StoreUnavailable, match="credentials") as error:
@@ -117,7 +114,7 @@ async def test_a_wrong_password_is_unavailable_and_not_repeated(server: "RedisSe
 
 
 async def test_a_server_that_stops_answering_is_unavailable(
-    server: "RedisServer", store: RedisStore, record: SessionRecord
+    server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
     slow = RedisStore(server.url + "?socket_timeout=0.1")
     server.command("CLIENT", "PAUSE", 3000, "ALL")
@@ -130,7 +127,7 @@ async def test_a_server_that_stops_answering_is_unavailable(
 
 @pytest.mark.parametrize("damage", [["SET", "titans:{ses_1}:state", "other"], ["DEL", "titans:{ses_1}:state"]])
 async def test_an_altered_state_is_refused_and_left(
-    server: "RedisServer", store: RedisStore, record: SessionRecord, damage: list[str]
+    server: RedisServer, store: RedisStore, record: SessionRecord, damage: list[str]
 ) -> None:
     server.command(*damage)
     left = server.command("GET", "titans:{ses_1}:state")
@@ -140,21 +137,21 @@ async def test_an_altered_state_is_refused_and_left(
     assert await store.get(record.id) == record
 
 
-async def test_an_altered_record_is_refused(server: "RedisServer", store: RedisStore, record: SessionRecord) -> None:
+async def test_an_altered_record_is_refused(server: RedisServer, store: RedisStore, record: SessionRecord) -> None:
     server.command("HSET", "titans:{ses_1}:record", "record", "{}")
     with pytest.raises(StateCorrupted):
         await store.get(record.id)
 
 
 async def test_both_keys_have_the_sessions_hash_tag_and_are_deleted(
-    server: "RedisServer", store: RedisStore, record: SessionRecord
+    server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
     assert set(server.command("KEYS", "*")) == {b"titans:{ses_1}:record", b"titans:{ses_1}:state"}
     await store.delete(record.id)
     assert server.command("KEYS", "*") == []
 
 
-async def test_a_good_server_is_opened_in_silence(server: "RedisServer", caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_good_server_is_opened_in_silence(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     store = RedisStore(server.url)
     await store.open()
     await store.close()
@@ -162,7 +159,7 @@ async def test_a_good_server_is_opened_in_silence(server: "RedisServer", caplog:
 
 
 async def test_a_forgetful_server_is_warned_of(
-    server: "RedisServer", store: RedisStore, caplog: pytest.LogCaptureFixture
+    server: RedisServer, store: RedisStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     server.command("CONFIG", "SET", "appendonly", "no")
@@ -173,7 +170,7 @@ async def test_a_forgetful_server_is_warned_of(
 
 
 async def test_a_server_that_cannot_be_checked_is_warned_of(
-    server: "RedisServer", store: RedisStore, caplog: pytest.LogCaptureFixture
+    server: RedisServer, store: RedisStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.command("ACL", "SETUSER", "ada", "on", ">right", "~*", "+@all", "-info")
     guarded = RedisStore(server.url.replace("redis://", "redis://ada:right@"))
