@@ -15,10 +15,21 @@ from titans_server.api.schemas import CreateCompletion
 from titans_server.app import create_app
 from titans_server.errors import TitansError
 from titans_server.settings import Settings
+from titans_server.telemetry.metrics import Metrics, Residents
 
 ROOT = Path(__file__).parents[1]
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class Idle:
+    """A server with nothing to do, for the metrics to look at."""
+
+    num_running = num_waiting = num_ingesting = 0
+
+    def residents(self) -> list[Residents]:
+        return []
 
 
 def section(text: str, title: str) -> str:
@@ -134,6 +145,17 @@ def test_every_event_of_a_stream_is_documented() -> None:
                 sent |= {str(x.value) for x in returned if isinstance(x, ast.Constant) and x.value is not None}
     assert sent, "the events' names are found"
     assert set(re.findall(r"^event: (\w+)$", API, re.MULTILINE)) | set(re.findall(r"event `(\w+)`", API)) == sent
+
+
+def test_every_metric_is_documented_with_its_kind() -> None:
+    metrics = Metrics()
+    metrics.serve(Idle(), model_name="", fingerprint="", device="")
+    kinds = {
+        metric.name + ("_total" if metric.type == "counter" else ""): metric.type
+        for metric in metrics.registry.collect()
+    }
+    documented = {name.strip("`"): kind for name, kind, _ in rows(section(OPERATIONS, "Metrics"))}
+    assert documented == kinds
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

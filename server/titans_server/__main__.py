@@ -1,7 +1,6 @@
 """`titans serve`: run the service until SIGTERM or SIGINT, then finish what is under way."""
 
 import argparse
-import logging
 import sys
 
 import uvicorn
@@ -10,6 +9,7 @@ from sse_starlette.sse import AppStatus
 from titans_server import failpoints
 from titans_server.app import create_app
 from titans_server.settings import Settings
+from titans_server.telemetry import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.access").addFilter(lambda record: "/health/" not in record.getMessage())
+    logs.configure(settings.log_level, settings.log_format)
     AppStatus.disable_automatic_graceful_drain()  # a stream ends when it is done, not when the server is asked to
     server = uvicorn.Server(
         uvicorn.Config(
@@ -37,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
             host=settings.host,
             port=settings.port,
             log_config=None,
+            access_log=False,  # our own has the request's id
             timeout_graceful_shutdown=settings.drain_seconds,
         )
     )

@@ -13,6 +13,7 @@ from titans.tokenizer import Tokenizer
 from titans_server.engine import Engine, Finish
 from titans_server.errors import InvalidRequest, SessionBusy, SessionNotFound, StateMismatch, VersionConflict
 from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, Progress, Usage
+from titans_server.observer import Asked, Observer
 from titans_server.prompts import CompletionRequest, encode, prepare
 from titans_server.reading import Document
 from titans_server.sessions import codec
@@ -51,9 +52,17 @@ class SessionService:
     """Sessions on one engine and one store. Lives on the event loop."""
 
     def __init__(
-        self, engine: Engine, store: SessionStore, model: ServedModel, cache: StateCache, limits: Limits
+        self,
+        engine: Engine,
+        store: SessionStore,
+        model: ServedModel,
+        cache: StateCache,
+        limits: Limits,
+        *,
+        observer: Observer | None = None,
     ) -> None:
         self._engine = engine
+        self._observer = observer or Observer()
         self._store = store
         self._cache = cache
         self._limits = limits
@@ -104,7 +113,7 @@ class SessionService:
             document = Document(self.model.tokenizer, pieces, after=record.tokens_seen, window=self._engine.window)
             async with aclosing(document.strides()) as strides:
                 async for tokens in strides:
-                    state = await self._engine.ingest(state, tokens)
+                    state = await self._ingest(state, tokens)
                     document.num_learnt += len(tokens)
                     yield Progress(document.num_learnt, document.bytes_learnt, time.monotonic() - started)
             if not document.num_learnt:
@@ -159,7 +168,7 @@ class SessionService:
             async with aclosing(self._answer(state, request, said)) as pieces:
                 async for piece in pieces:
                     if piece.finish_reason is not None:
-                        state = await self._engine.ingest(state, said)
+                        state = await self._ingest(state, said)
                         record = await self._commit(record, state, len(said))
                     yield replace(piece, version=record.version)
 
@@ -178,19 +187,24 @@ class SessionService:
             sampling=request.sampling,
             recall=request.memory != "off",
         )
+        sampling = request.sampling
+        asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)
         async with aclosing(tokens):
-            async for drawn in tokens:
-                if isinstance(drawn, str):
-                    finish = drawn
-                    break
-                said.append(drawn.token)
-                if piece := text.feed(drawn):
-                    yield AnswerPiece(piece, text.take_tokens())
-                if text.stopped:
-                    break
+            with self._observer.answering(asked) as telling:
+                async for drawn in tokens:
+                    if isinstance(drawn, str):
+                        finish = drawn
+                        break
+                    telling.drawn()
+                    said.append(drawn.token)
+                    if piece := text.feed(drawn):
+                        yield AnswerPiece(piece, text.take_tokens())
+                    if text.stopped:
+                        break
+                rest = text.finish()
+                finish = "stop" if text.stopped else finish
+                telling.finished(finish)
         usage = Usage(len(prompt), len(said) - len(prompt), len(said))
-        rest = text.finish()
-        finish = "stop" if text.stopped else finish
         yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
 
     async def _open(self, session_id: str) -> tuple[SessionRecord, State]:
@@ -223,12 +237,23 @@ class SessionService:
         return await asyncio.shield(task)
 
     async def _load_once(self, record: SessionRecord) -> State:
-        blob = await self._store.load(record)
-        state = await asyncio.to_thread(codec.decode, blob, fingerprint=self.model.fingerprint, like=self._empty)
+        with self._observer.working("load"):
+            blob = await self._store.load(record)
+            state = await asyncio.to_thread(codec.decode, blob, fingerprint=self.model.fingerprint, like=self._empty)
         self._cache.put(record.id, record.write_id, state)
         return state
 
+    async def _ingest(self, state: State, tokens: list[int]) -> State:
+        with self._observer.working("ingest", len(tokens)):
+            return await self._engine.ingest(state, tokens)
+
     async def _commit(self, record: SessionRecord, state: State, num_tokens: int) -> SessionRecord:
+        with self._observer.working("commit"):
+            record = await self._commit_once(record, state, num_tokens)
+        self._cache.put(record.id, record.write_id, state)
+        return record
+
+    async def _commit_once(self, record: SessionRecord, state: State, num_tokens: int) -> SessionRecord:
         blob = await asyncio.to_thread(codec.encode, state, self.model.fingerprint)
         record = replace(
             record,
@@ -240,7 +265,6 @@ class SessionService:
             write_id=secrets.token_hex(8),
         )
         await self._store.commit(record, blob)
-        self._cache.put(record.id, record.write_id, state)
         return record
 
     @asynccontextmanager

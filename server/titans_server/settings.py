@@ -30,3 +30,4 @@ class Settings(BaseSettings):
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"

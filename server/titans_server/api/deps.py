@@ -11,6 +11,7 @@ from titans_server.api.documents import DocumentReader
 from titans_server.errors import DocumentTooLarge, InvalidRequest
 from titans_server.service import SessionService
 from titans_server.settings import Settings
+from titans_server.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ class AppContext:
 
     service: SessionService
     settings: Settings
+    metrics: Metrics
     device: str
     store_name: str
 

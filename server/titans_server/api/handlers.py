@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from titans_server.errors import InvalidRequest, TitansError
+from titans_server.telemetry import request
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def answer(error: TitansError, status: int | None = None) -> Response:
     """The response that an error leaves as, with its own status unless another is given."""
+    request.failed(error.code)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     body = json.dumps(error.body())  # in ASCII: what is quoted in it may be no text
     return Response(body, status or error.status, headers, "application/json")

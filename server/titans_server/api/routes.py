@@ -1,5 +1,6 @@
 """The endpoints. docs/api.md says the same to a user, and a test compares the two."""
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -13,6 +14,7 @@ from titans_server.errors import InvalidRequest
 from titans_server.events import CompletionChunk, DocumentLearnt
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
+from titans_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()
 SESSION = "/v1/sessions/{session_id}"
@@ -77,6 +79,12 @@ async def ready(service: Service, context: Context) -> Health:
     await service.check()
     model = service.model
     return Health(model=model.name, fingerprint=model.fingerprint, device=context.device, store=context.store_name)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(context: Context) -> Response:
+    """Show the metrics in Prometheus' text format."""
+    return Response(await asyncio.to_thread(context.metrics.exposition), media_type=CONTENT_TYPE)
 
 
 async def _learn(service: SessionService, session_id: str, upload: Upload) -> DocumentLearnt:

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from titans_server.errors import TitansError
 from titans_server.events import CompletionChunk, DocumentLearnt, Progress
+from titans_server.telemetry import request
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,19 @@ async def _framed(events: AsyncGenerator[Event, None]) -> AsyncGenerator[ServerS
             async for event in source:
                 yield ServerSentEvent(_json(event if isinstance(event, dict) else asdict(event)), event=_name(event))
         except TitansError as error:
-            yield ServerSentEvent(_json(error.body()), event="error")
+            yield _error(error)
         except ClientDisconnect:
             log.info("the client left before its document was read")
             return
         except Exception:
             log.exception("a stream failed")
-            yield ServerSentEvent(_json(TitansError("internal error").body()), event="error")
+            yield _error(TitansError("internal error"))
     yield DONE
+
+
+def _error(error: TitansError) -> ServerSentEvent:
+    request.failed(error.code)
+    return ServerSentEvent(_json(error.body()), event="error")
 
 
 def _name(event: Event) -> str | None:

@@ -7,6 +7,7 @@ the only thing both write, under `_wake`. The thread ends when `close` is called
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
@@ -17,6 +18,7 @@ from titans_server.engine.request import Finish, Generation, Ingestion
 from titans_server.engine.runner import Runner
 from titans_server.engine.scheduler import Scheduler
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
+from titans_server.observer import Computed, Observer
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,18 @@ log = logging.getLogger(__name__)
 class Engine:
     """States in, states and tokens out, for many sessions at once."""
 
-    def __init__(self, runner: Runner, *, eos_token: int, max_running: int = 64, max_requests: int = 256) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        eos_token: int,
+        max_running: int = 64,
+        max_requests: int = 256,
+        observer: Observer | None = None,
+    ) -> None:
         """`max_running`: answers decoded together; `max_requests`: admitted at once, others are refused."""
         self._runner = runner
+        self._observer = observer or Observer()
         self._eos_token = eos_token
         self._max_requests = max_requests
         self._scheduler = Scheduler(
@@ -56,6 +67,21 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether work is still being done."""
         return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        """Answers being made."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers whose prompt is not read yet."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_ingesting(self) -> int:
+        """Strides of documents under way."""
+        return self._scheduler.num_ingesting
 
     @property
     def window(self) -> int:
@@ -117,10 +143,10 @@ class Engine:
             for request in self._scheduler.cancelled():
                 self._end(request)
             step = self._scheduler.next_step()
-            self._guard([request for request, _ in step.ingest], partial(self._ingest, step.ingest))
-            self._guard(step.decode, partial(self._decode, step.decode))
+            self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
+            self._guard("decode", step.decode, partial(self._decode, step.decode))
             for request, size in step.prefill:
-                self._guard([request], partial(self._prefill, request, size))
+                self._guard("prefill", [request], partial(self._prefill, request, size))
         for request in self._scheduler.all_requests():
             self._fail(request, ShuttingDown("the server is shutting down"))
 
@@ -134,11 +160,13 @@ class Engine:
             self._inbox.clear()
             return not self._closing
 
-    def _guard(self, requests: Sequence[Ingestion | Generation], compute: Callable[[], None]) -> None:
+    def _guard(self, kind: Computed, requests: Sequence[Ingestion | Generation], compute: Callable[[], None]) -> None:
         """A fault in a batch ends the batch's requests, not the engine."""
+        started = time.perf_counter()
         try:
             if requests:
                 compute()
+                self._observer.computed(kind, time.perf_counter() - started)
         except Exception:
             log.exception("a step failed")
             for request in requests:

@@ -35,7 +35,22 @@ class Scheduler:
         self._ingesting: deque[Ingestion] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._running) + len(self._ingesting)
+        return self.num_waiting + self.num_running + self.num_ingesting
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers whose prompt is not read yet. Like the other two, any thread may ask."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Answers being made."""
+        return len(self._running)
+
+    @property
+    def num_ingesting(self) -> int:
+        """Pieces of documents under way."""
+        return len(self._ingesting)
 
     def add(self, request: Generation | Ingestion) -> None:
         """Take a request in."""

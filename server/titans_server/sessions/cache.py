@@ -13,6 +13,14 @@ class StateCache:
         self._num_bytes = 0
         self._states: OrderedDict[str, tuple[str, State]] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the states that are here."""
+        return self._num_bytes
+
     def get(self, session_id: str, write_id: str) -> State | None:
         """The state that exactly this commit made, where it is here."""
         held = self._states.get(session_id)

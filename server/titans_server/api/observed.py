@@ -1,0 +1,54 @@
+"""The outermost layer of the app: every request has an id, a line in the log and a place in the metrics."""
+
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from titans_server.telemetry import request
+from titans_server.telemetry.metrics import Metrics
+
+log = logging.getLogger("titans_server.access")
+
+REQUEST_ID = "X-Request-ID"
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+_QUIET = ("/health/", "/metrics")  # asked every few seconds: not worth a line
+
+
+class Observed:
+    """Pure ASGI, so that streams and disconnects pass through untouched."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve, and tell."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        info = request.begin(Headers(scope=scope).get(REQUEST_ID))
+        started = time.perf_counter()
+        status = 499  # nginx's number for a client that left before it was answered
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = info.id
+            await send(message)
+
+        with self._metrics.in_flight.track_inprogress():
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                self._tell(scope, status, time.perf_counter() - started, info)
+
+    def _tell(self, scope: Scope, status: int, seconds: float, info: request.RequestInfo) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.answered(method, route, status, seconds, info.error_code)
+        if not scope["path"].startswith(_QUIET):
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 3)}
+            log.info("answered", extra=fields | {"code": info.error_code})
