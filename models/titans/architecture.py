@@ -107,8 +107,12 @@ class MemoryLayer(Layer):
 
     def forward(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
         """h + M(h)."""
-        y_BTD, parts = _consult(self.memory, h_BTD, call, parts)
+        y_BTD, parts = self.answer(h_BTD, call, parts)
         return h_BTD + y_BTD, parts
+
+    def answer(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+        """M(h) by itself."""
+        return _consult(self.memory, h_BTD, call, parts)
 
     def learn(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
         """Write alone: the layers above are given the last window later as the layers below left it."""

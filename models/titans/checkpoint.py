@@ -81,6 +81,8 @@ def load(
     model.requires_grad_(False)
     for module in model.memories:
         module.cast_projections(model.dtype)
+    if model.readout is not None:
+        model.readout.to(model.dtype)
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
 
 
@@ -102,16 +104,16 @@ def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
 
 
 def memory_tensors(model: TitansModel) -> dict[str, Tensor]:
-    """What a body does not have, by name: the memories and what merges them with attention. Not copies."""
-    ours = {"memory", "merge"}
+    """What a body does not have, by name: the memories, what merges them with attention, the readout. Not copies."""
+    ours = {"memory", "merge", "readout"}
     return {name: x for name, x in model.state_dict().items() if ours & set(name.split("."))}
 
 
 def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
     """Move a model to where it runs, in place: the body in `dtype`, the memories in float32, sinks set, no training."""
     model.to(device, dtype).eval()
-    for memory in model.memories:
-        memory.float()
+    for ours in (*model.memories, *([model.readout] if model.readout is not None else [])):
+        ours.float()
     model.set_sinks()
 
 

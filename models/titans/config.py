@@ -93,7 +93,8 @@ class TitansConfig:
     """A body, its memories and where they stand, and how far attention sees.
 
     Raises ValueError where `memory_layers` is empty, out of order or names what the body has not, where there is no
-    such architecture, and where a MAC's window is not a multiple of the memory's chunk_size.
+    such architecture, where a MAC's window is not a multiple of the memory's chunk_size, and where a readout is asked
+    of another architecture than "mal".
     """
 
     backbone: BackboneConfig
@@ -102,6 +103,7 @@ class TitansConfig:
     architecture: Architecture = "mal"
     window: int = 256  # tokens that attention sees; with "mac" the tokens of a segment
     num_persistent: int = 1  # keys and values per layer that are always attended to (eq. 19)
+    readout: bool = False  # True: what the last memory answers also reaches the head past the layers above ("mal")
 
     def __post_init__(self) -> None:
         layers = self.memory_layers
@@ -115,6 +117,8 @@ class TitansConfig:
             raise ValueError(f"the body has the layers 0 to {self.backbone.num_layers - 1}")
         if self.architecture == "mac" and self.window % self.memory.chunk_size:
             raise ValueError("a segment of a MAC is a whole number of the memory's chunks")
+        if self.readout and self.architecture != "mal":
+            raise ValueError('only the architecture "mal" has a readout')
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-compatible description; `from_dict` reads it back."""
@@ -122,7 +126,7 @@ class TitansConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TitansConfig":
-        """The inverse of `to_dict`, also by way of JSON. What `memory` does not name has its default.
+        """The inverse of `to_dict`, also by way of JSON. What `memory` does not name has its default; so has `readout`.
 
         Raises KeyError where a part is missing, TypeError where the body or the memory has a field too many, too few or
         of a wrong type, and ValueError as the constructors do.
@@ -134,10 +138,13 @@ class TitansConfig:
             architecture=fields["architecture"],
             window=fields["window"],
             num_persistent=fields["num_persistent"],
+            readout=fields.get("readout", False),
         )
 
 
-def tiny(architecture: Architecture = "mal", memory_layers: tuple[int, ...] = (2,), **memory: Any) -> TitansConfig:
+def tiny(
+    architecture: Architecture = "mal", memory_layers: tuple[int, ...] = (2,), *, readout: bool = False, **memory: Any
+) -> TitansConfig:
     """A model small enough for unit tests: 4 layers, 48 wide, a memory in the middle; `memory` is for MemoryConfig."""
     return TitansConfig(
         backbone=BackboneConfig(
@@ -158,4 +165,5 @@ def tiny(architecture: Architecture = "mal", memory_layers: tuple[int, ...] = (2
         memory_layers=memory_layers,
         architecture=architecture,
         window=16,
+        readout=readout,
     )

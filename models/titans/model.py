@@ -1,7 +1,7 @@
 r"""A Titans model: a body, and memories that stand where its config says (`titans.architecture`).
 
     tokens -> layers up to the last memory -> layers above it -> logits
-              \__ ingest runs these __/
+              \__ ingest runs these __/   \___ readout, if any ___/
 
 What a memory is written with does not depend on the layers above it, so `ingest` runs neither those nor the head.
 Reading (`open`, then `forward`) runs all, and leaves the session's own state alone.
@@ -70,6 +70,7 @@ class TitansModel(nn.Module):
         steps = tuple(self._steps())
         last = max(i for i, step in enumerate(steps) if step.memories)
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
+        self.readout = Readout(body.hidden_size) if config.readout else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,7 +142,9 @@ class TitansModel(nn.Module):
         return Stream(state, upper, write, recall)
 
     def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Sequence[int] | None = None) -> tuple[Tensor, Stream]:
-        """Hidden states [B, T, D] of tokens that follow a stream, and the stream after them (`logits` scores them).
+        """Hidden states [B, T, D] of tokens that follow a stream, normed, and the stream after them.
+
+        `logits` scores them.
 
         Each token reads the memories; where the stream writes it is learnt first, and the stream's state is then what
         `ingest` makes of the tokens, but for its tail. Tokens and `lengths` as in `ingest`, T 1 or more; past a row's
@@ -164,14 +167,28 @@ class TitansModel(nn.Module):
     def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
         state = stream.state
         call = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
-        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower, state.layers)
+        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
+        h_BTD, last, y_BTD = self._consult(h_BTD, call, state.layers[-1])
         h_BTD, upper = self._walk(h_BTD, call, self.upper, stream.upper)
-        state = State(state.position + lengths_B, layers, state.tail)
-        return h_BTD, Stream(state, upper, stream.write, stream.recall)
+        state = State(state.position + lengths_B, (*layers, last), state.tail)
+        return self.finish(h_BTD, y_BTD), Stream(state, upper, stream.write, stream.recall)
+
+    def _consult(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
+        """The layer of the last memory: hidden states, parts and, where there is a readout, what the memory answers."""
+        if self.readout is None:
+            h_BTD, (last,) = self._walk(h_BTD, call, self.lower[-1:], (parts,))
+            return h_BTD, last, None
+        y_BTD, last = cast(MemoryLayer, self.lower[-1]).answer(h_BTD, call, parts)
+        return h_BTD + y_BTD, last, y_BTD
+
+    def finish(self, h: Tensor, y: Tensor | None = None) -> Tensor:
+        """What `logits` scores, from what the last layer leaves and the last memory answers; both are [..., D]."""
+        h = self.norm(h)
+        return h if self.readout is None or y is None else h + self.readout(y)
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., D] hidden states, as `forward` returns them, to [..., N] scores, float32."""
-        return self.head(self.norm(h)).float()  # type: ignore[no-any-return]
+        return self.head(h).float()  # type: ignore[no-any-return]
 
     def place(
         self, position_B: Tensor, lengths_B: Tensor, num_tokens: int, *, write: bool = False, recall: bool = True
@@ -246,6 +263,21 @@ class TitansModel(nn.Module):
             columns = torch.tensor(starts)[:, None] + torch.arange(max(counts))
             yield columns.clamp(max=max(lengths) - 1).to(self.device), torch.tensor(counts, device=self.device)
             starts = [start + count for start, count in zip(starts, counts, strict=True)]
+
+
+class Readout(nn.Module):
+    """From a memory's answer to the head, past the layers between, which were never shown an answer of a memory.
+
+    It starts with nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[..., D] to [..., D], in y's dtype."""
+        return F.linear(y, self.weight.to(y.dtype))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

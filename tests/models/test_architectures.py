@@ -52,6 +52,15 @@ def test_a_document_is_read_as_the_equations_say_but_for_float32(
     architecture: Architecture, form: dict[str, Any], layers: tuple[int, ...], num_persistent: int, tokens_T: Tensor
 ) -> None:
     model = make_model(architecture, layers, num_persistent, **form)
+    check(model, tokens_T)
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (3,)])
+def test_a_readout_is_added_to_what_the_head_is_given(layers: tuple[int, ...], tokens_T: Tensor) -> None:
+    check(make_model("mal", layers, 1, readout=True), tokens_T)
+
+
+def check(model: TitansModel, tokens_T: Tensor) -> None:
     expected = read_document(model, tokens_T)
     for length in LENGTHS:
         for grad in (False, True):  # attention in one pass, and as it is written
@@ -60,10 +69,10 @@ def test_a_document_is_read_as_the_equations_say_but_for_float32(
             torch.testing.assert_close(logits, expected[:length], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "readout"), [("mal", True), *((name, False) for name in ARCHITECTURES)])
 @torch.no_grad()
-def test_no_weight_could_be_left_out_unseen(architecture: Architecture, tokens_T: Tensor) -> None:
-    model, tokens_T = make_model(architecture, (0, 2), 3, **DEEP), tokens_T[:21]
+def test_no_weight_could_be_left_out_unseen(architecture: Architecture, readout: bool, tokens_T: Tensor) -> None:
+    model, tokens_T = make_model(architecture, (0, 2), 3, readout=readout, **DEEP), tokens_T[:21]
     expected = read_document(model, tokens_T)
     for name, parameter in model.named_parameters():
         weight = parameter.clone()

@@ -53,10 +53,10 @@ class TinyCheckpoint:
 
 
 def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> TinyCheckpoint:
-    """`make_tiny` on disk, with a tokenizer whose tokens are bytes and a chat template."""
+    """`make_tiny` with a readout, on disk, with a tokenizer whose tokens are bytes and a chat template."""
     body, memory = folder / f"tiny-{seed}", folder / f"memory-{seed}.safetensors"
     body.mkdir(parents=True)
-    model, alphabet = make_tiny(seed, window=window), sorted(ByteLevel.alphabet())
+    model, alphabet = make_tiny(seed, window=window, readout=True), sorted(ByteLevel.alphabet())
     mute = [i for i, letter in enumerate([*_SPECIAL, *alphabet]) if not (letter.isascii() and letter.isalnum())]
     model.embedding.weight[mute] = 0.0  # so that what it says is text that can be told apart
     config = model.config.backbone

@@ -27,13 +27,18 @@ def read_document(model: TitansModel, tokens_T: Tensor) -> Tensor:
     """Logits [T, N], float64: each token is learnt by every memory before that memory answers it."""
     config, weights = model.config, {name: Tensor.double(x) for name, x in model.state_dict().items()}
     h_TD = weights["embedding.weight"][tokens_T]
+    answered_TD = torch.zeros_like(h_TD)
     for i in range(config.backbone.num_layers):
         layer, kind = under(weights, f"layers.{i}."), config.architecture if i in config.memory_layers else None
         if kind == "mal":
-            h_TD = h_TD + consult(config, under(weights, f"memory_layers.{i}.memory."), h_TD)  # eq. 30
+            answered_TD = consult(config, under(weights, f"memory_layers.{i}.memory."), h_TD)
+            h_TD = h_TD + answered_TD  # eq. 30
         h_TD = h_TD + mix(config, layer, kind, h_TD)
         h_TD = h_TD + swiglu(layer, rms_norm(config, layer["mlp_norm.weight"], h_TD))
-    return rms_norm(config, weights["norm.weight"], h_TD) @ weights["head.weight"].T
+    h_TD = rms_norm(config, weights["norm.weight"], h_TD)
+    if config.readout:  # this project's
+        h_TD = h_TD + answered_TD @ weights["readout.weight"].T
+    return h_TD @ weights["head.weight"].T
 
 
 def mix(config: TitansConfig, layer: Weights, kind: str | None, h_TD: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
     memory = MemoryConfig(momentum=args.momentum)
-    model = build(backbone, TitansConfig(backbone.config, memory, memory_layers=(args.layer,)))
+    model = build(backbone, TitansConfig(backbone.config, memory, memory_layers=(args.layer,), readout=True))
     device = preferred_device()
     ready(model, device, preferred_dtype(device))
     pool = load_pool(model, backbone.tokenizer, args.texts, config, args.run / "pool.pt")

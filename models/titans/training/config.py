@@ -42,6 +42,7 @@ class TrainingConfig:
     text_weight: float = 0.5
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
+    leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
     num_facts: int = 8_000  # in the pool
     haystack_tokens: int = 160_000
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
@@ -50,11 +51,12 @@ class TrainingConfig:
     stages: tuple[Stage, ...] = field(
         default=(
             Stage(512, 16, 200, 10, 0),
-            Stage(1_024, 16, 300, 20, 0),
-            Stage(4_096, 4, 40, 24, 0),
+            Stage(1_024, 16, 250, 20, 0),
+            Stage(4_096, 4, 80, 24, 0),
             Stage(1_024, 16, 120, 12, 32),
-            Stage(4_096, 8, 20, 24, 24),
-            Stage(32_768, 2, 20, 24, 24),
+            Stage(4_096, 8, 30, 24, 24),
+            Stage(16_384, 4, 20, 24, 24),
+            Stage(65_536, 2, 20, 24, 24),
         )
     )
 

@@ -26,6 +26,7 @@ _SAVE_EVERY = 20  # steps
 _STRENGTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 _STRENGTH_BATCHES = 6
 _FIRST_MOMENTUM = -3.0  # of its gate, before the sigmoid
+_SHUT = 1e-4  # a step size below which a million tokens do no harm
 _SEGMENT = 512  # tokens between two states that are kept for the backward pass; longer is slower on a CPU
 
 
@@ -36,6 +37,7 @@ class Losses:
     recall: Tensor  # nats a token of all that was stated, read straight from the memory
     recalled: float  # share of it of which every token came first
     opening: Tensor  # mean step size at plain text, which is not asked for
+    leak: Tensor  # nats by which it is above what does no harm
     answer: Tensor | None = None  # nats a token of the answers
     lead: Tensor | None = None  # nats a token of what stands before an answer
     text: Tensor | None = None  # nats a token of plain text
@@ -74,6 +76,7 @@ class Trainer:
         nn.init.normal_(self.readout.weight, std=0.1 / size)
         model.requires_grad_(False)
         self.memory.float().requires_grad_(True)
+        self.direct = model.readout  # learns with the body
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
 
     def train(self) -> None:
@@ -106,26 +109,40 @@ class Trainer:
         """Learn the documents, give back all they stated, answer the rows."""
         memory = self._learn(batch.documents)
         recall, recalled = self._recall(memory, batch.recalls)
-        opening = self.memory.writes(batch.plain).theta.mean()
+        theta = self.memory.writes(batch.plain).theta
+        opening, leak = theta.mean(), (theta / _SHUT).log1p().mean()
         if not batch.rows:
-            return Losses(recall, recalled, opening)
-        return Losses(recall, recalled, opening, *self._answer(memory, batch.rows))
+            return Losses(recall, recalled, opening, leak)
+        return Losses(recall, recalled, opening, leak, *self._answer(memory, batch.rows))
 
     def _recall(self, memory: MemoryState, recalls: Recalls) -> tuple[Tensor, float]:
         """Every fact, asked or not, by a readout of what the memory answers: one matrix, then the body's embedding.
 
         The layers above take no part: this is the cheap signal that teaches keys, queries, values and gates.
         """
-        context = recalls.asking.shape[1] - recalls.answers.shape[1]
-        recent = torch.zeros_like(memory.recent[recalls.document_of])
-        y, _ = self.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
         counts = recalls.answers != -100
-        y = y[:, context:][counts].float()
+        y = self._read(memory, recalls)
         logits = self.readout(F.rms_norm(y, y.shape[-1:])) @ self.letters.T
         targets = torch.searchsorted(self.alphabet, recalls.answers[counts])
         wrong = torch.zeros_like(counts)
         wrong[counts] = logits.argmax(-1) != targets
         return next_token_loss(logits, targets), 1 - wrong.any(1).float().mean().item()
+
+    def _read(self, memory: MemoryState, recalls: Recalls) -> Tensor:
+        """What the memory answers wherever a value's token is asked for: [tokens, D], float32."""
+        context = recalls.asking.shape[1] - recalls.answers.shape[1]
+        recent = torch.zeros_like(memory.recent[recalls.document_of])
+        y, _ = self.memory.read(recalls.asking, memory.weights[recalls.document_of], recent)
+        return y[:, context:][recalls.answers != -100].float()
+
+    @torch.no_grad()
+    def _start_direct(self, batch: Batch) -> None:
+        """Let the model's readout begin with what the lesson alone has learnt, at the usual size of an answer."""
+        if self.direct is not None:
+            y = self._read(self._learn(batch.documents), batch.recalls)
+            letters = self.model.embedding.weight[self.alphabet].float()
+            scale = y.square().mean(-1).sqrt().median() * letters.square().mean(-1).sqrt().mean()
+            self.direct.weight.copy_(self.readout.weight / scale)
 
     def _answer(self, memory: MemoryState, rows: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor, float]:
         """The questions and the plain text, through the layers above: answers, leads, text; the share that is right."""
@@ -155,7 +172,7 @@ class Trainer:
         for layer, parts in zip(self.model.upper, rows.parts(), strict=True):
             h, _ = layer(h, call, parts)
         counts = rows.targets != -100
-        return self.model.logits(h[counts]), counts
+        return self.model.logits(self.model.finish(h[counts], y[counts])), counts
 
     @torch.no_grad()
     def _check(self, stage: Stage) -> dict[str, float]:
@@ -199,8 +216,12 @@ class Trainer:
 
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
-        losses = self.losses(make_batch(self.pool, self.config, stage, self.step).to(self.model.device))
+        batch = make_batch(self.pool, self.config, stage, self.step).to(self.model.device)
+        if batch.rows and not self.config.lesson_at(self.step)[0]:
+            self._start_direct(batch)
+        losses = self.losses(batch)
         loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening
+        loss = loss + self.config.leak_weight * losses.leak
         if losses.answer is not None and losses.lead is not None and losses.text is not None:
             loss = loss + losses.answer + self.config.lead_weight * losses.lead + self.config.text_weight * losses.text
         loss.backward()
@@ -218,13 +239,15 @@ class Trainer:
                 parameter.requires_grad_(rates[group["kind"]] > 0)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self.memory.parameters(), *self.readout.parameters()]
+        direct = () if self.direct is None else self.direct.parameters()
+        return [*self.memory.parameters(), *self.readout.parameters(), *direct]
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in vars(self.config.alone)}
         for name, parameter in self.memory.named_parameters():
             groups[kind_of(name)].append(parameter)
         groups["readout"] += self.readout.parameters()
+        groups["answers"] += () if self.direct is None else self.direct.parameters()
         decay = dict.fromkeys(("keys", "values", "answers"), self.config.weight_decay)
         return [
             {"params": params, "kind": kind, "weight_decay": decay.get(kind, 0.0)} for kind, params in groups.items()
@@ -237,12 +260,16 @@ class Trainer:
 
     def _save(self) -> None:
         part = self.run / "trainer.part"
-        fields = {"step": self.step, "memory": self.memory.state_dict(), "readout": self.readout.state_dict()}
-        torch.save(fields | {"optimizer": self.optimizer.state_dict()}, part)
+        fields = {"step": self.step} | {name: x.state_dict() for name, x in self._learners().items()}
+        torch.save(fields, part)
         part.replace(self.run / "trainer.pt")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
         log = {"config": asdict(self.config), "history": self.history}
         (self.run / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+
+    def _learners(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        direct = {} if self.direct is None else {"direct": self.direct}
+        return {"memory": self.memory, "readout": self.readout, "optimizer": self.optimizer, **direct}
 
     def _resume(self) -> bool:
         """Go on where the run was saved last, if it was."""
@@ -251,9 +278,8 @@ class Trainer:
             return False
         fields = torch.load(path, map_location=self.model.device, weights_only=True)
         self.step = fields["step"]
-        self.memory.load_state_dict(fields["memory"])
-        self.readout.load_state_dict(fields["readout"])
-        self.optimizer.load_state_dict(fields["optimizer"])
+        for name, learner in self._learners().items():
+            learner.load_state_dict(fields[name])
         self.history = json.loads((self.run / "log.json").read_text())["history"]
         return True
 
