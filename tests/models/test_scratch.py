@@ -88,9 +88,10 @@ def test_every_parameter_is_trained(tmp_path: Path) -> None:
 
 def test_the_table_shows_what_was_scored() -> None:
     scores = {"memory on": {"1x": 1.0, "2x": 0.995, "4x": 0.5}, "memory off": {"1x": 0.1, "2x": 0.1, "4x": 0.125}}
-    heading, row = table([("mac, all", scores)]).splitlines()
-    assert heading.split() == ["1x", "2x", "4x", "memory", "off,", "4x"]
-    assert row.split() == ["mac,", "all", "100.0%", "99.5%", "50.0%", "12.5%"]
+    heading, row, other = table("mac", [("no momentum", scores), ("deep, no forgetting", scores)]).splitlines()
+    assert heading.split() == ["1x", "2x", "4x", "memory", "off,", "4x", "paper,", "table", "5"]
+    assert row.split() == ["mac,", "no", "momentum", "100.0%", "99.5%", "50.0%", "12.5%", "87.1%"]
+    assert other.split()[-2:] == ["12.5%", "-"]
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from titans.config import Architecture
-from titans.training.scratch.config import ScratchConfig, ablations
+from titans.training.scratch.config import PAPER, ScratchConfig, ablations
 from titans.training.scratch.tasks import TASKS
 from titans.training.scratch.trainer import LENGTHS, Scores, ScratchTrainer
 
@@ -33,18 +33,20 @@ def run(args: argparse.Namespace) -> int:
         trainer = ScratchTrainer(
             variant, folder, checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
         )
-        rows.append((f"{args.architecture}, {name}", trainer.train()))
-    trainer.accelerator.print(table(rows))
+        rows.append((name, trainer.train()))
+    trainer.accelerator.print(table(args.architecture, rows))
     return 0
 
 
-def table(rows: Iterable[tuple[str, Scores]]) -> str:
-    """Scores side by side; the lengths are those of the documents, in lengths of training."""
+def table(architecture: str, rows: Iterable[tuple[str, Scores]]) -> str:
+    """Scores side by side; the lengths are those of the documents, in lengths of training. With the paper's beside."""
     longest = max(LENGTHS, key=LENGTHS.__getitem__)
-    lines = [f"{'':<28}" + "".join(f"{length:>8}" for length in LENGTHS) + f"{f'memory off, {longest}':>18}"]
+    heading = "".join(f"{length:>8}" for length in LENGTHS)
+    lines = [f"{'':<28}{heading}{f'memory off, {longest}':>18}{'paper, table 5':>18}"]
     for name, scores in rows:
         on = "".join(f"{scores['memory on'][length]:>8.1%}" for length in LENGTHS)
-        lines.append(f"{name:<28}{on}{scores['memory off'][longest]:>18.1%}")
+        paper = f"{PAPER[name]:.1f}%" if name in PAPER else "-"
+        lines.append(f"{f'{architecture}, {name}':<28}{on}{scores['memory off'][longest]:>18.1%}{paper:>18}")
     return "\n".join(lines)
 
 
