@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo serve test check format bench redis clean
+.PHONY: setup demo serve test chaos check format bench redis strace clean
 
 setup: .venv/ready
 
@@ -23,6 +23,9 @@ serve: setup
 test: setup redis
 	$(BIN)/python -m pytest
 
+chaos: setup redis strace
+	CHAOS=whole $(BIN)/python -m pytest tests/chaos --timeout 3600
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +45,10 @@ bench: setup
 redis:
 	@command -v redis-server >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server) \
 	  || (echo 'the tests need redis-server: install it with your package manager' >&2; exit 1)
+
+strace:
+	@command -v strace >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends strace) \
+	  || (echo 'make chaos needs strace: install it with your package manager' >&2; exit 1)
 
 clean:
 	rm -rf .venv .titans .mypy_cache .ruff_cache .pytest_cache .hypothesis

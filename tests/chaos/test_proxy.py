@@ -69,6 +69,8 @@ def test_a_late_answer_is_late(proxy: FaultProxy, client: socket.socket) -> None
         began = time.monotonic()
         assert exchange(client, b"a") == b"A"
         assert time.monotonic() - began >= 0.2
+    with proxy.fault(CUT):  # a connection that was late is as good as any
+        assert exchange(client, b"b") == b""
 
 
 def test_a_cut_request_never_arrives(proxy: FaultProxy, client: socket.socket) -> None:

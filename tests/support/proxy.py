@@ -73,7 +73,7 @@ class FaultProxy:
 
     @contextmanager
     def fault(self, fault: Fault) -> Iterator[None]:
-        """Within the context, and for connections that it befell to their end, this goes wrong."""
+        """Within the context this goes wrong; a connection that it has limited stays so to its end."""
         self._set(fault)
         try:
             yield
@@ -93,6 +93,10 @@ class FaultProxy:
     def num_befallen(self) -> int:
         """The connections that the last fault has befallen."""
         return self._num_befallen
+
+    def is_over(self, fault: Fault) -> bool:
+        """Whether a fault that befell a connection has ended since."""
+        return fault is not self._fault
 
     def begins_with(self, piece: bytes, *, is_reply: bool) -> Fault | None:
         """The fault, where it begins with this piece of a connection that was well so far."""
@@ -185,6 +189,9 @@ class _Connection:
                 return
 
     def _befall(self, piece: bytes, *, is_reply: bool) -> None:
+        is_limited = (self._request_left, self._reply_left) != (None, None)
+        if self._fault is not None and self._proxy.is_over(self._fault) and not is_limited:
+            self._fault = None
         if self._fault is None and (fault := self._proxy.begins_with(piece, is_reply=is_reply)):
             self._fault, self._request_left, self._reply_left = fault, fault.request_bytes, fault.reply_bytes
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import httpx
 import uvicorn
 from blockbuster import blockbuster_ctx
+from support.launcher import ForkedServer, Launcher
 from titans_client import Client, TitansError
 from titans_server.app import create_app
 from titans_server.settings import Settings
@@ -30,16 +31,22 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """`python -m titans_server`, ready when the context is entered, terminated when it is left."""
+    """`python -m titans_server`, ready when the context is entered, killed when it is left.
 
-    def __init__(self, store: str, log: Path, environment: dict[str, str] | None = None) -> None:
+    With a launcher it is forked rather than started, which is ten times as fast.
+    """
+
+    def __init__(
+        self, store: str, log: Path, environment: dict[str, str] | None = None, launcher: Launcher | None = None
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
         self.store = store
         self._log = log
-        self._environment = environment or {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.environment = environment or {}
+        self._launcher = launcher
+        self.process: subprocess.Popen[bytes] | ForkedServer | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -53,16 +60,26 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start, again if need be, and wait until it is ready."""
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("TITANS_")} | self._environment
-        command = [sys.executable, "-m", "titans_server", "--port", str(self.port), "--store", self.store]
-        with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("TITANS_")} | self.environment
+        args = ["--port", str(self.port), "--store", self.store]
+        if self._launcher is not None:
+            self.process = self._launcher.start(args, variables, self._log)
+        else:
+            with self._log.open("ab") as log:
+                command = [sys.executable, "-m", "titans_server", *args]
+                self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
         try:
             with Client(self.url) as client:
                 client.wait_until_ready(is_alive=self.is_running)
         except TitansError as error:
             self.kill()
             raise AssertionError(f"the server is not ready:\n{self.log}") from error
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started last."""
+        assert self.process is not None
+        return self.process.pid
 
     def is_running(self) -> bool:
         """Whether the process is there."""
@@ -95,7 +112,7 @@ class ServerProcess:
         """SIGKILL: no farewell of any kind."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            self.process.wait(timeout=60)
 
     @property
     def log(self) -> str:
