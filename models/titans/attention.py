@@ -6,7 +6,11 @@ pretrained body has one, the attention sink: a window that loses its first token
 "Efficient Streaming Language Models with Attention Sinks"). They stand where bos would: right before the session's
 first token (the segment's, where attention is segmented), and never further back than W.
 
-Shapes: B batch · T new tokens · W window · S keys in sight · H query heads · G kv heads · E head dim · P persistent.
+Many new tokens attend a block of queries at a time: a block sees no more than W keys and its own, so what is out of
+sight is never computed, and what a block computes stays in the processor's cache.
+
+Shapes: B batch · T new tokens · W window · S keys in sight · H query heads · G kv heads · E head dim · P persistent ·
+R = H / G query heads that share a kv head.
 """
 
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from titans.layers import Rotation
 
+_BLOCK = {"cpu": 64}  # queries that are mixed together; elsewhere all of a window's (measured on a CPU alone)
 UNSEEN = -1e30  # exp of it is 0 beside any score; finite, so that a padding token that sees nothing stays finite
 
 
@@ -33,14 +38,20 @@ class Ring(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tokens of one call stand: all that attention needs to know of positions, once for all layers."""
+    """Where the tokens of one call stand: all that attention needs to know of positions, once for all layers.
 
-    rotation: Rotation  # of queries and keys [B, T]
-    persistent_rotation: Rotation  # of queries, as seen from the persistent tokens
-    bias_BTS: Tensor  # float32: 0 where a query may see a key, else UNSEEN; S = W + T (ring, then new), or W if T = 1
+    A token that comes alone looks at the ring as it lies, with itself in it: S = W. Several look at the ring, its
+    oldest token first, and then at themselves: S = W + T.
+    """
+
+    rotation: Rotation  # [B, T, 2]: of queries and keys, and of queries as seen from the persistent tokens
+    bias_BTS: Tensor  # float32: 0 where a query may see a key, else UNSEEN
+    oldest_first: Tensor | None  # [B, 1, W, 1] the slots in order; None: they are, or the token comes alone
     rows: Tensor  # [N] batch row of each valid token that the ring keeps
     columns: Tensor  # [N] its column among the new tokens
     slots: Tensor  # [N] its slot in the ring
+    cells: Tensor  # [N G] the same, counted through all of a ring [B, G, W]
+    all_kept: bool  # every new token is one of the N
 
     @classmethod
     def place(
@@ -50,20 +61,27 @@ class Placement:
         num_tokens: int,
         *,
         window: int,
+        num_kv_heads: int,
         head_dim: int,
         theta: float,
         segmented: bool = False,
     ) -> "Placement":
         """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns.
 
-        Both are [B] int64. `window` is W, `head_dim` E, `theta` the base of the rotary angles.
+        Both are [B] int64. `window` is W, `num_kv_heads` G, `head_dim` E, `theta` the base of the rotary angles.
         """
         columns_T = torch.arange(num_tokens, device=position_B.device)
+        slots_W = torch.arange(window, device=position_B.device)
         new_BT = position_B[:, None] + columns_T
-        if num_tokens == 1:  # the one token is in the ring before it looks
-            keys_BS = _ring_positions(position_B + lengths_B, window)
+        oldest_first = None
+        if num_tokens == 1:
+            last_B1 = position_B[:, None] + lengths_B[:, None] - 1
+            keys_BS = last_B1 - (last_B1 - slots_W) % window
         else:
-            keys_BS = torch.cat((_ring_positions(position_B, window), new_BT), dim=1)
+            keys_BS = torch.cat((position_B[:, None] - window + slots_W, new_BT), dim=1)
+            first_B1 = position_B[:, None] % window
+            if first_B1.any():
+                oldest_first = ((first_B1 + slots_W) % window)[:, None, :, None]
         distance_BTS = new_BT[:, :, None] - keys_BS[:, None, :]
         unseen_BTS = (distance_BTS < 0) | (keys_BS < 0)[:, None, :]
         if segmented:
@@ -72,22 +90,19 @@ class Placement:
             unseen_BTS |= distance_BTS >= window
         kept_BT = (columns_T < lengths_B[:, None]) & (columns_T >= lengths_B[:, None] - window)
         rows, columns = kept_BT.nonzero(as_tuple=True)
+        slots = new_BT[rows, columns] % window
+        groups_G = torch.arange(num_kv_heads, device=position_B.device)
         back_BT = new_BT % window + 1 if segmented else (new_BT + 1).clamp(max=window)
         return cls(
-            rotation=Rotation(new_BT, head_dim, theta),
-            persistent_rotation=Rotation(back_BT, head_dim, theta),
+            rotation=Rotation(torch.stack((new_BT, back_BT), dim=-1), head_dim, theta),
             bias_BTS=torch.zeros(unseen_BTS.shape, device=unseen_BTS.device).masked_fill_(unseen_BTS, UNSEEN),
+            oldest_first=oldest_first,
             rows=rows,
             columns=columns,
-            slots=new_BT[rows, columns] % window,
+            slots=slots,
+            cells=((rows[:, None] * num_kv_heads + groups_G) * window + slots[:, None]).flatten(),
+            all_kept=len(rows) == new_BT.numel(),
         )
-
-
-def _ring_positions(position_B: Tensor, window: int) -> Tensor:
-    """[B, W]: the position of the token in each slot, negative where there is none yet."""
-    slots_W = torch.arange(window, device=position_B.device)
-    last_B1 = position_B[:, None] - 1
-    return last_B1 - (last_B1 - slots_W) % window
 
 
 class Attention(nn.Module):
@@ -114,67 +129,87 @@ class Attention(nn.Module):
 
         `context`: as many tokens again [B, T, D] and their own ring, each seen from where x's token of its place is.
         """
-        q_BTHE, k_BTGE, v_BTGE = self.split(x_BTD)
-        keys, values = self._see(k_BTGE, v_BTGE, place, ring)
-        bias_BTS = place.bias_BTS
+        q_BHTE, lasting_BHTE, seen = self._place(x_BTD, place, ring)
+        sights = [seen]
         if context is not None:
-            _, k_BTGE, v_BTGE = self.split(context[0])
-            more_keys, more_values = self._see(k_BTGE, v_BTGE, place, context[1])
-            keys, values = torch.cat((more_keys, keys), dim=2), torch.cat((more_values, values), dim=2)
-            bias_BTS = torch.cat((bias_BTS, bias_BTS), dim=2)
-        return self.out(self._attend(q_BTHE, keys, values, place, bias_BTS))  # type: ignore[no-any-return]
+            sights.insert(0, self._place(context[0], place, context[1])[2])
+        keys_PGE, values_PGE, lasting = self.persistent_keys, self.persistent_values, None
+        if keys_PGE.shape[0]:
+            lasting = Lasting(lasting_BHTE, keys_PGE.permute(1, 2, 0), values_PGE.transpose(0, 1))
+        mixed_BHTE = mix_in_blocks(q_BHTE, sights, place, lasting)
+        return self.out(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _place(self, x_BTD: Tensor, place: Placement, ring: Ring) -> tuple[Tensor, Tensor, Ring]:
+        """Queries as the window's keys and as the persistent ones see them [B, H, T, E]; and all keys in sight."""
+        heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        turning, v_BTGE = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        turned, lasting = place.rotation(turning[:, :, None]).unbind(2)
+        q_BTHE, k_BTGE = turned.to(ring.keys.dtype).split([self.num_heads, self.num_kv_heads], dim=2)
+        seen = self._see(k_BTGE, v_BTGE.to(ring.values.dtype), place, ring)
+        return q_BTHE.transpose(1, 2), lasting[:, :, : self.num_heads].transpose(1, 2), seen
 
     def _see(self, k_BTGE: Tensor, v_BTGE: Tensor, place: Placement, ring: Ring) -> Ring:
         """All keys and values in sight, [B, G, S, E]; the new ones are then in the ring."""
-        k_BTGE, v_BTGE = place.rotation(k_BTGE).to(ring.keys.dtype), v_BTGE.to(ring.values.dtype)
-        if k_BTGE.shape[1] == 1:
-            self._append(ring, k_BTGE, v_BTGE, place)
-            return ring
-        keys = torch.cat((ring.keys, k_BTGE.transpose(1, 2)), dim=2)
-        values = torch.cat((ring.values, v_BTGE.transpose(1, 2)), dim=2)
-        self._append(ring, k_BTGE, v_BTGE, place)
-        return Ring(keys, values)
+        pairs, seen = list(zip(ring, (k_BTGE, v_BTGE), strict=True)), ring
+        if k_BTGE.shape[1] > 1:
+            seen = Ring(*(self._before(past, new, place) for past, new in pairs))
+        for past, new in pairs:
+            kept = new.detach() if place.all_kept else new.detach()[place.rows, place.columns]
+            past.view(-1, self.head_dim).index_copy_(0, place.cells, kept.reshape(-1, self.head_dim))
+        return seen
 
     @staticmethod
-    def _append(ring: Ring, k_BTGE: Tensor, v_BTGE: Tensor, place: Placement) -> None:
-        ring.keys[place.rows, :, place.slots] = k_BTGE.detach()[place.rows, place.columns]
-        ring.values[place.rows, :, place.slots] = v_BTGE.detach()[place.rows, place.columns]
-
-    def _attend(self, q_BTHE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, place: Placement, bias_BTS: Tensor) -> Tensor:
-        q_BHTE = place.rotation(q_BTHE).to(k_BGSE.dtype).transpose(1, 2)
-        fused = q_BTHE.device.type == "cpu" and not torch.is_grad_enabled()
-        mix = mix_fused if fused else mix_plain
-        mixed_BHTE, total_BHT = mix(q_BHTE, k_BGSE, v_BGSE, bias_BTS)
-        if self.persistent_keys.shape[0]:
-            constant_BHTE, constant_BHT = self._recollect(place.persistent_rotation(q_BTHE))
-            share = (constant_BHT - total_BHT).float().sigmoid()[..., None]  # among all that the softmax runs over
-            mixed_BHTE = torch.lerp(mixed_BHTE.float(), constant_BHTE.float(), share).to(v_BGSE.dtype)
-        return mixed_BHTE.transpose(1, 2).flatten(2)
-
-    def _recollect(self, q_BTHE: Tensor) -> tuple[Tensor, Tensor]:
-        """What the persistent tokens give, [B, H, T, E], and the log of their share of the softmax's sum."""
-        keys_PHE, values_PHE = (
-            x.float().repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-            for x in (self.persistent_keys, self.persistent_values)
-        )
-        scores_BHTP = torch.einsum("bthe,phe->bhtp", q_BTHE.float(), keys_PHE) * self.head_dim**-0.5
-        mixed_BHTE = torch.einsum("bhtp,phe->bhte", scores_BHTP.softmax(-1), values_PHE)
-        return mixed_BHTE, scores_BHTP.logsumexp(-1)
+    def _before(past_BGWE: Tensor, new_BTGE: Tensor, place: Placement) -> Tensor:
+        if place.oldest_first is not None:
+            past_BGWE = past_BGWE.take_along_dim(place.oldest_first, dim=2)
+        return torch.cat((past_BGWE, new_BTGE.transpose(1, 2)), dim=2)
 
 
-def mix_plain(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, bias_BTS: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(E) + bias) v as written: [B, H, T, E], and the log of its sum [B, H, T], float32."""
-    q_BGRTE = q_BHTE.unflatten(1, (k_BGSE.shape[1], -1))
-    scores_BGRTS = (q_BGRTE @ k_BGSE[:, :, None].transpose(-1, -2)).float() * q_BHTE.shape[-1] ** -0.5
-    scores_BGRTS = scores_BGRTS + bias_BTS[:, None, None]
-    mixed_BGRTE = scores_BGRTS.softmax(dim=-1).to(v_BGSE.dtype) @ v_BGSE[:, :, None]
-    return mixed_BGRTE.flatten(1, 2), scores_BGRTS.logsumexp(-1).flatten(1, 2)
+class Lasting(NamedTuple):
+    """Persistent tokens, and the queries as they see them."""
+
+    queries: Tensor  # [B, H, T, E], float32
+    keys: Tensor  # [G, E, P]
+    values: Tensor  # [G, P, E]
 
 
-def mix_fused(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, bias_BTS: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in one pass over the keys (FlashAttention, Dao 2023), on a CPU; it has no gradient for the sum."""
-    shared = q_BHTE.shape[1] // k_BGSE.shape[1]
-    k_BHSE, v_BHSE = k_BGSE.repeat_interleave(shared, dim=1), v_BGSE.repeat_interleave(shared, dim=1)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mixed_BHTE, total_BHT = attend(q_BHTE, k_BHSE, v_BHSE, attn_mask=bias_BTS[:, None])
-    return mixed_BHTE, total_BHT
+def mix_in_blocks(q_BHTE: Tensor, sights: list[Ring], place: Placement, lasting: Lasting | None) -> Tensor:
+    """`mix`, some queries after the others, each with the keys that one of them may see."""
+    num_tokens, num_keys = place.bias_BTS.shape[1:]
+    if num_tokens == 1:
+        return mix(q_BHTE, sights, place.bias_BTS, lasting)
+    size, mixed = _BLOCK.get(q_BHTE.device.type, num_tokens), []
+    for start in range(0, num_tokens, size):
+        queries = slice(start, min(start + size, num_tokens))
+        keys = slice(start + 1, num_keys - num_tokens + queries.stop)
+        inside = [Ring(sight.keys[:, :, keys], sight.values[:, :, keys]) for sight in sights]
+        block = lasting and lasting._replace(queries=lasting.queries[:, :, queries])
+        mixed.append(mix(q_BHTE[:, :, queries], inside, place.bias_BTS[:, queries, keys], block))
+    return torch.cat(mixed, dim=2)
+
+
+def mix(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E) + bias) v over the keys of all sights and those that last: [B, H, T, E], in v's dtype.
+
+    Each sight has S keys and values [B, G, S, E], and the bias [B, T, S] is that of each. The softmax is in float32.
+    """
+    batch, num_heads, num_tokens, head_dim = q_BHTE.shape
+    grouped = batch, sights[0].keys.shape[1], -1, head_dim
+    q_AME, scale = q_BHTE.reshape(grouped).flatten(0, 1), head_dim**-0.5  # A = B G, M = R T
+    scores_AMS = []
+    if lasting is not None:
+        scores_AMS.append((lasting.queries.reshape(grouped) @ lasting.keys.float() * scale).flatten(0, 1))
+    for keys, _ in sights:
+        raw_AMS = torch.bmm(q_AME, keys.flatten(0, 1).transpose(1, 2))
+        raw_BHTS = raw_AMS.view(batch, num_heads, num_tokens, -1)
+        scores_AMS.append(torch.add(bias_BTS[:, None], raw_BHTS, alpha=scale).view(raw_AMS.shape))
+    shares_AMS = torch.cat(scores_AMS, dim=-1).softmax(dim=-1)
+    shares = shares_AMS.split([x.shape[-1] for x in scores_AMS], dim=-1)
+    mixed_AME, *more = (
+        torch.bmm(share_AMS.to(q_AME.dtype), values.flatten(0, 1))
+        for share_AMS, (_, values) in zip(shares[-len(sights) :], sights, strict=True)
+    )
+    if lasting is not None:
+        lasting_BGME = shares[0].unflatten(0, grouped[:2]) @ lasting.values.float()
+        more.append(lasting_BGME.flatten(0, 1).to(q_AME.dtype))
+    return sum(more, mixed_AME).view(q_BHTE.shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 from titans.backbone import Backbone, find_default_body, load_backbone, weight_files
 from titans.config import TitansConfig
 from titans.model import TitansModel
+from titans.packed import pack
 from titans.tokenizer import Tokenizer
 
 DEFAULT_MEMORY = Path(__file__).parent / "checkpoints" / "smollm2-135m-linear.safetensors"
@@ -55,7 +56,7 @@ def load(
     """The model to serve: by default the shipped memory on SmolLM2-135M-Instruct.
 
     `body` is what `load_backbone` reads, `memory` what `save_memory` wrote; `device` and `dtype` (the body's and that
-    of the memories' large matrices) are by default the preferred ones.
+    of the memories' large matrices) are by default the preferred ones. It is for inference: `titans.packed`.
     Raises BackboneError or CheckpointError, each saying which file and why.
     """
     body, memory = body or find_default_body(), memory or DEFAULT_MEMORY
@@ -83,6 +84,7 @@ def load(
         module.cast_projections(model.dtype)
     if model.readout is not None:
         model.readout.to(model.dtype)
+    pack(model)
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
 
 

@@ -18,9 +18,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[..., D] to [..., D], in x's dtype."""
-        x = x_BTD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(x_BTD.dtype)
+        if x_BTD.dtype == self.weight.dtype:
+            return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x_BTD.float(), self.weight.shape, self.weight.float(), self.eps).to(x_BTD.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -40,18 +40,19 @@ class SwiGLU(nn.Module):
 class Rotation:
     """Rotary position embedding of given positions (Su et al. 2021, the half-split layout).
 
-    Positions are [B, T], whole numbers; `head_dim` is E, even; `theta` the base. Angles are taken in float64: at a
+    Positions are whole numbers of any shape; `head_dim` is E, even; `theta` the base. Angles are taken in float64: at a
     session's millionth token float32 would be off by 0.06 rad.
     """
 
-    def __init__(self, positions_BT: Tensor, head_dim: int, theta: float) -> None:
-        steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_BT.device)
-        angles_BT1E = positions_BT.double()[..., None, None] * theta ** (-steps / head_dim)
-        self.cos = angles_BT1E.cos().float()
-        self.sin = angles_BT1E.sin().float()
+    def __init__(self, positions: Tensor, head_dim: int, theta: float) -> None:
+        steps = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+        angles = positions.double()[..., None, None] * theta ** (-steps / head_dim)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        self.cos = torch.cat((cos, cos), dim=-1)  # [..., 1, E]
+        self.sin = torch.cat((-sin, sin), dim=-1)
 
-    def __call__(self, x_BTHE: Tensor) -> Tensor:
-        """Turn each head's vector by its token's position: [B, T, H, E] to the same, in x's dtype."""
-        a, b = x_BTHE.float().chunk(2, dim=-1)
-        turned = torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1)
-        return turned.to(x_BTHE.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn each head's vector by its token's position: [..., H, E] to float32; other dimensions broadcast."""
+        x = x.float()
+        a, b = x.chunk(2, dim=-1)
+        return torch.addcmul(x * self.cos, torch.cat((b, a), dim=-1), self.sin)

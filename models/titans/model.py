@@ -203,6 +203,7 @@ class TitansModel(nn.Module):
             lengths_B,
             num_tokens,
             window=self.config.window,
+            num_kv_heads=body.num_kv_heads,
             head_dim=body.head_dim,
             theta=body.rope_theta,
             segmented=self.config.architecture == "mac",
