@@ -110,3 +110,10 @@ def test_a_stream_is_never_a_text_twice(reader: LocalReader) -> None:
         perplexity(reader, book, len(TEXT) + 1, lambda _: None)
     with pytest.raises(EvaluationError, match="more tokens than the window"):
         perplexity(reader, book, 17, lambda _: None)
+
+
+def test_full_attention_has_the_weights_of_a_bfloat16_server(checkpoint: TinyCheckpoint) -> None:
+    loaded = load(checkpoint.body, checkpoint.memory, device=torch.device("cpu"), dtype=torch.bfloat16)
+    wide, text = widen(loaded.model, 1_024), tokens(loaded, TEXT[:16])  # of which each window holds all
+    h, full = (way(text, way.open(way.new_state(), recall=False))[0] for way in (loaded.model, wide))
+    torch.testing.assert_close(full, h, rtol=0.02, atol=0.02)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from titans.checkpoint import Loaded
 from titans.evaluation.generate import generate
@@ -80,10 +81,18 @@ class LocalReader:
 
 @functools.lru_cache(maxsize=1)  # the documents of a cell are about as long as each other
 def widen(model: TitansModel, window: int) -> TitansModel:
-    """The same weights, shared, with another window."""
-    wide = TitansModel(replace(model.config, window=window)).to(model.device)
-    wide.load_state_dict(model.state_dict(), assign=True)
-    return wide.eval().requires_grad_(False)
+    """The same weights, shared, with another window. The modules are shared: those that are packed hold no weights."""
+    with torch.device("meta"):
+        wide = TitansModel(replace(model.config, window=window))
+    for ours, theirs in ((wide, model), *zip(_layers(wide), _layers(model), strict=True)):
+        for name, child in theirs.named_children():
+            if not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                setattr(ours, name, child)
+    return wide.eval()
+
+
+def _layers(model: TitansModel) -> list[nn.Module]:
+    return [*model.layers, *model.memory_layers.values()]
 
 
 def window_for(num_tokens: int) -> int:
