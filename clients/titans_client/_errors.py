@@ -7,6 +7,8 @@
     └── APIStatusError                 the server said no: status, code, message, param, retry_after
         ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
         │                          unsupported_parameter, no_chat_template
+        │                          body_too_large (413), headers_too_large (431)
+        ├── AuthenticationError 401    invalid_api_key
         ├── UnsupportedMediaTypeError 415   unsupported_media_type
         ├── DocumentTooLargeError 413  document_too_large
         ├── SessionNotFoundError 404   session_not_found
@@ -14,6 +16,7 @@
         ├── StateMismatchError 409     state_mismatch: the session was made by another model
         ├── VersionConflictError 412   version_conflict: nothing was written
         ├── SessionBusyError 429       session_busy: try again after `retry_after` seconds
+        ├── RateLimitError 429         rate_limit_exceeded: try again after `retry_after` seconds; quota_exceeded
         ├── ServerUnavailableError 503 overloaded, shutting_down, store_unavailable, or a gateway's own 503
         ├── StateCorruptedError 500    state_corrupted
         └── InternalServerError 500    internal_error
@@ -79,6 +82,10 @@ class InvalidRequestError(APIStatusError):
     """The request's values make no sense."""
 
 
+class AuthenticationError(APIStatusError):
+    """No API key, an unknown one, or one that was revoked."""
+
+
 class UnsupportedMediaTypeError(APIStatusError):
     """A document that is neither text/plain in UTF-8 nor application/json."""
 
@@ -107,6 +114,10 @@ class SessionBusyError(APIStatusError):
     """One writer a session at a time, and too many wait already."""
 
 
+class RateLimitError(APIStatusError):
+    """The API key has had what it may have: for now (`retry_after` says how long), or until something is deleted."""
+
+
 class ServerUnavailableError(APIStatusError):
     """The server takes no work now; later it may."""
 
@@ -127,6 +138,9 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "prompt_too_long": (422, InvalidRequestError),
     "unsupported_parameter": (422, InvalidRequestError),
     "no_chat_template": (422, InvalidRequestError),
+    "body_too_large": (413, InvalidRequestError),
+    "headers_too_large": (431, InvalidRequestError),
+    "invalid_api_key": (401, AuthenticationError),
     "unsupported_media_type": (415, UnsupportedMediaTypeError),
     "document_too_large": (413, DocumentTooLargeError),
     "session_not_found": (404, SessionNotFoundError),
@@ -134,6 +148,8 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "state_mismatch": (409, StateMismatchError),
     "version_conflict": (412, VersionConflictError),
     "session_busy": (429, SessionBusyError),
+    "rate_limit_exceeded": (429, RateLimitError),
+    "quota_exceeded": (429, RateLimitError),
     "overloaded": (503, ServerUnavailableError),
     "shutting_down": (503, ServerUnavailableError),
     "store_unavailable": (503, ServerUnavailableError),

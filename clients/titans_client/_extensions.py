@@ -10,7 +10,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 GROUP = "titans.commands"
-EXTRAS = {"eval": "server", "scratch": "train", "serve": "server", "train": "train"}  # command: the extra that it needs
+EXTRAS = {
+    "eval": "server",
+    "keys": "server",
+    "scratch": "train",
+    "serve": "server",
+    "train": "train",
+}  # command: the extra that it needs
 
 Run = Callable[[argparse.Namespace], int]
 

@@ -5,30 +5,47 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 
 import torch
 from fastapi import FastAPI
 from titans import checkpoint
 
 from titans_server.api.deps import AppContext
+from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
 from titans_server.api.observed import Observed
 from titans_server.api.openai.routes import router as openai_router
-from titans_server.api.routes import router
+from titans_server.api.routes import metrics_router, router
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
+from titans_server.observer import Observers
 from titans_server.service import Limits, ServedModel, SessionService
 from titans_server.sessions.cache import StateCache
 from titans_server.sessions.open import open_store
 from titans_server.settings import Settings
 from titans_server.telemetry.metrics import Metrics, Residents
+from titans_server.tenants.gatekeeper import Gatekeeper
+from titans_server.tenants.limiter import Meter
+from titans_server.tenants.quotas import Quotas
+from titans_server.tenants.store import KeyStore, open_keys
 
 log = logging.getLogger(__name__)
+
+_NO_KEY = (
+    "other machines may reach this server, and it has no API key: set TITANS_API_KEY, or make one with `titans keys "
+    "create`; or set TITANS_ALLOW_ANONYMOUS=true where something in front of it asks people who they are"
+)
+
+
+class NoAPIKey(Exception):
+    """The server would be open to the world. It does not start."""
 
 
 def create_app(settings: Settings) -> FastAPI:
     """The service; nothing is loaded before its lifespan begins."""
     metrics = Metrics()
+    observer = Observers([metrics, Meter()])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, AppContext]]:
@@ -36,31 +53,54 @@ def create_app(settings: Settings) -> FastAPI:
             store = open_store(settings.store)
             stack.push_async_callback(store.close)
             await store.open()
+            keys = open_keys(settings.store)
+            stack.push_async_callback(keys.close)
+            gatekeeper = await _gatekeeper(keys, settings)
             loaded = await asyncio.to_thread(_load, settings)
             engine = Engine(
                 Runner(loaded.model),
                 eos_token=loaded.tokenizer.eos_token,
                 max_running=settings.max_running,
                 max_requests=settings.max_requests,
-                observer=metrics,
+                observer=observer,
             )
             stack.push_async_callback(engine.close)
             engine.start()
             model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
             limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
             cache = StateCache(settings.resident_bytes)
-            service = SessionService(engine, store, model, cache, limits, observer=metrics)
+            service = SessionService(engine, store, model, cache, limits, observer=observer)
             device = str(loaded.model.device)
             metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
             log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
-            yield {"context": AppContext(service, settings, metrics, device, store.name)}
+            yield {"context": AppContext(service, settings, metrics, gatekeeper, device, store.name)}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
     app.include_router(router)
     app.include_router(openai_router)
+    if settings.metrics != "off":
+        app.include_router(metrics_router)
     add_handlers(app)
+    open_paths = {"/health/live", "/health/ready", *(["/metrics"] if settings.metrics == "open" else [])}
+    limits = RequestLimits(settings.max_header_bytes, settings.max_body_bytes)
+    app.add_middleware(Gate, limits=limits, open_paths=frozenset(open_paths))
     app.add_middleware(Observed, metrics=metrics)
     return app
+
+
+async def _gatekeeper(keys: KeyStore, settings: Settings) -> Gatekeeper:
+    """Raises NoAPIKey where a stranger could come in."""
+    exposed = settings.is_reachable_from_elsewhere
+    gatekeeper = Gatekeeper(
+        keys,
+        static_key=None if settings.api_key is None else settings.api_key.get_secret_value(),
+        needs_key=False if settings.allow_anonymous else exposed or None,
+        quotas=Quotas(**{quota.name: getattr(settings, f"quota_{quota.name}") for quota in fields(Quotas)}),
+    )
+    if exposed and not settings.allow_anonymous and not await gatekeeper.has_keys():
+        log.critical(_NO_KEY)
+        raise NoAPIKey(_NO_KEY)
+    return gatekeeper
 
 
 class _Gauged:

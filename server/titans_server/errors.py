@@ -3,13 +3,18 @@
     TitansError
     ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
     │                               unsupported_parameter, no_chat_template; 400 on OpenAI's endpoints
+    ├── InvalidAPIKey 401           invalid_api_key: none, an unknown one, or one that was revoked
     ├── UnsupportedMediaType 415    unsupported_media_type
     ├── DocumentTooLarge 413        document_too_large
+    ├── BodyTooLarge 413            body_too_large: of any other request
+    ├── HeadersTooLarge 431         headers_too_large
     ├── SessionNotFound 404         session_not_found
     ├── ModelNotFound 404           model_not_found: another model is served
     ├── StateMismatch 409           state_mismatch: the session belongs to another model; nothing is touched
     ├── VersionConflict 412         version_conflict: somebody else moved the session on
     ├── SessionBusy 429             session_busy: too many writers wait already; retryable
+    ├── RateLimited 429             rate_limit_exceeded: a quota of requests or tokens; retryable
+    ├── QuotaExceeded 429           quota_exceeded: a quota of sessions or bytes, which waiting does not cure
     ├── Overloaded 503              overloaded; retryable
     ├── ShuttingDown 503            shutting_down; retryable
     ├── StoreUnavailable 503        store_unavailable; retryable
@@ -18,6 +23,8 @@
 The body is OpenAI's: {"error": {"message", "type", "param", "code"}}. The same names are sent inside a stream.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -27,7 +34,8 @@ class TitansError(Exception):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"  # "type" in the body
     default_code: ClassVar[str] = "internal_error"
-    retry_after: ClassVar[int | None] = None  # seconds
+    retry_after: int | None = None  # seconds
+    headers: ClassVar[Mapping[str, str]] = {}  # of the answer
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -49,6 +57,15 @@ class InvalidRequest(TitansError):
     default_code = "invalid_request"
 
 
+class InvalidAPIKey(TitansError):
+    """Who asks is not known (RFC 6750)."""
+
+    status = 401
+    kind = "invalid_request_error"
+    default_code = "invalid_api_key"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer realm="titans"'}
+
+
 class UnsupportedMediaType(TitansError):
     """A body of a kind that is not read."""
 
@@ -63,6 +80,22 @@ class DocumentTooLarge(TitansError):
     status = 413
     kind = "invalid_request_error"
     default_code = "document_too_large"
+
+
+class BodyTooLarge(TitansError):
+    """A body that is read whole, and has more bytes than that."""
+
+    status = 413
+    kind = "invalid_request_error"
+    default_code = "body_too_large"
+
+
+class HeadersTooLarge(TitansError):
+    """More bytes than all of a request's headers may have."""
+
+    status = 431
+    kind = "invalid_request_error"
+    default_code = "headers_too_large"
 
 
 class SessionNotFound(TitansError):
@@ -104,6 +137,27 @@ class SessionBusy(TitansError):
     kind = "rate_limit_error"
     default_code = "session_busy"
     retry_after = 1
+
+
+class RateLimited(TitansError):
+    """A key has had what it may have for now."""
+
+    status = 429
+    kind = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = max(1, math.ceil(retry_after))
+
+
+class QuotaExceeded(TitansError):
+    """A key holds all that it may hold: something has to be deleted first."""
+
+    status = 429
+    kind = "rate_limit_error"
+    default_code = "quota_exceeded"
+    headers: ClassVar[Mapping[str, str]] = {"X-Should-Retry": "false"}  # SDKs would, on any 429
 
 
 class Overloaded(TitansError):

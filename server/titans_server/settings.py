@@ -1,19 +1,24 @@
 """What an operator can set: `TITANS_…` in the environment. Nothing else reads it."""
 
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
     """One field a variable: `port` is TITANS_PORT. docs/settings.md says the same to a user."""
 
-    model_config = SettingsConfigDict(env_prefix="TITANS_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="TITANS_", frozen=True, hide_input_in_errors=True)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    published_on: str | None = None
+    api_key: Annotated[SecretStr, Field(min_length=16)] | None = None
+    allow_anonymous: bool = False
+    metrics: Literal["open", "key", "off"] = "key"
     store: str = "sqlite:///.titans/titans.db"
     body: Path | None = None
     memory: Path | None = None
@@ -25,9 +30,25 @@ class Settings(BaseSettings):
     max_prompt_tokens: int = Field(default=4_096, ge=1)
     max_completion_tokens: int = Field(default=4_096, ge=1)
     max_document_bytes: int | None = Field(default=None, ge=1)
+    max_header_bytes: int = Field(default=16_384, ge=1_024)
+    max_body_bytes: int = Field(default=2 << 20, ge=1_024)
     max_waiting_writers: int = Field(default=4, ge=0)
+    quota_sessions: int | None = Field(default=None, ge=0)
+    quota_bytes: int | None = Field(default=None, ge=0)
+    quota_requests_per_minute: int | None = Field(default=None, ge=1)
+    quota_tokens_per_minute: int | None = Field(default=None, ge=1)
+    quota_requests_at_once: int | None = Field(default=None, ge=1)
     resident_bytes: int = Field(default=1 << 30, ge=0)
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+
+    @property
+    def is_reachable_from_elsewhere(self) -> bool:
+        """Whether other machines reach the server, as far as its settings tell."""
+        host = self.published_on or self.host
+        try:
+            return not ip_address(host.strip("[]")).is_loopback
+        except ValueError:
+            return host != "localhost"

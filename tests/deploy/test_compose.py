@@ -126,6 +126,19 @@ def test_the_values_given_to_the_server_are_valid(
     assert Settings().device == "cuda"
 
 
+def test_it_starts_without_a_key_on_loopback_and_not_elsewhere(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TITANS_HOST", "0.0.0.0")
+    monkeypatch.setenv("TITANS_PUBLISHED_ON", compose["services"]["server"]["environment"]["TITANS_PUBLISHED_ON"])
+    assert not Settings().is_reachable_from_elsewhere
+    text = (Path(__file__).parents[2] / "docker-compose.yml").read_text()
+    address = "${BIND_ADDRESS:-127.0.0.1}"
+    assert f"TITANS_PUBLISHED_ON: {address}\n" in text, "where the port is published"
+    assert f'- "{address}:${{TITANS_PORT:-8000}}:8000"\n' in text
+    assert not Settings().allow_anonymous and Settings().api_key is None
+
+
 def test_only_this_machine_reaches_the_server_and_nobody_redis(compose: Compose) -> None:
     assert compose["services"]["server"]["ports"] == ["127.0.0.1:8000:8000"]
     assert "ports" not in compose["services"]["redis"]

@@ -12,6 +12,7 @@ from titans_server.errors import DocumentTooLarge, InvalidRequest
 from titans_server.service import SessionService
 from titans_server.settings import Settings
 from titans_server.telemetry.metrics import Metrics
+from titans_server.tenants.gatekeeper import Caller, Gatekeeper
 
 T = TypeVar("T")
 
@@ -25,6 +26,7 @@ class AppContext:
     service: SessionService
     settings: Settings
     metrics: Metrics
+    gatekeeper: Gatekeeper
     device: str
     store_name: str
 
@@ -39,8 +41,14 @@ def get_service(request: Request) -> SessionService:
     return get_context(request).service
 
 
+def get_caller(request: Request) -> Caller:
+    """Whom the request is from; `api/gate.py` has found out."""
+    return cast(Caller, request.state.caller)
+
+
 Context = Annotated[AppContext, Depends(get_context)]
 Service = Annotated[SessionService, Depends(get_service)]
+From = Annotated[Caller, Depends(get_caller)]
 
 
 class Upload:

@@ -27,7 +27,9 @@ def add_handlers(app: FastAPI) -> None:
 def answer(error: TitansError, status: int | None = None) -> Response:
     """The response that an error leaves as, with its own status unless another is given."""
     request.failed(error.code)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    headers = dict(error.headers)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     body = json.dumps(error.body())  # in ASCII: what is quoted in it may be no text
     return Response(body, status or error.status, headers, "application/json")
 
@@ -54,6 +56,8 @@ async def _validation_error(_: Request, error: Exception) -> Response:
 async def _http_exception(_: Request, error: Exception) -> Response:
     """The router's own: no such path (404), no such method (405)."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, TitansError):  # FastAPI's way to say that the body could not be read
+        return answer(error.__cause__)
     response = answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)
     response.headers.update(error.headers or {})
     return response

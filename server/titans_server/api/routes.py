@@ -17,6 +17,7 @@ from titans_server.service import SessionService
 from titans_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()
+metrics_router = APIRouter()
 SESSION = "/v1/sessions/{session_id}"
 
 
@@ -81,7 +82,7 @@ async def ready(service: Service, context: Context) -> Health:
     return Health(model=model.name, fingerprint=model.fingerprint, device=context.device, store=context.store_name)
 
 
-@router.get("/metrics", response_class=Response)
+@metrics_router.get("/metrics", response_class=Response)
 async def metrics(context: Context) -> Response:
     """Show the metrics in Prometheus' text format."""
     return Response(await asyncio.to_thread(context.metrics.exposition), media_type=CONTENT_TYPE)

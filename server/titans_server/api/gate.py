@@ -1,0 +1,87 @@
+"""The second layer of the app: who asks, and whether they may. No request reaches a route without passing here."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from titans_server.api.deps import AppContext
+from titans_server.api.handlers import answer
+from titans_server.errors import BodyTooLarge, HeadersTooLarge, InvalidAPIKey, TitansError
+from titans_server.tenants.limiter import Allowance, Limiter
+
+_STREAMED = ("/documents", "/state")  # bodies that are never held whole; the routes have limits of their own
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Bounds that an operator sets."""
+
+    max_header_bytes: int
+    max_body_bytes: int
+
+
+class Gate:
+    """Pure ASGI, like `Observed`. What it refuses is answered as by a route."""
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits, open_paths: frozenset[str]) -> None:
+        """`open_paths`: answered without a key, at any rate."""
+        self._app = app
+        self._limits = limits
+        self._open_paths = open_paths
+        self._limiter = Limiter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let in, or refuse."""
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as stack:
+            try:
+                allowance = await self._admit(scope, stack)
+            except TitansError as error:
+                await answer(error)(scope, receive, send)
+                return
+            await self._app(scope, self._bounded(scope, receive), _telling(allowance, send))
+
+    async def _admit(self, scope: Scope, stack: ExitStack) -> Allowance:
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._limits.max_header_bytes:
+            raise HeadersTooLarge(f"the headers may have {self._limits.max_header_bytes} bytes")
+        headers = Headers(scope=scope)
+        shown = headers.getlist("Authorization")
+        if len(shown) > 1:
+            raise InvalidAPIKey("one header Authorization, not several")
+        context: AppContext = scope["state"]["context"]
+        caller = await context.gatekeeper.admit(shown[0] if shown else None)
+        scope["state"]["caller"] = caller
+        self._check_body(scope, int(headers.get("Content-Length", 0)))
+        return stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, until it has given more than one body may have."""
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            self._check_body(scope, num_bytes)
+            return message
+
+        return bounded
+
+    def _check_body(self, scope: Scope, num_bytes: int) -> None:
+        if num_bytes > self._limits.max_body_bytes and not scope["path"].endswith(_STREAMED):
+            raise BodyTooLarge(f"the body may have {self._limits.max_body_bytes} bytes: post long texts as documents")
+
+
+def _telling(allowance: Allowance, send: Send) -> Send:
+    """`send`, with what is left of the rates in the answer's headers."""
+
+    async def telling(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(allowance.headers())
+        await send(message)
+
+    return telling

@@ -1,0 +1,120 @@
+"""`titans keys`: make, list and revoke API keys, beside the sessions. Servers that run notice within a second."""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from titans_server.errors import TitansError
+from titans_server.sessions.open import open_store
+from titans_server.settings import Settings
+from titans_server.tenants import keys
+from titans_server.tenants.quotas import Quotas
+from titans_server.tenants.store import KeyStore, open_keys
+
+Action = Callable[[KeyStore, argparse.Namespace], Awaitable[int]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `titans keys` takes."""
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument("--store", help="where sessions and keys are kept (TITANS_STORE)")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    create = actions.add_parser("create", parents=[store], help="make a key and print it, this once")
+    create.add_argument("name", help="for people: who it is for")
+    create.add_argument("--owner", metavar="ID", help="a key's id: the new one gets at the same sessions")
+    for quota in fields(Quotas):
+        flag = "--" + quota.name.replace("_", "-")
+        create.add_argument(flag, type=_number, metavar="N", help=f"(default: TITANS_QUOTA_{quota.name.upper()})")
+    create.set_defaults(action=_create)
+
+    listing = actions.add_parser("list", parents=[store], help="print all keys, without their secrets")
+    listing.set_defaults(action=_list)
+
+    revoke = actions.add_parser("revoke", parents=[store], help="have a key let nobody in any more")
+    revoke.add_argument("id", metavar="ID")
+    revoke.set_defaults(action=_revoke)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it. Exit status: 0; 1 after an error, told in one line; 2 for settings that make no sense."""
+    try:
+        url = args.store or Settings().store
+        open_store(url)  # touches nothing: it says which URLs are known
+    except (ValidationError, ValueError) as error:
+        return _fail(error, status=2)
+    if url.startswith("memory:"):
+        return _fail("memory:// is a server's own memory: keys cannot be put there. Set TITANS_STORE", status=2)
+    try:
+        return asyncio.run(_with_store(url, args))
+    except TitansError as error:
+        return _fail(error)
+
+
+async def _with_store(url: str, args: argparse.Namespace) -> int:
+    store = open_keys(url)
+    try:
+        action: Action = args.action
+        return await action(store, args)
+    finally:
+        await store.close()
+
+
+async def _create(store: KeyStore, args: argparse.Namespace) -> int:
+    owner = None
+    if args.owner is not None:
+        other = await store.get(args.owner)
+        if other is None:
+            return _fail(f"there is no key {args.owner}")
+        owner = other.owner
+    quotas = Quotas(**{quota.name: getattr(args, quota.name) for quota in fields(Quotas)})
+    key, secret = keys.make(args.name, time.time(), quotas, owner)
+    await store.put(key)
+    sys.stdout.write(f"{secret}\n")
+    sys.stderr.write("this is the only time that the key is shown\n")
+    return 0
+
+
+async def _list(store: KeyStore, _: argparse.Namespace) -> int:
+    for key in await store.list():
+        state = "active" if key.revoked_at is None else f"revoked {_date(key.revoked_at)}"
+        quotas = [f"{q.name}={value}" for q in fields(Quotas) if (value := getattr(key.quotas, q.name)) is not None]
+        owner = [] if key.owner == key.id else [f"owner={key.owner}"]
+        sys.stdout.write("\t".join([key.id, _date(key.created_at), state, key.name, *owner, *quotas]) + "\n")
+    return 0
+
+
+async def _revoke(store: KeyStore, args: argparse.Namespace) -> int:
+    key = await store.get(args.id)
+    if key is None:
+        return _fail(f"there is no key {args.id}")
+    if key.revoked_at is None:
+        await store.put(replace(key, revoked_at=time.time()))
+    sys.stdout.write(f"revoked {key.id}\n")
+    return 0
+
+
+def command() -> tuple[str, object, object]:
+    """The subcommand for `titans`: its help, its arguments, its action."""
+    return "make, list and revoke API keys", add_arguments, run
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
+    return int(text)
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _fail(reason: object, status: int = 1) -> int:
+    sys.stderr.write(f"titans: {reason}\n")
+    return status

@@ -1,0 +1,125 @@
+"""Rates: how often a tenant may ask, and for how many tokens. Each server counts for itself, in its own memory.
+
+A request is let in while there is something left, and its tokens are taken out as they are computed, so that the
+last one may leave a debt, for which its owner then waits.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from titans_server.errors import RateLimited
+from titans_server.observer import Answering, Asked, Observer, Work
+from titans_server.tenants.gatekeeper import Caller
+from titans_server.tenants.quotas import Bucket
+
+_Kind = Literal["requests", "tokens"]
+_current: ContextVar["Allowance | None"] = ContextVar("titans_allowance", default=None)
+
+
+class Limiter:
+    """All owners' buckets. Lives on the event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, _Kind, int], Bucket] = {}  # as many as there are keys
+        self._at_once: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, caller: Caller, *, costs_tokens: bool) -> Iterator["Allowance"]:
+        """Let a request in until it has ended; it is charged from here on. Raises RateLimited."""
+        quotas, owner = caller.quotas, caller.owner
+        if quotas.requests_at_once is not None and self._at_once[owner] >= quotas.requests_at_once:
+            raise RateLimited(f"{quotas.requests_at_once} requests of this key are under way already", 1.0)
+        allowance = Allowance(
+            self._bucket(owner, "requests", quotas.requests_per_minute),
+            self._bucket(owner, "tokens", quotas.tokens_per_minute),
+            self._clock,
+        )
+        allowance.enter(costs_tokens=costs_tokens)
+        _current.set(allowance)
+        self._at_once[owner] += 1
+        try:
+            yield allowance
+        finally:
+            self._at_once[owner] -= 1
+            if not self._at_once[owner]:
+                del self._at_once[owner]
+
+    def _bucket(self, owner: str, kind: _Kind, per_minute: int | None) -> Bucket | None:
+        if per_minute is None:
+            return None
+        key = (owner, kind, per_minute)
+        if key not in self._buckets:
+            self._buckets[key] = Bucket(per_minute, self._clock())
+        return self._buckets[key]
+
+
+class Allowance:
+    """What one request may take. The request's tasks share it."""
+
+    def __init__(self, requests: Bucket | None, tokens: Bucket | None, clock: Callable[[], float]) -> None:
+        self._buckets: dict[_Kind, Bucket | None] = {"requests": requests, "tokens": tokens}
+        self._clock = clock
+
+    def enter(self, *, costs_tokens: bool) -> None:
+        """Take one request. Raises RateLimited, and takes nothing, where there is none left or no token."""
+        now = self._clock()
+        for kind, bucket in self._buckets.items():
+            if bucket is not None and (kind == "requests" or costs_tokens) and (wait := bucket.seconds_until(1, now)):
+                message = f"this key may have {bucket.per_minute} {kind} a minute; try again in {wait:.0f} s"
+                raise RateLimited(message, wait)
+        if (requests := self._buckets["requests"]) is not None:
+            requests.take(1, now)
+
+    def charge(self, num_tokens: int) -> None:
+        """Take tokens that were computed."""
+        if (tokens := self._buckets["tokens"]) is not None:
+            tokens.take(num_tokens, self._clock())
+
+    def headers(self) -> Mapping[str, str]:
+        """What is left, in OpenAI's headers."""
+        now, headers = self._clock(), {}
+        for kind, bucket in self._buckets.items():
+            if bucket is not None:
+                headers[f"X-RateLimit-Limit-{kind.title()}"] = str(bucket.per_minute)
+                headers[f"X-RateLimit-Remaining-{kind.title()}"] = str(bucket.remaining(now))
+                headers[f"X-RateLimit-Reset-{kind.title()}"] = _duration(bucket.seconds_until_full(now))
+        return headers
+
+
+class Meter(Observer):
+    """Charges whoever the running code works for with the tokens that it computes."""
+
+    @contextmanager
+    def working(self, work: Work, num_tokens: int = 0) -> Iterator[None]:
+        """See Observer."""
+        yield
+        if work == "ingest" and (allowance := _current.get()) is not None:
+            allowance.charge(num_tokens)
+
+    @contextmanager
+    def answering(self, asked: Asked) -> Iterator[Answering]:
+        """See Observer."""
+        yield _Charged(_current.get(), asked.num_prompt_tokens)
+
+
+class _Charged(Answering):
+    def __init__(self, allowance: Allowance | None, num_prompt_tokens: int) -> None:
+        self._allowance = allowance
+        self._num_due = num_prompt_tokens  # read by the time the first token is there
+
+    def drawn(self) -> None:
+        """See Answering."""
+        if self._allowance is not None:
+            self._allowance.charge(self._num_due + 1)
+        self._num_due = 0
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: 1m30.5s."""
+    minutes, rest = divmod(round(seconds, 3), 60)
+    return (f"{minutes:.0f}m" if minutes else "") + f"{round(rest, 3):g}s"
