@@ -60,7 +60,8 @@ def make_trainer(tiny: TinyCheckpoint, pool: Pool, run: Path) -> Trainer:
     run.mkdir(exist_ok=True)
     torch.manual_seed(CONFIG.seed)
     scorer = Scorer(load_backbone(tiny.body).tokenizer, TEXT, num_facts=1)
-    return Trainer(load_tiny(tiny), digest(tiny.body), pool=pool, config=CONFIG, scorer=scorer, run=run)
+    model = load_tiny(tiny).requires_grad_(True)  # as it is when nothing has been trained
+    return Trainer(model, digest(tiny.body), pool=pool, config=CONFIG, scorer=scorer, run=run)
 
 
 def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -> None:

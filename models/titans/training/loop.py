@@ -63,6 +63,7 @@ class Trainer:
         run: Path,
     ) -> None:
         self.model, self.pool, self.config, self.scorer, self.run = model, pool, config, scorer, run
+        model.requires_grad_(False)
         (self.memory,) = model.memories
         self.body_digest = body_digest
         self.step = 0
@@ -74,7 +75,6 @@ class Trainer:
         size = model.config.backbone.hidden_size
         self.readout = nn.Linear(size, size, device=model.device)
         nn.init.normal_(self.readout.weight, std=0.1 / size)
-        model.requires_grad_(False)
         self.memory.float().requires_grad_(True)
         self.direct = model.readout  # learns with the body
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
