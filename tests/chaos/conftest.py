@@ -26,13 +26,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Table:
+    return request.config.stash[TABLE]
+
+
+@pytest.fixture(scope="session")
 def is_whole() -> bool:
     return os.environ.get("CHAOS") == "whole"
 
 
 @pytest.fixture(scope="session")
-def sweep(request: pytest.FixtureRequest, is_whole: bool, uninterrupted: Outcome) -> Sweep:
-    return Sweep(range(1_000) if is_whole else (0, 5), uninterrupted, request.config.stash[TABLE])
+def sweep(table: Table, is_whole: bool, uninterrupted: Outcome) -> Sweep:
+    return Sweep(range(1_000) if is_whole else (0, 5), uninterrupted, table)
 
 
 @pytest.fixture(scope="session")
