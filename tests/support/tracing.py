@@ -1,10 +1,12 @@
-"""SIGKILL on the way into a system call: the n-th fsync, say, that a running process makes. By strace."""
+"""System calls of running processes: written down, or the n-th of them failed or its caller killed. By strace."""
 
+import re
 import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def can_trace(pid: int) -> bool:
@@ -18,8 +20,13 @@ def can_trace(pid: int) -> bool:
 @contextmanager
 def inject(pid: int, calls: str, what: str, when: int = 1) -> Iterator["subprocess.Popen[str]"]:
     """Within the context, `what` befalls a thread's `when`-th of these system calls, as `strace --inject` puts it."""
-    command = ["strace", "-f", "-p", str(pid), f"--trace={calls}", f"--inject={calls}:{what}:when={when}"]
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with _attached(["-p", str(pid), f"--trace={calls}", f"--inject={calls}:{what}:when={when}"]) as tracer:
+        yield tracer
+
+
+@contextmanager
+def _attached(options: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    tracer = subprocess.Popen(["strace", "-f", *options], stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
     while (line := tracer.stderr.readline()) and " attached" not in line:
         pass
@@ -32,3 +39,37 @@ def inject(pid: int, calls: str, what: str, when: int = 1) -> Iterator["subproce
         tracer.wait(timeout=30)
         reading.join()
         tracer.stderr.close()
+
+
+@contextmanager
+def recorded(pid: int, output: Path) -> Iterator[None]:
+    """Within the context, what a process writes, syncs, renames and sends is written down, a call a line."""
+    calls = "write,pwrite64,pwritev,ftruncate,fsync,fdatasync,rename,sendto"
+    with _attached(["-p", str(pid), "-y", "-s", "40", f"--trace={calls}", "-o", str(output)]):
+        yield
+
+
+def unsynced_at_replies(trace: str, files: str) -> list[set[str]]:
+    """For each "HTTP/1.1 2xx" that was sent, which files were not durable then: written to, or renamed, and not synced.
+
+    trace: as `recorded` writes it.
+    files: how the paths begin that count. What SQLite shares in memory does not.
+    """
+    unsynced: set[str] = set()
+    syncing: dict[str, str] = {}  # by thread
+    at_replies = []
+    for line in trace.splitlines():
+        thread, _, call = line.partition(" ")
+        path = next((found for found in re.findall(r"[<\"](/[^>\"]*)", call) if found.startswith(files)), "")
+        match re.split(r"\W", call.removeprefix("<... "), maxsplit=1)[0]:
+            case "write" | "pwrite64" | "pwritev" | "ftruncate" if path and not path.endswith("-shm"):
+                unsynced.add(path)
+            case "fsync" | "fdatasync" if "<unfinished" in call:
+                syncing[thread] = path
+            case "fsync" | "fdatasync":
+                unsynced.discard(path or syncing.pop(thread, ""))
+            case "rename" if path:
+                unsynced.add(str(Path(path).parent))
+            case "sendto" if '"HTTP/1.1 2' in call:
+                at_replies.append(set(unsynced))
+    return at_replies
