@@ -32,8 +32,8 @@ class Rows:
     position: Tensor  # [R]: tokens before the row
 
     def parts(self) -> list[Parts]:
-        """What the layers above the memory carry: views."""
-        layers = zip(self.keys.unbind(1), self.values.unbind(1), strict=True)
+        """What the layers above the memory carry: copies, for rings are written in place."""
+        layers = zip(*(x.transpose(0, 1).contiguous() for x in (self.keys, self.values)), strict=True)
         return [{"keys": keys, "values": values} for keys, values in layers]
 
     def to(self, device: torch.device) -> "Rows":
