@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FEW = 512  # tokens that usually hold all the probability that top_p asks for
 _COLDEST = 1e-6  # of temperatures that are not 0: below it float32 has no quotients
 
 
@@ -68,7 +69,9 @@ class Sampler:
         if self.params.temperature == 0:
             return int(scores.argmax())
         tokens, probabilities = candidates(scores, self.params)
-        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+        reached = probabilities.double().cumsum(-1)
+        drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * reached[-1]
+        return int(tokens[min(int(torch.searchsorted(reached, drawn, right=True)), len(tokens) - 1)])
 
 
 def biased(logits: Tensor, bias: Iterable[tuple[int, float]]) -> Tensor:
@@ -88,19 +91,37 @@ def penalized(logits: Tensor, counts: Mapping[int, int], presence: float, freque
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Tokens [K] that may be drawn, the likeliest first, and their probabilities [K], which need not add up to 1.
+    """Tokens [K] that may be drawn, and their probabilities [K], which need not add up to 1.
 
     The temperature comes first and is not 0; then top_k and min_p, then top_p of what they leave. The likeliest stays.
+    Where something cuts, the likeliest comes first; else they are in the vocabulary's order: sorting one takes longer
+    than a layer of the model.
     """
     coldest = max(params.temperature, _COLDEST)
-    scores, order = ((logits - logits.max()) / coldest).sort(descending=True)  # at most 0: no quotient overflows up
-    if params.top_k:
-        scores = scores[: params.top_k]
+    scores = (logits - logits.max()) / coldest  # at most 0: no quotient overflows up
+    num_left = min(params.top_k or len(scores), len(scores))
     if params.min_p:
-        scores = scores[: int((scores >= math.log(params.min_p)).sum())]
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    return order[: len(scores)], probabilities.masked_fill(before >= params.top_p, 0.0)
+        num_left = min(num_left, int((scores >= math.log(params.min_p)).sum()))
+    if num_left < len(scores):
+        scores, tokens = scores.topk(num_left)
+        return _cut(tokens, scores.softmax(-1), params.top_p)
+    if params.top_p < 1:
+        return _reaching(scores.softmax(-1), params.top_p)
+    return torch.arange(len(scores)), scores.softmax(-1)
+
+
+def _reaching(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set of tokens whose probabilities reach `top_p`: looked for among a few, and then among all."""
+    likeliest, tokens = probabilities.topk(min(_FEW, len(probabilities)))
+    if likeliest.sum() < top_p:
+        likeliest, tokens = probabilities.sort(descending=True)
+    return _cut(tokens, likeliest, top_p)
+
+
+def _cut(tokens: Tensor, probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The first of them, up to where they reach `top_p`."""
+    num_left = int((probabilities.cumsum(-1) - probabilities < top_p).sum())
+    return tokens[:num_left], probabilities[:num_left]
 
 
 def told(logits: Tensor, token: int, num_top: int) -> Drawn:

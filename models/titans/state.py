@@ -55,11 +55,11 @@ class State:
     def select(self, rows: Sequence[int]) -> "State":
         """Some of the sessions (one at least), in any order, any number of times; a copy. IndexError for others."""
         index = torch.tensor(rows, device=self.position.device)
-        return self._map(lambda x: x[index])
+        return self.map(lambda _, x: x[index])
 
     def clone(self) -> "State":
         """A copy that shares nothing."""
-        return self._map(torch.clone)
+        return self.map(lambda _, x: x.clone())
 
     @property
     def batch_size(self) -> int:
@@ -71,8 +71,9 @@ class State:
         """Bytes of all the tensors."""
         return sum(x.numel() * x.element_size() for x in self.parts().values())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        return State.from_parts({name: change(x) for name, x in self.parts().items()})
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "State":
+        """The state that `change` makes of each of its tensors, given their names, which are those of `parts`."""
+        return State.from_parts({name: change(name, x) for name, x in self.parts().items()})
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,15 @@ class Stream:
     write: bool  # True: tokens are learnt as they pass; False: the memories' weights stay as they are
     recall: bool  # False: the memories answer nothing (the control)
 
-    @classmethod
-    def cat(cls, streams: Sequence["Stream"]) -> "Stream":
-        """One batch of all the streams, in order; a copy.
-
-        Raises AssertionError unless there is one at least and all have the same `write` and `recall`.
-        """
-        assert len({(s.write, s.recall) for s in streams}) == 1
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Stream":
+        """The stream that `change` makes of each of its tensors [B, ...], given their names too."""
+        state = self.state.map(change)
         upper = tuple(
-            {name: torch.cat([parts[name] for parts in same]) for name in same[0]}
-            for same in zip(*(s.upper for s in streams), strict=True)
+            {name: change(f"upper.{i}.{name}", x) for name, x in parts.items()} for i, parts in enumerate(self.upper)
         )
-        return cls(State.cat([s.state for s in streams]), upper, streams[0].write, streams[0].recall)
+        return Stream(state, upper, self.write, self.recall)
 
     def select(self, rows: Sequence[int]) -> "Stream":
         """Some of the streams, as `State.select`; a copy."""
         index = torch.tensor(rows, device=self.state.position.device)
-        upper = tuple({name: x[index] for name, x in parts.items()} for parts in self.upper)
-        return Stream(self.state.select(rows), upper, self.write, self.recall)
+        return self.map(lambda _, x: x[index])

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def test_what_cuts_tokens_off_adds_up() -> None:
     assert kept(top_k=3, min_p=0.31).keys() == {0, 1}
     assert kept(top_k=1, min_p=0.09).keys() == {0}
     assert kept(min_p=0.11, top_p=0.8).keys() == {0, 1}  # of 0.95: 0.526, 0.316, 0.158
+
+
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_p": 0.9, "top_k": 700}, {"top_k": 40}, {"min_p": 0.05}, {}])
+def test_of_a_large_vocabulary_the_same_tokens_stay_as_after_sorting_all(cut: dict[str, Any], spread: float) -> None:
+    torch.manual_seed(0)
+    logits, params = torch.randn(20_000) * spread, SamplingParams(**cut)
+    scores, order = logits.sort(descending=True)
+    scores = scores[: params.top_k or None]
+    scores = scores[(scores - scores[0]).exp() >= params.min_p]
+    probabilities = scores.softmax(-1)
+    stays = (probabilities.cumsum(-1) - probabilities < params.top_p) | (params.top_p == 1)
+    expected = dict(zip(order[: len(scores)][stays].tolist(), probabilities[stays].tolist(), strict=True))
+    tokens, shares = candidates(logits, params)
+    assert dict(zip(tokens.tolist(), shares.tolist(), strict=True)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_bias_is_added() -> None:

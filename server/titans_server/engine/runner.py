@@ -5,6 +5,7 @@ from titans.model import TitansModel
 from titans.sampling import Drawn, Sampler
 from titans.state import State, Stream
 
+from titans_server.engine.pool import Pool
 from titans_server.engine.request import Generation, Ingestion
 
 
@@ -16,8 +17,8 @@ class Runner:
         self._prefilling: dict[Generation, Stream] = {}
         self._samplers: dict[Generation, Sampler] = {}
         self._last_token: dict[Generation, int] = {}
-        self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the batch
-        self._batches: dict[bool, Stream] = {}
+        self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the pool
+        self._pools = {True: Pool(), False: Pool()}
 
     @property
     def window(self) -> int:
@@ -52,7 +53,8 @@ class Runner:
             self._prefilling[request] = stream
             return None
         self._samplers[request] = Sampler(request.sampling)
-        self._join(request, stream)
+        self._pools[request.recall].join(stream)
+        self._members[request.recall].append(request)
         return self._sample(request, self._model.logits(hidden[0, -1]).cpu())
 
     @torch.inference_mode()
@@ -64,11 +66,13 @@ class Runner:
             if not members:
                 continue
             tokens = self._padded([[self._last_token[r]] for r in members])
-            hidden, self._batches[recall] = self._model(tokens, self._batches[recall])
+            hidden, after = self._model(tokens, self._pools[recall].stream)
+            self._pools[recall].advance(after)
             scores = self._model.logits(hidden[:, -1]).cpu()
             drawn |= {r: self._sample(r, row) for r, row in zip(members, scores, strict=True)}
         return drawn
 
+    @torch.inference_mode()
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
         self._prefilling.pop(request, None)
@@ -76,19 +80,11 @@ class Runner:
         self._last_token.pop(request, None)
         members = self._members[request.recall]
         if request in members:
-            rows = [i for i, r in enumerate(members) if r is not request]
-            self._members[request.recall] = [members[i] for i in rows]
-            if rows:
-                self._batches[request.recall] = self._batches[request.recall].select(rows)
-            else:
-                del self._batches[request.recall]
-
-    def _join(self, request: Generation, stream: Stream) -> None:
-        members = self._members[request.recall]
-        if members:
-            stream = Stream.cat([self._batches[request.recall], stream])
-        self._batches[request.recall] = stream
-        members.append(request)
+            row = members.index(request)
+            self._pools[request.recall].leave(row)
+            last = members.pop()
+            if last is not request:
+                members[row] = last
 
     def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
         drawn = self._samplers[request].draw(scores)

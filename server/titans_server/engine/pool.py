@@ -1,0 +1,63 @@
+"""Streams side by side in one set of tensors, a row each.
+
+The rows in use are the first ones, so a step works on views of them, in place, whatever joins or leaves: joining copies
+one stream, leaving one at most, and nothing else is moved. Owned by the compute thread.
+
+Sessions' states are not kept here. They are values: as many answers as like read one state at once, forks share it, and
+it is written down while the engine works. Only what an answer changes is its own, from the moment that it begins.
+"""
+
+from titans.state import Stream
+from torch import Tensor
+
+
+class Pool:
+    """Streams of one model, all with the same `write` and `recall`. It grows as it must, and doubles when it does."""
+
+    def __init__(self) -> None:
+        self._form: Stream | None = None  # any of its streams: what parts there are
+        self._room: dict[str, Tensor] = {}  # [capacity, ...] each
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        """Rows in use."""
+        return self._num_rows
+
+    @property
+    def stream(self) -> Stream:
+        """All the streams, one at least: views, good until the next one joins or leaves."""
+        assert self._form is not None and self._num_rows
+        return self._form.map(lambda name, _: self._room[name][: self._num_rows])
+
+    def join(self, stream: Stream) -> int:
+        """Copy a single stream in. Returns its row, the one after the last."""
+        self._form = stream
+        row, self._num_rows = self._num_rows, self._num_rows + 1
+        stream.map(lambda name, x: self._write(name, row, x))
+        return row
+
+    def leave(self, row: int) -> None:
+        """Give a row up; the last one takes its place. With the last one all the room is given back."""
+        assert row < self._num_rows
+        self._num_rows -= 1
+        if not self._num_rows:
+            self._room.clear()
+        if row < self._num_rows:
+            for room in self._room.values():
+                room[row] = room[self._num_rows]
+
+    def advance(self, after: Stream) -> None:
+        """Take over what the model has made of `stream`: most of it is in its place already."""
+        before = dict[str, Tensor]()
+        self.stream.map(before.setdefault)
+        after.map(lambda name, x: x if x.data_ptr() == before[name].data_ptr() else before[name].copy_(x))
+
+    def _write(self, name: str, row: int, x: Tensor) -> Tensor:
+        room = self._room.get(name)
+        if room is None or len(room) == row:
+            larger = x.new_empty(max(1, 2 * row), *x.shape[1:])
+            if room is not None:
+                larger[:row] = room
+            room = self._room[name] = larger
+        room[row] = x[0]
+        return x
