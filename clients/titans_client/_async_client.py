@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -122,18 +122,39 @@ class AsyncClient:
         return call.read(response)
 
     async def _events(self, call: StreamCall[M]) -> AsyncGenerator[M, None]:
-        reader = EventReader(call)
+        reader = EventReader(call, self._settings.max_retries)
+        try:
+            while not reader.has_ended:
+                try:
+                    async with aclosing(self._events_of_one_connection(reader)) as items:
+                        async for item in items:
+                            yield item
+                except TitansError as error:
+                    wait = reader.wait_after(error)
+                    if wait is None:
+                        raise
+                    await asyncio.sleep(wait)
+        finally:
+            if reader.stop_path is not None:
+                await asyncio.shield(self._stop(reader.stop_path))  # also where this task is being cancelled
+
+    async def _events_of_one_connection(self, reader: EventReader[M]) -> AsyncGenerator[M, None]:
+        call = reader.next_call
         async with opened_async(call.document) as body:
             with connection_errors(self.base_url), reader.to_the_end():
                 async with self._http.stream(**call.arguments(body, self._settings)) as response:
-                    if _core.is_refused(response):
+                    if not response.is_success:
                         await response.aread()
-                        raise _core.refusal(response)
+                    reader.check(response)
                     async with aclosing(EventSource(response).aiter_sse()) as events:
                         async for event in events:
                             item = reader.read(event)
                             if item is not None:
                                 yield item
+
+    async def _stop(self, path: str) -> None:
+        with suppress(httpx.HTTPError, RuntimeError):  # RuntimeError: the client is closed already
+            await self._http.delete(path, timeout=_core.STOP_TIMEOUT)
 
 
 class AsyncSessions:

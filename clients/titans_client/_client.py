@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar, Unpack
 
@@ -28,7 +29,8 @@ class Client:
     timeout: seconds to connect, and for answers that cost no work (sessions, health). None: for ever.
     work_timeout: seconds of silence to bear while a document is learnt or an answer made.
     max_retries: how often a GET or DELETE is repeated when the connection fails or the server says 429 or 503.
-        A POST is never repeated: it may have been done.
+        A POST is never repeated: it may have been done. A stream that is cut is resumed where it was, as often as that
+        between two of its events.
     transport: what carries the requests; for tests, an `httpx.MockTransport`.
 
     Every method raises `TitansError`s, ValueError for an id that is none. The constructor raises ValueError for an
@@ -134,16 +136,32 @@ class Client:
         return call.read(response)
 
     def _events(self, call: StreamCall[M]) -> Generator[M, None, None]:
-        reader = EventReader(call)
+        reader = EventReader(call, self._settings.max_retries)
+        try:
+            while not reader.has_ended:
+                try:
+                    yield from self._events_of_one_connection(reader)
+                except TitansError as error:
+                    wait = reader.wait_after(error)
+                    if wait is None:
+                        raise
+                    time.sleep(wait)
+        finally:
+            if reader.stop_path is not None:
+                with suppress(httpx.HTTPError, RuntimeError):  # RuntimeError: the client is closed already
+                    self._http.delete(reader.stop_path, timeout=_core.STOP_TIMEOUT)
+
+    def _events_of_one_connection(self, reader: EventReader[M]) -> Generator[M, None, None]:
+        call = reader.next_call
         with (
             opened(call.document) as body,
             connection_errors(self.base_url),
             reader.to_the_end(),
             self._http.stream(**call.arguments(body, self._settings)) as response,
         ):
-            if _core.is_refused(response):
+            if not response.is_success:
                 response.read()
-                raise _core.refusal(response)
+            reader.check(response)
             for event in EventSource(response).iter_sse():
                 item = reader.read(event)
                 if item is not None:

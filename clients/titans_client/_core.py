@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 from urllib.parse import quote
 
@@ -41,6 +41,7 @@ from ._settings import Settings
 PLAIN_TEXT = "text/plain; charset=utf-8"
 EVENT_STREAM = "text/event-stream"
 MAX_WAIT = 60.0  # seconds; a server that asks for more is not waited for
+STOP_TIMEOUT = 5.0  # seconds for the server to stop a stream that is given up
 POLL = 0.2  # seconds from one "ready?" to the next
 
 T = TypeVar("T")
@@ -93,20 +94,48 @@ class StreamCall(Request, Generic[M]):
 
 
 class EventReader(Generic[M]):
-    """Reads one stream, event by event."""
+    """Reads one stream, event by event, over as many connections as it takes."""
 
-    def __init__(self, call: StreamCall[M]) -> None:
+    def __init__(self, call: StreamCall[M], max_retries: int) -> None:
         self._call = call
-        self._ended = False
+        self._max_retries = max_retries
+        self._retries: Retries | None = None  # since the last event
+        self._path: str | None = None  # where the stream can be resumed, once it has begun
+        self._last_event_id = ""
+        self.has_ended = False
+
+    @property
+    def next_call(self) -> StreamCall[M]:
+        """What to ask for now: the stream, or to go on with it."""
+        if self._path is None:
+            return replace(self._call, headers={**self._call.headers, "Prefer": "resumable"})
+        headers = {"Accept": EVENT_STREAM} | ({"Last-Event-ID": self._last_event_id} if self._last_event_id else {})
+        return replace(
+            self._call, method="GET", path=self._path, headers=headers, json=None, document=None, is_repeatable=True
+        )
+
+    @property
+    def stop_path(self) -> str | None:
+        """What to DELETE where the rest is not wanted, None where leaving is enough."""
+        return None if self.has_ended else self._path
+
+    def check(self, response: httpx.Response) -> None:
+        """Look at a response's head. Raises what a refusal stands for: its body has been read."""
+        if is_refused(response):
+            raise refusal(response)
+        if response.headers.get("Preference-Applied") == "resumable" and "X-Stream-ID" in response.headers:
+            self._path = f"/v1/streams/{quote(response.headers['X-Stream-ID'], safe='')}"
 
     def read(self, event: ServerSentEvent) -> M | None:
         """What the event holds, None if that is nothing. Raises what an `error` event stands for.
 
         Events of other names are skipped: a later server may send more of them.
         """
+        self._last_event_id, self._retries = event.id, None
         if event.event == "error":
+            self.has_ended = True
             raise event_error(event.data)
-        self._ended = self._ended or self._call.is_end(event)
+        self.has_ended = self.has_ended or self._call.is_end(event)
         model = self._call.events.get(event.event)
         if model is None or event.data in {"", "[DONE]"}:
             return None
@@ -121,10 +150,20 @@ class EventReader(Generic[M]):
         try:
             yield
         except httpx.TransportError:
-            if not self._ended:
+            if not self.has_ended:
                 raise
-        if not self._ended:
+        if not self.has_ended:
             raise APIConnectionError("the stream broke off before its end")
+
+    def wait_after(self, error: TitansError) -> float | None:
+        """Seconds to wait before going on; None: the error is the caller's. Raises where the stream is lost."""
+        if self._path is None or self.has_ended or isinstance(error, APITimeoutError | APIResponseError):
+            return None
+        if isinstance(error, APIStatusError) and error.code in {"stream_not_found", "events_lost"}:
+            self._path = None
+            raise APIConnectionError(f"the stream broke off and cannot be resumed: {error}") from error
+        self._retries = self._retries or Retries(self.next_call, self._max_retries)
+        return self._retries.wait_after(error)
 
 
 class Retries:

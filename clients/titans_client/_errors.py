@@ -13,6 +13,9 @@
         ├── DocumentTooLargeError 413  document_too_large
         ├── SessionNotFoundError 404   session_not_found
         ├── ModelNotFoundError 404     model_not_found
+        ├── StreamNotFoundError 404    stream_not_found
+        ├── EventsLostError 410        events_lost: what a stream is to go on with is kept no more
+        ├── StreamStoppedError 410     stream_stopped: somebody deleted the stream
         ├── StateMismatchError 409     state_mismatch: the session was made by another model
         ├── VersionConflictError 412   version_conflict: nothing was written
         ├── SessionBusyError 429       session_busy: try again after `retry_after` seconds
@@ -102,6 +105,18 @@ class ModelNotFoundError(APIStatusError):
     """Another model is served than the one asked for."""
 
 
+class StreamNotFoundError(APIStatusError):
+    """No such stream, or it cannot be resumed."""
+
+
+class EventsLostError(APIStatusError):
+    """A stream cannot go on where it was cut: its events are kept no more."""
+
+
+class StreamStoppedError(APIStatusError):
+    """The stream was deleted before its end."""
+
+
 class StateMismatchError(APIStatusError):
     """The session was made by another model than the one served; it is left as it is."""
 
@@ -145,6 +160,9 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "document_too_large": (413, DocumentTooLargeError),
     "session_not_found": (404, SessionNotFoundError),
     "model_not_found": (404, ModelNotFoundError),
+    "stream_not_found": (404, StreamNotFoundError),
+    "events_lost": (410, EventsLostError),
+    "stream_stopped": (410, StreamStoppedError),
     "state_mismatch": (409, StateMismatchError),
     "version_conflict": (412, VersionConflictError),
     "session_busy": (429, SessionBusyError),

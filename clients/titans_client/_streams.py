@@ -11,7 +11,7 @@ class Stream(Iterator[T], Generic[T]):
     """The pieces of one answer. The request is sent when the first is asked for.
 
     The connection is held from then on until the last piece, an error, `close`, the end of a `with` block, or until
-    nobody holds the stream any more. To the server a connection closed early means: stop, the rest is not wanted.
+    nobody holds the stream any more. One that is cut is resumed; of one closed early the server is told to stop.
     """
 
     def __init__(self, items: Generator[T, None, None]) -> None:

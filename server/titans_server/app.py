@@ -17,6 +17,8 @@ from titans_server.api.handlers import add_handlers
 from titans_server.api.observed import Observed
 from titans_server.api.openai.routes import router as openai_router
 from titans_server.api.routes import metrics_router, router
+from titans_server.api.streams.registry import StreamLimits, Streams
+from titans_server.api.streams.routes import router as streams_router
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
 from titans_server.observer import Observers
@@ -70,14 +72,17 @@ def create_app(settings: Settings) -> FastAPI:
             limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
             cache = StateCache(settings.resident_bytes)
             service = SessionService(engine, store, model, cache, limits, observer=observer)
+            streams = Streams(_stream_limits(settings))
+            stack.push_async_callback(streams.close)
             device = str(loaded.model.device)
             metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
             log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
-            yield {"context": AppContext(service, settings, metrics, gatekeeper, device, store.name)}
+            yield {"context": AppContext(service, streams, settings, metrics, gatekeeper, device, store.name)}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
     app.include_router(router)
     app.include_router(openai_router)
+    app.include_router(streams_router)
     if settings.metrics != "off":
         app.include_router(metrics_router)
     add_handlers(app)
@@ -123,6 +128,16 @@ class _Gauged:
 
     def residents(self) -> list[Residents]:
         return [Residents("memory", len(self._cache), self._cache.num_bytes)]
+
+
+def _stream_limits(settings: Settings) -> StreamLimits:
+    return StreamLimits(
+        max_streams=settings.max_streams,
+        max_bytes=settings.stream_bytes,
+        keep_seconds=settings.stream_keep_seconds,
+        ping_seconds=settings.stream_ping_seconds,
+        stall_seconds=settings.stream_stall_seconds,
+    )
 
 
 def _load(settings: Settings) -> checkpoint.Loaded:

@@ -10,6 +10,9 @@
     ├── HeadersTooLarge 431         headers_too_large
     ├── SessionNotFound 404         session_not_found
     ├── ModelNotFound 404           model_not_found: another model is served
+    ├── StreamNotFound 404          stream_not_found
+    ├── EventsLost 410              events_lost: what a stream is to go on with is kept no more
+    ├── StreamStopped 410           stream_stopped: somebody deleted the stream; only inside one
     ├── StateMismatch 409           state_mismatch: the session belongs to another model; nothing is touched
     ├── VersionConflict 412         version_conflict: somebody else moved the session on
     ├── SessionBusy 429             session_busy: too many writers wait already; retryable
@@ -112,6 +115,30 @@ class ModelNotFound(TitansError):
     status = 404
     kind = "invalid_request_error"
     default_code = "model_not_found"
+
+
+class StreamNotFound(TitansError):
+    """No such stream, or none that can be resumed."""
+
+    status = 404
+    kind = "invalid_request_error"
+    default_code = "stream_not_found"
+
+
+class EventsLost(TitansError):
+    """A stream cannot go on where it is asked to: its ring has moved on."""
+
+    status = 410
+    kind = "invalid_request_error"
+    default_code = "events_lost"
+
+
+class StreamStopped(TitansError):
+    """A stream was stopped before its end. Told to who reads it."""
+
+    status = 410
+    kind = "invalid_request_error"
+    default_code = "stream_stopped"
 
 
 class StateMismatch(TitansError):

@@ -39,6 +39,11 @@ class Settings(BaseSettings):
     quota_tokens_per_minute: int | None = Field(default=None, ge=1)
     quota_requests_at_once: int | None = Field(default=None, ge=1)
     resident_bytes: int = Field(default=1 << 30, ge=0)
+    max_streams: int = Field(default=128, ge=1)
+    stream_bytes: int = Field(default=2 << 20, ge=1)
+    stream_keep_seconds: float = Field(default=60.0, ge=0)
+    stream_ping_seconds: float = Field(default=15.0, gt=0)
+    stream_stall_seconds: float = Field(default=60.0, gt=0)
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

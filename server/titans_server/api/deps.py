@@ -5,9 +5,11 @@ from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from titans_server.api.documents import DocumentReader
+from titans_server.api.sse import EventStream, Framing
+from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest
 from titans_server.service import SessionService
 from titans_server.settings import Settings
@@ -24,6 +26,7 @@ class AppContext:
     """What lives as long as the app; made in `app.py`."""
 
     service: SessionService
+    streams: Streams
     settings: Settings
     metrics: Metrics
     gatekeeper: Gatekeeper
@@ -49,6 +52,43 @@ def get_caller(request: Request) -> Caller:
 Context = Annotated[AppContext, Depends(get_context)]
 Service = Annotated[SessionService, Depends(get_service)]
 From = Annotated[Caller, Depends(get_caller)]
+
+
+class Replying:
+    """The two ways to answer a request that costs work: with a stream of events, or with one value at the end.
+
+    Either way the work stops when the client leaves; but for a stream that the request prefers to be resumable.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        caller: From,
+        context: Context,
+        prefer: Annotated[str | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
+    ) -> None:
+        self._request = request
+        self._owner = caller.owner
+        self._streams = context.streams
+        preferences = {part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")}
+        self._resumable = "resumable" in preferences
+
+    def stream(
+        self, events: AsyncGenerator[Any, None], body_read: asyncio.Event | None = None, framing: Framing | None = None
+    ) -> EventStream:
+        """The response. `body_read`: see `EventStream`. Raises Overloaded."""
+        framing = framing or Framing()
+        reader = self._streams.open(
+            framing.frames(events), framing.farewell(), owner=self._owner, resumable=self._resumable
+        )
+        return EventStream(reader, self._streams.limits, body_read)
+
+    async def whole(self, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None) -> T | None:
+        """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+        return await unless_disconnected(self._request, work, body_read)
+
+
+Reply = Annotated[Replying, Depends()]
 
 
 class Upload:

@@ -6,10 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from titans_server.api.deps import Context, Service, Upload, unless_disconnected
+from titans_server.api.deps import Context, Reply, Service, Upload
 from titans_server.api.documents import reader_for
 from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Health, Session
-from titans_server.api.sse import EventStream
 from titans_server.errors import InvalidRequest
 from titans_server.events import CompletionChunk, DocumentLearnt
 from titans_server.prompts import CompletionRequest
@@ -45,27 +44,27 @@ async def delete_session(session_id: str, service: Service) -> None:
 
 
 @router.post(SESSION + "/documents", response_model=None)
-async def post_document(session_id: str, request: Request, service: Service, context: Context) -> Any:
+async def post_document(session_id: str, request: Request, service: Service, context: Context, reply: Reply) -> Any:
     """Learn a document, streamed in; the answer comes when it is durable."""
     reader = reader_for(request.headers.get("content-type"))
     await service.get(session_id)
     upload = Upload(request, reader, context.settings.max_document_bytes)
     if "text/event-stream" in request.headers.get("accept", ""):
-        return EventStream(service.ingest(session_id, upload.pieces()), upload.read)
-    return await unless_disconnected(request, _learn(service, session_id, upload), upload.read)
+        return reply.stream(service.ingest(session_id, upload.pieces()), upload.read)
+    return await reply.whole(_learn(service, session_id, upload), upload.read)
 
 
 @router.post(SESSION + "/completions", response_model=None)
 async def create_completion(
-    session_id: str, body: CreateCompletion, request: Request, service: Service, context: Context
+    session_id: str, body: CreateCompletion, service: Service, context: Context, reply: Reply
 ) -> Any:
     """Answer a prompt from what the session has read."""
     if body.max_tokens > (limit := context.settings.max_completion_tokens):
         raise InvalidRequest(f"max_tokens is at most {limit}", param="max_tokens")
     await service.get(session_id)
     if body.stream:
-        return EventStream(service.complete(session_id, body.to_request()))
-    return await unless_disconnected(request, _complete(service, session_id, body.to_request()))
+        return reply.stream(service.complete(session_id, body.to_request()))
+    return await reply.whole(_complete(service, session_id, body.to_request()))
 
 
 @router.get("/health/live")

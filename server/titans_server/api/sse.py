@@ -8,27 +8,36 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from titans_server.errors import TitansError
+from titans_server.api.streams.registry import StreamLimits
+from titans_server.api.streams.ring import Frame
+from titans_server.api.streams.stream import Reader
+from titans_server.errors import InvalidRequest, StreamStopped, TitansError
 from titans_server.events import CompletionChunk, DocumentLearnt, Progress
 from titans_server.telemetry import request
 
 log = logging.getLogger(__name__)
 
 Event = Progress | DocumentLearnt | CompletionChunk | dict[str, Any]  # a dict is JSON already
-DONE = ServerSentEvent("[DONE]")
-PING_SECONDS = 15
+DONE = Frame("[DONE]")
+# No empty line follows: OpenAI's clients would take it for the end of an event, and an event without data for a fault.
+_PING = b": ping\r\n"
 
 
 class EventStream(EventSourceResponse):
-    """A stream of a service's events, ended by [DONE]."""
+    """A response that is what a reader takes of a stream."""
 
-    def __init__(self, events: AsyncGenerator[Event, None], body_read: asyncio.Event | None = None) -> None:
-        """`body_read`: set when the request's body, which `events` reads, has been read."""
-        super().__init__(_framed(events), ping=PING_SECONDS)
+    def __init__(self, reader: Reader, limits: StreamLimits, body_read: asyncio.Event | None = None) -> None:
+        """`body_read`: set when the request's body, which the stream reads, has been read."""
+        headers = {"X-Stream-ID": reader.stream.id}
+        if reader.stream.is_resumable:
+            headers["Preference-Applied"] = "resumable"
+        super().__init__(reader.events(), headers=headers, ping=limits.ping_seconds, send_timeout=limits.stall_seconds)
+        self._reader = reader
         self._body_read = body_read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,28 +49,53 @@ class EventStream(EventSourceResponse):
                 await self._body_read.wait()
             return await receive()
 
-        await super().__call__(scope, after_body, send)
-
-
-async def _framed(events: AsyncGenerator[Event, None]) -> AsyncGenerator[ServerSentEvent, None]:
-    async with aclosing(events) as source:
         try:
-            async for event in source:
-                yield ServerSentEvent(_json(event if isinstance(event, dict) else asdict(event)), event=_name(event))
-        except TitansError as error:
-            yield _error(error)
-        except ClientDisconnect:
-            log.info("the client left before its document was read")
-            return
-        except Exception:
-            log.exception("a stream failed")
-            yield _error(TitansError("internal error"))
-    yield DONE
+            await super().__call__(scope, after_body, send)
+        except SendTimeoutError:
+            log.info("a reader that took nothing for too long was left")
+        finally:
+            self._reader.leave()
 
 
-def _error(error: TitansError) -> ServerSentEvent:
-    request.failed(error.code)
-    return ServerSentEvent(_json(error.body()), event="error")
+class Framing:
+    """How events look on the wire: JSON, some under a name."""
+
+    def event(self, event: Event) -> Frame:
+        """An event."""
+        return Frame(as_json(event if isinstance(event, dict) else asdict(event)), _name(event))
+
+    def failure(self, error: TitansError) -> Frame:
+        """What a stream that has failed ends with."""
+        return Frame(as_json(error.body()), name="error")
+
+    async def frames(self, events: AsyncGenerator[Any, None]) -> AsyncGenerator[Frame, None]:
+        """Events to frames, ended by [DONE]; what goes wrong is one of them."""
+        async with aclosing(events) as source:
+            try:
+                async for event in source:
+                    yield self.event(event)
+            except ClientDisconnect:
+                log.info("the client left before its document was read")
+                yield self._failed(InvalidRequest("the document broke off before its end"))
+            except TitansError as error:
+                yield self._failed(error)
+            except Exception:
+                log.exception("a stream failed")
+                yield self._failed(TitansError("internal error"))
+        yield DONE
+
+    def farewell(self) -> list[Frame]:
+        """What a stream that is stopped ends with."""
+        return [self.failure(StreamStopped("the stream was stopped")), DONE]
+
+    def _failed(self, error: TitansError) -> Frame:
+        request.failed(error.code)
+        return self.failure(error)
+
+
+def as_json(fields: dict[str, Any]) -> str:
+    """JSON on one line."""
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 
 def _name(event: Event) -> str | None:
@@ -72,7 +106,3 @@ def _name(event: Event) -> str | None:
             return "done"
         case _:
             return None  # plain data, as OpenAI's clients expect
-
-
-def _json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))

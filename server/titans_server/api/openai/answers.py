@@ -6,12 +6,9 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fastapi import Request
-
-from titans_server.api.deps import AppContext, unless_disconnected
+from titans_server.api.deps import AppContext, Replying
 from titans_server.api.openai.convert import AnswerForm, Json, total
 from titans_server.api.openai.schemas import CreateAnswer
-from titans_server.api.sse import EventStream
 from titans_server.errors import InvalidRequest, ModelNotFound
 from titans_server.events import AnswerPiece
 from titans_server.prompts import CompletionRequest
@@ -22,7 +19,7 @@ Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number o
 
 
 async def respond(
-    form: type[AnswerForm], body: CreateAnswer, request: Request, context: AppContext, header: str | None
+    form: type[AnswerForm], body: CreateAnswer, reply: Replying, context: AppContext, header: str | None
 ) -> Any:
     """The response. What a client may have got wrong is found before a stream begins."""
     service = context.service
@@ -36,8 +33,8 @@ async def respond(
     answer_form = form(service.model, with_logprobs=body.num_logprobs is not None)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
-    return await unless_disconnected(request, whole(pieces, answer_form, len(choices), body.n))
+        return reply.stream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
+    return await reply.whole(whole(pieces, answer_form, len(choices), body.n))
 
 
 def check_model(service: SessionService, name: str) -> None:

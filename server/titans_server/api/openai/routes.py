@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from titans_server.api.deps import Context, Service
+from titans_server.api.deps import Context, Reply, Service
 from titans_server.api.handlers import answer, invalid_request
 from titans_server.api.openai.answers import check_model, respond
 from titans_server.api.openai.convert import ChatForm, Json, TextForm, model_object
@@ -52,15 +52,15 @@ async def get_model(model: str, service: Service) -> Json:
 
 @router.post("/v1/completions", response_model=None)
 async def create_completion(
-    body: CreateCompletion, request: Request, context: Context, session: SessionHeader = None
+    body: CreateCompletion, reply: Reply, context: Context, session: SessionHeader = None
 ) -> Any:
     """Continue a text, or several."""
-    return await respond(TextForm, body, request, context, session)
+    return await respond(TextForm, body, reply, context, session)
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat_completion(
-    body: CreateChatCompletion, request: Request, context: Context, session: SessionHeader = None
+    body: CreateChatCompletion, reply: Reply, context: Context, session: SessionHeader = None
 ) -> Any:
     """Answer a conversation."""
-    return await respond(ChatForm, body, request, context, session)
+    return await respond(ChatForm, body, reply, context, session)

@@ -1,0 +1,79 @@
+"""The last events of a stream: numbered from 1, bounded in bytes. No I/O here."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from sse_starlette import ServerSentEvent
+
+from titans_server.errors import EventsLost, InvalidRequest
+
+_OVERHEAD = 128  # bytes that keeping an event costs beside its own
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An event before it has its number."""
+
+    data: str
+    name: str | None = None  # None: "message", as a reader of events sees it
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """An event as it goes over the wire."""
+
+    id: int
+    wire: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it costs."""
+        return len(self.wire) + _OVERHEAD
+
+
+class Ring:
+    """A stream's newest events. The newest is always kept, however large; the oldest go when there are too many."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._events: deque[Numbered] = deque()
+        self.num_bytes = 0
+        self.last = 0  # the newest event's number, 0 before there is one
+
+    @property
+    def first(self) -> int:
+        """The oldest kept event's number; the next one's where none is kept."""
+        return self.last - len(self._events) + 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next event pushes the oldest out."""
+        return self.num_bytes >= self._max_bytes
+
+    def append(self, frame: Frame) -> None:
+        """Keep one more event."""
+        while self._events and self.is_full:
+            self._drop()
+        self.last += 1
+        event = Numbered(self.last, ServerSentEvent(frame.data, event=frame.name, id=str(self.last)).encode())
+        self._events.append(event)
+        self.num_bytes += event.num_bytes
+
+    def check(self, number: int) -> None:
+        """Raises EventsLost where what follows `number` is not all there, InvalidRequest where it was never sent."""
+        if number > self.last:
+            raise InvalidRequest(f"the stream's last event is {self.last}", param="Last-Event-ID")
+        if number < self.first - 1:
+            raise EventsLost(f"the events before {self.first} are kept no more")
+
+    def after(self, number: int) -> Numbered | None:
+        """The event that follows `number`, which `check` has passed; None while there is none."""
+        return self._events[number + 1 - self.first] if number < self.last else None
+
+    def forget(self, number: int) -> None:
+        """Keep the events up to this one no more."""
+        while self._events and self.first <= number:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.num_bytes -= self._events.popleft().num_bytes

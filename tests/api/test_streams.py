@@ -1,0 +1,343 @@
+"""Streams on a real socket: cut and picked up again, stopped, left, and read too slowly."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+import pytest
+from openai import APIError, OpenAI
+from support.models import write_tiny_checkpoint
+from support.servers import LiveServer, free_port
+from titans_client import AsyncClient, Client
+from titans_server.settings import Settings
+
+MODEL = "tiny-0"
+EOS = 2
+PLAIN = {"Content-Type": "text/plain"}
+RESUMABLE = {"Prefer": "respond-sooner, Resumable"}
+ENDLESS = {"max_tokens": 1_000_000, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return Settings(
+        port=free_port(),
+        store="memory://",
+        body=checkpoint.body,
+        memory=checkpoint.memory,
+        dtype="float32",
+        threads=1,
+        max_requests=2,
+        max_completion_tokens=1_000_000,
+        max_streams=2,
+        stream_bytes=30_000,
+        stream_keep_seconds=1.5,
+        stream_ping_seconds=0.2,
+        stream_stall_seconds=0.5,
+    )
+
+
+@dataclass(frozen=True)
+class Event:
+    id: int
+    name: str
+    data: str
+
+
+def events(response: httpx.Response) -> Iterator[Event]:
+    """The events of a stream, parsed by hand: their ids and names are what is tested."""
+    fields: dict[str, str] = {}
+    for line in response.iter_lines():
+        if line.startswith(":"):
+            continue
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif fields:
+            yield Event(int(fields["id"]), fields.get("event", "message"), fields["data"])
+            fields = {}
+
+
+def endless(endpoint: str, session: str) -> dict[str, Any]:
+    """A request whose answer does not end by itself."""
+    bias = {"logit_bias": {str(EOS): -100}}
+    match endpoint:
+        case "native":
+            body: dict[str, Any] = {"prompt": "a", "temperature": 0}
+            return {"method": "POST", "url": f"/v1/sessions/{session}/completions", "json": body | ENDLESS}
+        case "text":
+            body = {"model": MODEL, "prompt": "a"}
+            return {"method": "POST", "url": "/v1/completions", "json": body | bias | ENDLESS}
+        case _:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+            return {"method": "POST", "url": "/v1/chat/completions", "json": body | bias | ENDLESS}
+
+
+def wait_until_idle(http: httpx.Client) -> float:
+    """Seconds until both places of the engine are free."""
+    started = time.monotonic()
+    body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 1}
+    while http.post("/v1/completions", json=body).status_code != 200:
+        assert time.monotonic() - started < 10, "work that nobody waits for goes on"
+        time.sleep(0.03)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("endpoint", ["native", "text", "chat"])
+def test_every_event_has_its_number(http: httpx.Client, session: str, endpoint: str) -> None:
+    request = endless(endpoint, session)
+    request["json"] |= {"max_tokens": 5}
+    with http.stream(**request) as response:
+        found = list(events(response))
+    assert [event.id for event in found] == list(range(1, len(found) + 1))
+    assert found[-1].data == "[DONE]"
+    assert response.headers["x-stream-id"].startswith("str_")
+    assert "preference-applied" not in response.headers
+    gone = http.get(f"/v1/streams/{response.headers['x-stream-id']}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "stream_not_found")
+
+
+@pytest.mark.parametrize("endpoint", ["native", "text", "chat"])
+def test_a_stream_is_resumed_where_it_was_cut(http: httpx.Client, session: str, endpoint: str) -> None:
+    request = endless(endpoint, session)
+    request["json"] |= {"max_tokens": 40, "temperature": 0}
+    with http.stream(**request) as response:
+        whole = [event.data for event in events(response)]
+    with http.stream(**request, headers=RESUMABLE) as response:
+        assert response.headers["preference-applied"] == "resumable"
+        path = f"/v1/streams/{response.headers['x-stream-id']}"
+        source = events(response)
+        got = [next(source) for _ in range(3)]
+    while True:
+        with http.stream("GET", path, headers={"Last-Event-ID": str(got[-1].id)}) as response:
+            if response.status_code == 204:
+                break
+            assert response.headers["content-type"].startswith("text/event-stream")
+            got += [event for event, _ in zip(events(response), range(7), strict=False)]
+    assert [event.id for event in got] == list(range(1, len(got) + 1))
+
+    def text(data: str) -> Any:
+        fields = json.loads(data)
+        return fields.get("text") or [choice.get("text") or choice.get("delta") for choice in fields.get("choices", [])]
+
+    assert [text(event.data) for event in got[:-1]] == [text(data) for data in whole[:-1]]
+    with http.stream("GET", path) as response:
+        assert list(events(response)) == got, "without an id, from the first on"
+
+
+def test_what_is_learnt_is_learnt_though_the_client_has_gone(http: httpx.Client, session: str) -> None:
+    headers = PLAIN | RESUMABLE | {"Accept": "text/event-stream"}
+    url = f"/v1/sessions/{session}/documents"
+    with http.stream("POST", url, content=b"words " * 500, headers=headers) as response:
+        first = next(events(response))
+        path = f"/v1/streams/{response.headers['x-stream-id']}"
+    assert first.name == "progress"
+    with http.stream("GET", path, headers={"Last-Event-ID": "1"}) as response:
+        rest = list(events(response))
+    assert [rest[-2].name, rest[-1].data] == ["done", "[DONE]"]
+    assert json.loads(rest[-2].data)["tokens"] == 3_000
+    assert http.get(f"/v1/sessions/{session}").json()["version"] == 1
+
+
+def test_a_document_that_breaks_off_is_an_error_to_whoever_asks_again(
+    server: LiveServer, http: httpx.Client, session: str
+) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\n"
+    head += "Prefer: resumable\r\nAccept: text/event-stream\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(head.encode() + b"half a document " * 200)
+        answer = b""
+        while b"progress" not in answer:
+            answer += raw.recv(65_536)
+    stream_id = answer.lower().partition(b"x-stream-id: ")[2].partition(b"\r\n")[0].decode()
+    stream_id = answer[answer.lower().index(stream_id.encode()) :][: len(stream_id)].decode()
+    with http.stream("GET", f"/v1/streams/{stream_id}") as response:
+        *_, error, done = events(response)
+    assert (error.name, done.data) == ("error", "[DONE]")
+    assert "broke off" in json.loads(error.data)["error"]["message"]
+    assert http.get(f"/v1/sessions/{session}").json()["version"] == 0
+
+
+@pytest.mark.parametrize("endpoint", ["native", "text", "chat"])
+def test_a_dropped_client_stops_its_answer_at_once(http: httpx.Client, session: str, endpoint: str) -> None:
+    for _ in range(3):
+        with http.stream(**endless(endpoint, session)) as response:
+            next(events(response))
+        assert wait_until_idle(http) < 1
+
+
+@pytest.mark.parametrize("headers", [{}, RESUMABLE])
+def test_delete_stops_the_work_and_tells_the_reader(
+    http: httpx.Client, server: LiveServer, session: str, headers: dict[str, str]
+) -> None:
+    with (
+        httpx.Client(base_url=server.url) as other,
+        http.stream(**endless("chat", session), headers=headers) as response,
+    ):
+        source = events(response)
+        next(source)
+        path = f"/v1/streams/{response.headers['x-stream-id']}"
+        assert other.delete(path).status_code == 204
+        assert wait_until_idle(other) < 1
+        *_, error, done = source
+    assert (error.name, json.loads(error.data)["error"]["code"], done.data) == ("error", "stream_stopped", "[DONE]")
+    if headers:
+        assert http.delete(path).status_code == 204, "it has ended, and is forgotten now"
+    assert http.delete(path).status_code == 404
+
+
+def test_openais_client_is_told_that_its_stream_was_stopped(server: LiveServer, http: httpx.Client) -> None:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as ai:
+        stream = ai.completions.create(
+            model=MODEL, prompt="a", max_tokens=1_000_000, stream=True, logit_bias={str(EOS): -100}
+        )
+        next(iter(stream))
+        http.delete(f"/v1/streams/{stream.response.headers['x-stream-id']}")
+        with pytest.raises(APIError) as caught:
+            list(stream)
+    assert caught.value.code == "stream_stopped"
+
+
+def test_events_that_are_kept_no_more_are_told_as_lost(http: httpx.Client, session: str) -> None:
+    request = endless("text", session)
+    request["json"] |= {"max_tokens": 150, "temperature": 0}
+    with http.stream(**request, headers=RESUMABLE) as response:
+        path = f"/v1/streams/{response.headers['x-stream-id']}"
+    wait_until_idle(http)
+    lost = http.get(path, headers={"Last-Event-ID": "1"})
+    assert (lost.status_code, lost.json()["error"]["code"]) == (410, "events_lost")
+    late = http.get(path, headers={"Last-Event-ID": "145"})
+    assert late.text.rstrip().endswith("data: [DONE]")
+    time.sleep(1.8)
+    assert http.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("number", ["-1", "x", "99999999", "1" * 400, "1.5", ""])
+def test_a_number_that_was_never_sent_is_refused(http: httpx.Client, session: str, number: str) -> None:
+    with http.stream(**endless("text", session), headers=RESUMABLE) as response:
+        path = f"/v1/streams/{response.headers['x-stream-id']}"
+        next(events(response))
+    refused = http.get(path, headers={"Last-Event-ID": number})
+    http.delete(path)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"].endswith("Last-Event-ID")
+
+
+@pytest.mark.parametrize("stream_id", ["str_nobody", "..%2f..%2fetc", "%00", "str_%C3%A4", "a" * 3_000])
+def test_an_unknown_stream_is_not_found(http: httpx.Client, stream_id: str) -> None:
+    for method in ("GET", "DELETE"):
+        response = http.request(method, f"/v1/streams/{stream_id}")
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] in {"stream_not_found", "http_404"}
+
+
+def test_no_more_streams_are_kept_than_there_is_room_for(http: httpx.Client, session: str) -> None:
+    paths = []
+    for _ in range(2):
+        with http.stream(**endless("text", session), headers=RESUMABLE) as response:
+            paths.append(f"/v1/streams/{response.headers['x-stream-id']}")
+            next(events(response))
+    refused = http.request(**endless("text", session), headers=RESUMABLE)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    for path in paths:
+        http.delete(path)
+    assert wait_until_idle(http) < 1
+
+
+def test_a_quiet_stream_has_comments(server: LiveServer, session: str) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: {host}\r\nContent-Type: text/plain\r\n"
+    head += "Accept: text/event-stream\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(head.encode())
+        answer = b""
+        while answer.count(b": ping") < 2:
+            answer += raw.recv(65_536)
+    assert b"data:" not in answer
+
+
+def test_our_own_client_gives_up_a_stream_by_stopping_it(server: LiveServer, http: httpx.Client, session: str) -> None:
+    with Client(server.url) as client:
+        with client.stream(session, "a", max_tokens=1_000_000, temperature=0) as stream:
+            next(stream)
+        assert wait_until_idle(http) < 1
+
+
+class CuttingProxy:
+    """Passes connections on to a server, and cuts each when it has brought so many bytes of the answer."""
+
+    def __init__(self, server: LiveServer, num_bytes: int) -> None:
+        self._target = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        self._num_bytes = num_bytes
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.num_cut = 0
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(timeout=30)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._threads.append(threading.Thread(target=self._serve, args=[self._listener.accept()[0]]))
+                self._threads[-1].start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
+            sending = threading.Thread(target=self._pass_on, args=[client, server])
+            self._threads.append(sending)
+            sending.start()
+            left = self._num_bytes
+            while left and (data := server.recv(left)):
+                client.sendall(data)
+                left -= len(data)
+            self.num_cut += not left
+            client.shutdown(socket.SHUT_RDWR)
+            server.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_our_own_client_resumes_what_is_cut(server: LiveServer, kind: str) -> None:
+    ask: Any = {"prompt": "what now", "max_tokens": 60, "temperature": 0}
+    document = [b"a story. " * 50] * 4
+    async with AsyncClient(server.url) as direct:
+        session, other = [(await direct.sessions.create()).id for _ in range(2)]
+        await direct.ingest(other, b"".join(document))
+        expected = (await direct.complete(other, **ask)).text
+    with CuttingProxy(server, 1_500) as proxy:
+        # each has a connection of its own: one that is cut before its answer's head is not asked again
+        if kind == "sync":
+            with Client(proxy.url) as client:
+                *_, learnt = await asyncio.to_thread(list, client.ingest_stream(session, iter(document)))
+            with Client(proxy.url) as client:
+                text = "".join(await asyncio.to_thread(lambda: [x.text for x in client.stream(session, **ask)]))
+        else:
+            async with AsyncClient(proxy.url) as aclient:
+                *_, learnt = [event async for event in aclient.ingest_stream(session, iter(document))]
+            async with AsyncClient(proxy.url) as aclient:
+                text = "".join([x.text async for x in aclient.stream(session, **ask)])
+    assert (learnt.tokens, text) == (1_800, expected)
+    assert proxy.num_cut > 4
