@@ -27,6 +27,7 @@ ALONE = Rates(keys=3e-3, values=1e-2, answers=1e-2, gates=3e-3, readout=1e-2)
 JOINT = Rates(keys=0, values=0, answers=1e-2, gates=0, readout=1e-2)
 CONFIG = TrainingConfig(
     key_steps=6,
+    value_steps=6,
     num_facts=300,
     held_out_facts=20,
     haystack_tokens=4_096,

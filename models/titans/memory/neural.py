@@ -168,6 +168,10 @@ class NeuralMemory(nn.Module):
         """What tokens ask, but for the first conv_width - 1, which are context: [B, H, T', K], unit length, float32."""
         return self._queries(self._input(h_BTD))
 
+    def answer(self, reads_BHTV: Tensor, h_BTD: Tensor) -> Tensor:
+        """What tokens h are answered where their queries read this: [B, T, D] in h's dtype."""
+        return self._answer(reads_BHTV, self._input(h_BTD))
+
     def writes(self, h_BTD: Tensor) -> Writes:
         """What tokens ask to be written, but for the first conv_width - 1, which are context: T' of them."""
         return self._writes(self._input(h_BTD))

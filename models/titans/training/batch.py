@@ -15,7 +15,7 @@ from titans.training.pool import Pool, Question
 _ROWS = 12  # that are computed together
 _LONGEST = 12  # tokens of a value that one step asks the memory for
 _PLAIN = 256  # tokens of a stretch of text
-_CONTEXT = 3  # tokens before a value: what the convolutions reach
+CONTEXT = 3  # tokens before a value: what the convolutions reach
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def make_recalls(pool: Pool, planted: list[tuple[int, int]], rng: random.Random)
         size = min(statement.size, _LONGEST)
         skipped = rng.randint(0, statement.size - size)
         start, ask = statement.start + skipped, question.start + skipped
-        stated.append(statement.hidden[start - _CONTEXT : start + size])
-        asking.append(question.hidden[ask - _CONTEXT : ask + size])
+        stated.append(statement.hidden[start - CONTEXT : start + size])
+        asking.append(question.hidden[ask - CONTEXT : ask + size])
         answers.append(question.targets[ask : ask + size])
     owners = torch.tensor([owner for _, owner in planted])
     return Recalls(

@@ -32,7 +32,9 @@ class TrainingConfig:
     seed: int = 0
     key_steps: int = 300
     key_learning_rate: float = 3e-3
-    alone: Rates = Rates(keys=1e-3, values=1e-3, answers=1e-3, gates=3e-3, readout=5e-3)
+    value_steps: int = 150
+    value_learning_rate: float = 2e-3
+    alone: Rates = Rates(keys=1e-3, values=3e-4, answers=5e-4, gates=3e-3, readout=1e-3)
     joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
     weight_decay: float = 0.01
     warmup_steps: int = 20
@@ -50,8 +52,8 @@ class TrainingConfig:
     held_out_facts: int = 200  # of the pool, never trained on: for the log
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(512, 16, 200, 10, 0),
-            Stage(1_024, 16, 250, 20, 0),
+            Stage(512, 16, 100, 10, 0),
+            Stage(1_024, 16, 200, 20, 0),
             Stage(4_096, 4, 80, 24, 0),
             Stage(1_024, 16, 120, 12, 32),
             Stage(4_096, 8, 30, 24, 24),

@@ -18,7 +18,7 @@ from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import Batch, Recalls, Rows, make_batch
 from titans.training.config import Stage, TrainingConfig
-from titans.training.keys import teach_keys
+from titans.training.keys import teach_keys, teach_values, unit
 from titans.training.pool import Pool
 from titans.training.score import Scorer
 
@@ -70,8 +70,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         values = [q.targets[q.start : q.start + q.answer] for q in pool.questions]
         self.alphabet = torch.cat(values).unique().to(model.device)
-        letters = model.embedding.weight[self.alphabet].float()
-        self.letters = F.rms_norm(letters, letters.shape[-1:], eps=1e-6)  # [A, D]
+        self.letters = unit(model.embedding.weight[self.alphabet])  # [A, D]
         size = model.config.backbone.hidden_size
         self.readout = nn.Linear(size, size, device=model.device)
         nn.init.normal_(self.readout.weight, std=0.1 / size)
@@ -84,6 +83,9 @@ class Trainer:
         if not self._resume():
             calibrate(self.memory, self.pool.haystack)
             tqdm.write(f"keys: {teach_keys(self.memory, self.pool, self.config):.3f} nats")
+            embedding = self.model.embedding.weight
+            told = teach_values(self.memory, self.readout, embedding, self.pool, self.config)
+            tqdm.write(f"values: {told:.3f} nats")
             self._save()
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step")
         while self.step < self.config.num_steps:

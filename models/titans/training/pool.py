@@ -72,9 +72,14 @@ class Pool:
 
     def stretches(self, count: int, length: int, rng: random.Random) -> Tensor:
         """[count, length, D] of the texts."""
-        flat = self.haystack.flatten(0, 1)
-        starts = [rng.randrange(flat.shape[0] - length) for _ in range(count)]
-        return torch.stack([flat[start : start + length] for start in starts])
+        return self.stretches_with_tokens(count, length, rng)[0]
+
+    def stretches_with_tokens(self, count: int, length: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """The same, and which tokens they are [count, length]."""
+        hidden, tokens = self.haystack.flatten(0, 1), self.haystack_tokens.flatten()
+        starts = [rng.randrange(len(hidden) - length) for _ in range(count)]
+        cut = [torch.stack([x[start : start + length] for start in starts]) for x in (hidden, tokens)]
+        return cut[0], cut[1]
 
     def text_row(self, rng: random.Random, length: int = 48) -> Question:
         """A tail and how its text goes on; every token counts."""
