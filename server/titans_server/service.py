@@ -168,7 +168,7 @@ class SessionService:
             async with aclosing(self._answer(state, request, said)) as pieces:
                 async for piece in pieces:
                     if piece.finish_reason is not None:
-                        state = await self._ingest(state, said)
+                        state = await self._ingest(state, said, urgent=True)
                         record = await self._commit(record, state, len(said))
                     yield replace(piece, version=record.version)
 
@@ -243,9 +243,9 @@ class SessionService:
         self._cache.put(record.id, record.write_id, state)
         return state
 
-    async def _ingest(self, state: State, tokens: list[int]) -> State:
+    async def _ingest(self, state: State, tokens: list[int], *, urgent: bool = False) -> State:
         with self._observer.working("ingest", len(tokens)):
-            return await self._engine.ingest(state, tokens)
+            return await self._engine.ingest(state, tokens, urgent=urgent)
 
     async def _commit(self, record: SessionRecord, state: State, num_tokens: int) -> SessionRecord:
         with self._observer.working("commit"):

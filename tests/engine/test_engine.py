@@ -1,6 +1,7 @@
 """The engine on a tiny model: real thread, real event loop, real arithmetic."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -12,6 +13,7 @@ from titans.state import State
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
+from titans_server.observer import Computed, Observer
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -130,6 +132,34 @@ async def test_closing_ends_what_is_left(engine: Engine) -> None:
             await task
     with pytest.raises(ShuttingDown):
         await engine.ingest(engine.new_state(), [5])
+
+
+class Diary(Observer):
+    """What the compute thread did, in order."""
+
+    def __init__(self) -> None:
+        self.did: list[Computed] = []
+
+    def computed(self, kind: Computed, seconds: float) -> None:
+        self.did.append(kind)
+
+
+async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_block_of_documents() -> None:
+    diary = Diary()
+    engine = Engine(Runner(make_tiny()), eos_token=2, observer=diary)
+    engine.start()
+    async with aclosing(engine.generate(engine.new_state(), [5], max_tokens=10**6, sampling=GREEDY)) as stream:
+        await anext(stream)
+        before = len(diary.did)
+        sizes = (300, 120, 5, 77, 16)
+        documents = [engine.ingest(engine.new_state(), tokens(n, seed=n)) for n in sizes]
+        states = await asyncio.gather(*documents)
+        during = diary.did[before:]
+        assert [int(state.position) for state in states] == list(sizes)
+    await engine.close()
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(during)]
+    assert all(count == 1 for kind, count in runs if kind == "ingest")
+    assert during.count("ingest") >= sum(sizes) / engine._runner.chunk
 
 
 async def test_a_fault_ends_its_own_requests_and_not_the_engine(

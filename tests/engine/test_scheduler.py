@@ -6,16 +6,16 @@ from titans_server.engine.request import Generation, Ingestion
 from titans_server.engine.scheduler import Scheduler
 
 WINDOW = 16
+CHUNK = 4
 
 
 def make_scheduler(**limits: int) -> Scheduler:
-    defaults = {"max_running": 8, "ingest_budget": 4 * WINDOW, "busy_ingest_budget": WINDOW}
-    return Scheduler(window=WINDOW, **(defaults | limits))
+    return Scheduler(window=WINDOW, chunk=CHUNK, **({"max_running": 8, "ingest_budget": 4 * WINDOW} | limits))
 
 
-def document(num_tokens: int, position: int = 0) -> Ingestion:
+def document(num_tokens: int, position: int = 0, *, urgent: bool = False) -> Ingestion:
     nothing: Any = None
-    return Ingestion(nothing, [0] * num_tokens, position)
+    return Ingestion(nothing, [0] * num_tokens, position, urgent=urgent)
 
 
 def answer(prompt: int = 4) -> Generation:
@@ -24,7 +24,7 @@ def answer(prompt: int = 4) -> Generation:
 
 
 def run_step(scheduler: Scheduler) -> list[Generation | Ingestion]:
-    """Do what was decided, without computing; returns what had a turn."""
+    """Do what was decided, without computing, a second a part; returns what had a turn."""
     step = scheduler.next_step()
     for request, size in step.prefill:
         request.num_read += size
@@ -34,6 +34,9 @@ def run_step(scheduler: Scheduler) -> list[Generation | Ingestion]:
         part.num_done += size
         if part.num_done == len(part.tokens):
             scheduler.finish(part)
+    for on_documents, did in ((False, step.decode), (False, step.prefill), (True, step.ingest)):
+        if did:
+            scheduler.spent(on_documents=on_documents, seconds=1.0)
     return [*step.decode, *(r for r, _ in step.prefill), *(r for r, _ in step.ingest)]
 
 
@@ -41,7 +44,7 @@ def test_nothing_to_do_is_no_step() -> None:
     assert not make_scheduler().next_step()
 
 
-def test_chunks_keep_to_the_boundaries_of_the_session() -> None:
+def test_blocks_keep_to_the_boundaries_of_the_session() -> None:
     scheduler = make_scheduler()
     request = document(40, position=WINDOW + 5)
     scheduler.add(request)
@@ -63,6 +66,15 @@ def test_documents_share_the_budget_in_turn() -> None:
     assert [r.num_done for r in requests] == [2 * WINDOW] * 5
 
 
+def test_padding_counts() -> None:
+    scheduler = make_scheduler(ingest_budget=2 * WINDOW)
+    requests = [document(n) for n in (3, 5, 4, WINDOW, 2)]
+    for request in requests:
+        scheduler.add(request)
+    assert [r for r, _ in scheduler.next_step().ingest] == requests[:3], "four of sixteen tokens would be sixty-four"
+    assert [r for r, _ in scheduler.next_step().ingest] == requests[3:]
+
+
 def test_every_answer_gets_a_token_a_step_whatever_else_waits() -> None:
     scheduler = make_scheduler()
     running = [answer() for _ in range(3)]
@@ -76,9 +88,31 @@ def test_every_answer_gets_a_token_a_step_whatever_else_waits() -> None:
     for _ in range(20):
         step = scheduler.next_step()
         assert step.decode == running
-        assert sum(size for _, size in step.prefill) <= WINDOW
-        assert sum(size for _, size in step.ingest) <= WINDOW
+        assert sum(size for _, size in step.prefill) <= CHUNK
+        assert sum(size for _, size in step.ingest) <= CHUNK
         run_step(scheduler)
+
+
+def test_documents_have_half_of_the_time_and_no_more_while_answers_run() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(answer())
+    run_step(scheduler)
+    scheduler.add(document(1_000 * WINDOW))
+    seconds = {True: 0.0, False: 0.0}
+    for _ in range(400):
+        step = scheduler.next_step()
+        for on_documents, cost in ((False, 1.0), (True, 3.5 if step.ingest else 0.0)):
+            scheduler.spent(on_documents=on_documents, seconds=cost)
+            seconds[on_documents] += cost
+    assert 0.4 < seconds[True] / sum(seconds.values()) <= 0.5
+
+
+def test_what_an_answer_waits_for_goes_before_other_documents() -> None:
+    scheduler = make_scheduler(ingest_budget=WINDOW)
+    slow, other, urgent = document(9 * WINDOW), document(9 * WINDOW), document(2 * WINDOW, urgent=True)
+    for request in (slow, other, urgent):
+        scheduler.add(request)
+    assert [run_step(scheduler) for _ in range(4)] == [[urgent], [urgent], [slow], [other]]
 
 
 def test_nobody_starves() -> None:
@@ -86,7 +120,7 @@ def test_nobody_starves() -> None:
     requests = [document(8 * WINDOW) for _ in range(6)] + [answer(3 * WINDOW) for _ in range(2)]
     for request in requests:
         scheduler.add(request)
-    turns = [run_step(scheduler) for _ in range(60)]
+    turns = [run_step(scheduler) for _ in range(500)]
     for request in requests:
         assert any(request in turn for turn in turns)
     assert all(r.num_done == len(r.tokens) for r in requests if isinstance(r, Ingestion))

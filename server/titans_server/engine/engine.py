@@ -42,9 +42,9 @@ class Engine:
         self._max_requests = max_requests
         self._scheduler = Scheduler(
             window=runner.window,
+            chunk=runner.chunk,
             max_running=max_running,
-            ingest_budget=4 * runner.window,
-            busy_ingest_budget=runner.window,
+            ingest_budget=runner.ingest_budget,
         )
         self._inbox: list[Generation | Ingestion] = []
         self._num_admitted = 0
@@ -92,12 +92,12 @@ class Engine:
         """A session that has read nothing."""
         return self._runner.new_state()
 
-    async def ingest(self, state: State, tokens: list[int]) -> State:
-        """The state after reading `tokens`. Cancelling stops it at the next chunk; `state` is never changed.
+    async def ingest(self, state: State, tokens: list[int], *, urgent: bool = False) -> State:
+        """The state after reading `tokens`. Cancelling stops it at the next block; `state` is never changed.
 
-        Raises Overloaded, ShuttingDown.
+        `urgent`: an answer waits for it, so that it goes before documents. Raises Overloaded, ShuttingDown.
         """
-        request = Ingestion(state, tokens, position=int(state.position))
+        request = Ingestion(state, tokens, int(state.position), urgent=urgent)
         self._submit(request)
         return await asyncio.wrap_future(request.done)
 
@@ -143,10 +143,10 @@ class Engine:
             for request in self._scheduler.cancelled():
                 self._end(request)
             step = self._scheduler.next_step()
-            self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
             self._guard("decode", step.decode, partial(self._decode, step.decode))
             for request, size in step.prefill:
                 self._guard("prefill", [request], partial(self._prefill, request, size))
+            self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
         for request in self._scheduler.all_requests():
             self._fail(request, ShuttingDown("the server is shutting down"))
 
@@ -162,11 +162,14 @@ class Engine:
 
     def _guard(self, kind: Computed, requests: Sequence[Ingestion | Generation], compute: Callable[[], None]) -> None:
         """A fault in a batch ends the batch's requests, not the engine."""
+        if not requests:
+            return
         started = time.perf_counter()
         try:
-            if requests:
-                compute()
-                self._observer.computed(kind, time.perf_counter() - started)
+            compute()
+            seconds = time.perf_counter() - started
+            self._scheduler.spent(on_documents=kind == "ingest", seconds=seconds)
+            self._observer.computed(kind, seconds)
         except Exception:
             log.exception("a step failed")
             for request in requests:
@@ -200,21 +203,21 @@ class Engine:
             self._finish(request, "length")
 
     def _finish(self, request: Generation, answer: Finish | BaseException) -> None:
-        self._end(request)
-        request.emit(answer)
+        if self._end(request):
+            request.emit(answer)
 
     def _fail(self, request: Generation | Ingestion, error: TitansError) -> None:
         if isinstance(request, Generation):
             self._finish(request, error)
-            return
-        self._end(request)
-        if request.done.set_running_or_notify_cancel():
+        elif self._end(request) and request.done.set_running_or_notify_cancel():
             request.done.set_exception(error)
 
-    def _end(self, request: Generation | Ingestion) -> None:
-        """Let go of a request: its place in line, its stream, its admission."""
-        self._scheduler.finish(request)
+    def _end(self, request: Generation | Ingestion) -> bool:
+        """Let go of a request: its place in line, its stream, its admission. False: that has been done."""
+        if not self._scheduler.finish(request):
+            return False
         if isinstance(request, Generation):
             self._runner.forget(request)
         with self._wake:
             self._num_admitted -= 1
+        return True

@@ -22,8 +22,9 @@ class Ingestion:
 
     state: "State"
     tokens: list[int]
-    position: int  # tokens in the state, so that chunks keep to the session's own boundaries
+    position: int  # tokens in the state, so that blocks keep to the session's own boundaries
     done: "Future[State]" = field(default_factory=Future)
+    urgent: bool = False  # an answer waits for it
     num_done: int = 0
 
     @property
@@ -31,9 +32,9 @@ class Ingestion:
         """Whether nobody waits for the result any more."""
         return self.done.cancelled()
 
-    def next_chunk(self, window: int) -> int:
-        """Tokens up to the next multiple of the window, as counted from the session's start."""
-        return min(len(self.tokens) - self.num_done, window - (self.position + self.num_done) % window)
+    def next_block(self, size: int) -> int:
+        """Tokens up to the next multiple of `size`, as counted from the session's start."""
+        return min(len(self.tokens) - self.num_done, size - (self.position + self.num_done) % size)
 
 
 @dataclass(eq=False)

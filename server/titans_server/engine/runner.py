@@ -25,6 +25,16 @@ class Runner:
         """Tokens that the model takes at once."""
         return self._model.config.window
 
+    @property
+    def chunk(self) -> int:
+        """Tokens that its memories learn together: the least that is worth a call."""
+        return min(self._model.config.memory.chunk_size, self.window)
+
+    @property
+    def ingest_budget(self) -> int:
+        """Tokens after which more at once are no faster: on a CPU one window's keep it busy (measured)."""
+        return self.window if self._model.device.type == "cpu" else 16 * self.window
+
     def new_state(self) -> State:
         """A session that has read nothing."""
         return self._model.new_state()

@@ -1,11 +1,19 @@
 """What the next step computes. No torch here: decisions can be tested without a model.
 
-Every running answer gets one token a step. What is left of the step goes to one block of one waiting prompt and to
-chunks of documents, in turn; so a long document or prompt costs the others one block's time, never more.
+Answers come first. Every running one gets a token a step, and one waiting prompt a block. Documents take what is left:
+
+- While answers are made, one small block a step, and only when answers have had as much time since as documents last
+  took. So a document costs an answer no more than a block between two tokens and half of its speed, however long the
+  document is and however many there are; and the documents have the other half.
+- While none is made, whole windows of several documents at once.
+
+Whoever had a block goes to the back of the line; what an answer waits for goes before all other documents. Blocks end
+on the boundaries of the memory's chunks, or with the document: a chunk is never split.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from titans_server.engine.request import Generation, Ingestion
 
@@ -25,14 +33,19 @@ class Step:
 class Scheduler:
     """Holds every request from submission to its end. Owned by the compute thread."""
 
-    def __init__(self, *, window: int, max_running: int, ingest_budget: int, busy_ingest_budget: int) -> None:
-        """`ingest_budget`: tokens of documents a step; `busy_ingest_budget`: the same while answers are running."""
+    def __init__(self, *, window: int, chunk: int, max_running: int, ingest_budget: int) -> None:
+        """`window` and `chunk`: tokens of a block where nobody waits for it and where somebody does.
+
+        `ingest_budget`: tokens of documents a step, padding counted, while no answer is made; a window or more.
+        """
         self._window = window
+        self._chunk = chunk
         self._max_running = max_running
-        self._budgets = (ingest_budget, busy_ingest_budget)
+        self._ingest_budget = ingest_budget
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
-        self._ingesting: deque[Ingestion] = deque()
+        self._ingesting: tuple[deque[Ingestion], deque[Ingestion]] = (deque(), deque())  # urgent ones, others
+        self._owed = 0.0  # seconds that documents had and answers have not had since
 
     def __len__(self) -> int:
         return self.num_waiting + self.num_running + self.num_ingesting
@@ -50,14 +63,14 @@ class Scheduler:
     @property
     def num_ingesting(self) -> int:
         """Pieces of documents under way."""
-        return len(self._ingesting)
+        return sum(map(len, self._ingesting))
 
     def add(self, request: Generation | Ingestion) -> None:
         """Take a request in."""
         if isinstance(request, Generation):
             self._waiting.append(request)
         else:
-            self._ingesting.append(request)
+            self._line(request).append(request)
 
     def cancelled(self) -> list[Generation | Ingestion]:
         """What nobody waits for any more."""
@@ -65,37 +78,55 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Decide."""
+        block = self._chunk if self._running else self._window
         prefill = []
         if self._waiting and len(self._running) < self._max_running:
             request = self._waiting[0]
-            prefill.append((request, min(self._window, len(request.prompt) - request.num_read)))
-        return Step(list(self._running), prefill, self._chunks(busy=bool(self._running or prefill)))
+            prefill.append((request, min(block, len(request.prompt) - request.num_read)))
+        if not self._running and not prefill:
+            self._owed = 0.0
+            return Step([], [], self._blocks(self._window, self._ingest_budget))
+        ingest = self._blocks(self._chunk, self._chunk) if self._owed <= 0 else []
+        return Step(list(self._running), prefill, ingest)
+
+    def spent(self, *, on_documents: bool, seconds: float) -> None:
+        """A part of the step has taken this long."""
+        self._owed = max(self._owed + (seconds if on_documents else -seconds), 0.0)
 
     def prompt_read(self, request: Generation) -> None:
         """A waiting request's prompt is read to the end: it runs from now on."""
         self._waiting.remove(request)
         self._running.append(request)
 
-    def finish(self, request: Generation | Ingestion) -> None:
-        """A request has ended, one way or another."""
-        queues = (self._waiting, self._running) if isinstance(request, Generation) else (self._ingesting,)
-        for queue in queues:
-            if request in queue:
-                queue.remove(request)  # type: ignore[arg-type]
+    def finish(self, request: Generation | Ingestion) -> bool:
+        """A request has ended, one way or another. False: it had before."""
+        lines: list[Any] = [self._line(request)] if isinstance(request, Ingestion) else [self._waiting, self._running]
+        for line in lines:
+            if request in line:
+                line.remove(request)
+                return True
+        return False
 
     def all_requests(self) -> list[Generation | Ingestion]:
         """Everything not yet ended."""
-        return [*self._waiting, *self._running, *self._ingesting]
+        return [*self._waiting, *self._running, *self._ingesting[0], *self._ingesting[1]]
 
-    def _chunks(self, *, busy: bool) -> list[tuple[Ingestion, int]]:
-        """The next chunks of documents, at least one where there are any; whoever had a turn goes to the back."""
-        budget = self._budgets[busy]
+    def _line(self, request: Ingestion) -> deque[Ingestion]:
+        return self._ingesting[0 if request.urgent else 1]
+
+    def _blocks(self, size: int, budget: int) -> list[tuple[Ingestion, int]]:
+        """The next block of one document or more, as many as fit in the budget side by side."""
         chosen: list[tuple[Ingestion, int]] = []
-        for request in list(self._ingesting):
-            size = request.next_chunk(self._window)
-            if chosen and size > budget:
+        longest = 0
+        for line in self._ingesting:
+            num_before = len(chosen)
+            for request in line:
+                tokens = request.next_block(size)
+                longest = max(longest, tokens)
+                if chosen and longest * (len(chosen) + 1) > budget:
+                    break
+                chosen.append((request, tokens))
+            line.rotate(num_before - len(chosen))
+            if len(chosen) - num_before < len(line):
                 break
-            chosen.append((request, size))
-            budget -= size
-        self._ingesting.rotate(-len(chosen))
         return chosen
