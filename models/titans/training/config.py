@@ -18,7 +18,7 @@ class Stage:
 class Rates:
     """Learning rates at their highest; 0: not trained."""
 
-    keys: float  # of keys and queries; twice what is set here unlearns them while the readout is still noise
+    keys: float  # of keys and queries; five times what is set here unlearns what the first lesson taught
     values: float
     answers: float  # of what becomes of a value that was read
     gates: float  # of gates, convolutions and norms
@@ -34,7 +34,7 @@ class TrainingConfig:
     key_learning_rate: float = 3e-3
     value_steps: int = 150
     value_learning_rate: float = 2e-3
-    alone: Rates = Rates(keys=1e-3, values=3e-4, answers=5e-4, gates=3e-3, readout=1e-3)
+    alone: Rates = Rates(keys=2e-4, values=2e-4, answers=5e-4, gates=2e-3, readout=1e-3)
     joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
     weight_decay: float = 0.01
     warmup_steps: int = 20
@@ -53,8 +53,8 @@ class TrainingConfig:
     stages: tuple[Stage, ...] = field(
         default=(
             Stage(512, 16, 100, 10, 0),
-            Stage(1_024, 16, 200, 20, 0),
-            Stage(4_096, 4, 80, 24, 0),
+            Stage(1_024, 16, 150, 20, 0),
+            Stage(4_096, 4, 50, 24, 0),
             Stage(1_024, 16, 120, 12, 32),
             Stage(4_096, 8, 30, 24, 24),
             Stage(16_384, 4, 20, 24, 24),
