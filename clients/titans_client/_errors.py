@@ -20,7 +20,8 @@
         ├── VersionConflictError 412   version_conflict: nothing was written
         ├── SessionBusyError 429       session_busy: try again after `retry_after` seconds
         ├── RateLimitError 429         rate_limit_exceeded: try again after `retry_after` seconds; quota_exceeded
-        ├── ServerUnavailableError 503 overloaded, shutting_down, store_unavailable, or a gateway's own 503
+        ├── ServerUnavailableError 503 loading, overloaded, shutting_down, store_unavailable, model_failed, or a
+        │                          gateway's own 503
         ├── StateCorruptedError 500    state_corrupted
         └── InternalServerError 500    internal_error
 
@@ -168,6 +169,8 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "session_busy": (429, SessionBusyError),
     "rate_limit_exceeded": (429, RateLimitError),
     "quota_exceeded": (429, RateLimitError),
+    "loading": (503, ServerUnavailableError),
+    "model_failed": (503, ServerUnavailableError),
     "overloaded": (503, ServerUnavailableError),
     "shutting_down": (503, ServerUnavailableError),
     "store_unavailable": (503, ServerUnavailableError),

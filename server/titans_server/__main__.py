@@ -7,7 +7,10 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from titans_server import failpoints
+from titans_server.api.deps import AppContext
 from titans_server.app import create_app
+from titans_server.lifecycle import Lifecycle
+from titans_server.serving import DrainingServer
 from titans_server.settings import Settings
 from titans_server.telemetry import logs
 
@@ -30,18 +33,17 @@ def run(args: argparse.Namespace) -> int:
         return 2
     logs.configure(settings.log_level, settings.log_format)
     AppStatus.disable_automatic_graceful_drain()  # a stream ends when it is done, not when the server is asked to
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,  # our own has the request's id
-            timeout_graceful_shutdown=settings.drain_seconds,
-        )
+    lifecycle = Lifecycle[AppContext]()
+    config = uvicorn.Config(
+        create_app(settings, lifecycle),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # our own has the request's id
     )
+    server = DrainingServer(config, lifecycle, settings.drain_seconds)
     server.run()
-    return 0 if server.started else 1
+    return 0 if server.started and not lifecycle.has_failed else 1
 
 
 def command() -> tuple[str, object, object]:

@@ -16,15 +16,18 @@ from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
 from titans_server.api.observed import Observed
 from titans_server.api.openai.routes import router as openai_router
-from titans_server.api.routes import metrics_router, router
+from titans_server.api.operations import LIVE, METRICS, READY, health_router, metrics_router
+from titans_server.api.routes import router
 from titans_server.api.streams.registry import StreamLimits, Streams
 from titans_server.api.streams.routes import router as streams_router
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
+from titans_server.lifecycle import Lifecycle
 from titans_server.observer import Observers
 from titans_server.service import Limits, ServedModel, SessionService
 from titans_server.sessions.cache import StateCache
 from titans_server.sessions.open import open_store
+from titans_server.sessions.store import SessionStore
 from titans_server.settings import Settings
 from titans_server.telemetry.metrics import Metrics, Residents
 from titans_server.tenants.gatekeeper import Gatekeeper
@@ -44,13 +47,13 @@ class NoAPIKey(Exception):
     """The server would be open to the world. It does not start."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The service; nothing is loaded before its lifespan begins."""
+def create_app(settings: Settings, lifecycle: Lifecycle[AppContext] | None = None) -> FastAPI:
+    """The service; nothing is loaded before its lifespan begins. Its model is loaded while it already answers."""
+    life = lifecycle or Lifecycle[AppContext]()
     metrics = Metrics()
-    observer = Observers([metrics, Meter()])
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, AppContext]]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with AsyncExitStack() as stack:
             store = open_store(settings.store)
             stack.push_async_callback(store.close)
@@ -58,39 +61,54 @@ def create_app(settings: Settings) -> FastAPI:
             keys = open_keys(settings.store)
             stack.push_async_callback(keys.close)
             gatekeeper = await _gatekeeper(keys, settings)
-            loaded = await asyncio.to_thread(_load, settings)
-            engine = Engine(
-                Runner(loaded.model),
-                eos_token=loaded.tokenizer.eos_token,
-                max_running=settings.max_running,
-                max_requests=settings.max_requests,
-                observer=observer,
-            )
-            stack.push_async_callback(engine.close)
-            engine.start()
-            model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
-            limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
-            cache = StateCache(settings.resident_bytes)
-            service = SessionService(engine, store, model, cache, limits, observer=observer)
-            streams = Streams(_stream_limits(settings))
-            stack.push_async_callback(streams.close)
-            device = str(loaded.model.device)
-            metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
-            log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
-            yield {"context": AppContext(service, streams, settings, metrics, gatekeeper, device, store.name)}
+            async with life.loading(lambda: _serve(settings, store, metrics, life, stack)):
+                yield {"lifecycle": life, "gatekeeper": gatekeeper}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
     app.include_router(router)
     app.include_router(openai_router)
     app.include_router(streams_router)
+    app.include_router(health_router(life))
     if settings.metrics != "off":
-        app.include_router(metrics_router)
+        app.include_router(metrics_router(metrics))
     add_handlers(app)
-    open_paths = {"/health/live", "/health/ready", *(["/metrics"] if settings.metrics == "open" else [])}
-    limits = RequestLimits(settings.max_header_bytes, settings.max_body_bytes)
-    app.add_middleware(Gate, limits=limits, open_paths=frozenset(open_paths))
+    app.add_middleware(
+        Gate,
+        lifecycle=life,
+        limits=RequestLimits(settings.max_header_bytes, settings.max_body_bytes),
+        always=frozenset({LIVE, READY, METRICS}),
+        everybody=frozenset({LIVE, READY, METRICS} if settings.metrics == "open" else {LIVE, READY}),
+    )
     app.add_middleware(Observed, metrics=metrics)
     return app
+
+
+async def _serve(
+    settings: Settings, store: SessionStore, metrics: Metrics, life: Lifecycle[AppContext], stack: AsyncExitStack
+) -> None:
+    """Load the model and put the service together; what has to be closed goes on the stack."""
+    observer = Observers([metrics, Meter()])
+    loaded = await asyncio.to_thread(_load, settings)
+    engine = Engine(
+        Runner(loaded.model),
+        eos_token=loaded.tokenizer.eos_token,
+        max_running=settings.max_running,
+        max_requests=settings.max_requests,
+        observer=observer,
+    )
+    stack.push_async_callback(engine.close)
+    engine.start()
+    model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
+    limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
+    cache = StateCache(settings.resident_bytes)
+    service = SessionService(engine, store, model, cache, limits, observer=observer)
+    streams = Streams(_stream_limits(settings))
+    stack.push_async_callback(streams.close)
+    device = str(loaded.model.device)
+    metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
+    context = AppContext(service, streams, settings, device, store.name)
+    life.ready(context, engine)
+    log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
 
 
 async def _gatekeeper(keys: KeyStore, settings: Settings) -> Gatekeeper:

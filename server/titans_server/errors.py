@@ -19,6 +19,8 @@
     ├── RateLimited 429             rate_limit_exceeded: a quota of requests or tokens; retryable
     ├── QuotaExceeded 429           quota_exceeded: a quota of sessions or bytes, which waiting does not cure
     ├── Overloaded 503              overloaded; retryable
+    ├── Loading 503                 loading: the model is not there yet; retryable
+    ├── ModelFailed 503             model_failed: nothing is computed any more, or ever was
     ├── ShuttingDown 503            shutting_down; retryable
     ├── StoreUnavailable 503        store_unavailable; retryable
     └── StateCorrupted 500          state_corrupted: what the store holds is not what was put there; nothing is touched
@@ -193,6 +195,22 @@ class Overloaded(TitansError):
     status = 503
     default_code = "overloaded"
     retry_after = 1
+
+
+class Loading(TitansError):
+    """The model is being loaded."""
+
+    status = 503
+    default_code = "loading"
+    retry_after = 2
+
+
+class ModelFailed(TitansError):
+    """The model cannot be loaded, or its thread has ended."""
+
+    status = 503
+    default_code = "model_failed"
+    retry_after = 30
 
 
 class ShuttingDown(TitansError):

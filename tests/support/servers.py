@@ -86,17 +86,18 @@ class ServerProcess:
         return self.process is not None and self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """SIGTERM; return when it takes no more connections. It may have work under way still."""
+        """SIGTERM; return when it takes no new work. It may have some under way still."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-            except OSError:
+                if httpx.get(f"{self.url}/health/ready", timeout=30).status_code == 503:
+                    return
+            except httpx.TransportError:
                 return
             time.sleep(0.02)
-        raise AssertionError(f"the server still takes connections:\n{self.log}")
+        raise AssertionError(f"the server still takes work:\n{self.log}")
 
     def wait(self) -> int:
         """The exit status, once it has ended by itself."""
@@ -189,15 +190,29 @@ class LiveServer:
             self.server.run()
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        while not self.server.started:
-            assert self._thread.is_alive(), "the server ended before it began"
-            time.sleep(0.05)
+        self.start()
+        self.wait_until_ready()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Return when it listens; its model is loaded later."""
+        self._thread.start()
+        while not self.server.started:
+            assert self._thread.is_alive(), "the server ended before it began"
+            time.sleep(0.05)
+
+    def wait_until_ready(self) -> None:
+        """Return when it takes work."""
+        with Client(self.url) as client:
+            client.wait_until_ready(is_alive=self._thread.is_alive)
+
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has."""
         self.server.should_exit = True
         self._thread.join(timeout=60)
         assert not self._thread.is_alive()

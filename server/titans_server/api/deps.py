@@ -11,10 +11,10 @@ from titans_server.api.documents import DocumentReader
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest
+from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
 from titans_server.settings import Settings
-from titans_server.telemetry.metrics import Metrics
-from titans_server.tenants.gatekeeper import Caller, Gatekeeper
+from titans_server.tenants.gatekeeper import Caller
 
 T = TypeVar("T")
 
@@ -28,15 +28,13 @@ class AppContext:
     service: SessionService
     streams: Streams
     settings: Settings
-    metrics: Metrics
-    gatekeeper: Gatekeeper
     device: str
     store_name: str
 
 
 def get_context(request: Request) -> AppContext:
-    """The app's context."""
-    return cast(AppContext, request.state.context)
+    """The app's context. Raises Loading, ModelFailed."""
+    return cast(Lifecycle[AppContext], request.state.lifecycle).served
 
 
 def get_service(request: Request) -> SessionService:

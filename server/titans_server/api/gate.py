@@ -2,13 +2,15 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from titans_server.api.deps import AppContext
 from titans_server.api.handlers import answer
 from titans_server.errors import BodyTooLarge, HeadersTooLarge, InvalidAPIKey, TitansError
+from titans_server.lifecycle import Lifecycle
+from titans_server.tenants.gatekeeper import Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
 
 _STREAMED = ("/documents", "/state")  # bodies that are never held whole; the routes have limits of their own
@@ -25,20 +27,31 @@ class RequestLimits:
 class Gate:
     """Pure ASGI, like `Observed`. What it refuses is answered as by a route."""
 
-    def __init__(self, app: ASGIApp, limits: RequestLimits, open_paths: frozenset[str]) -> None:
-        """`open_paths`: answered without a key, at any rate."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle[Any],
+        limits: RequestLimits,
+        always: frozenset[str],
+        everybody: frozenset[str],
+    ) -> None:
+        """`always`: paths that are answered while the server loads and drains; `everybody`: without a key."""
         self._app = app
+        self._lifecycle = lifecycle
         self._limits = limits
-        self._open_paths = open_paths
+        self._always = always
+        self._everybody = everybody
         self._limiter = Limiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let in, or refuse."""
-        if scope["type"] != "http" or scope["path"] in self._open_paths:
+        if scope["type"] != "http" or scope["path"] in self._everybody:
             await self._app(scope, receive, send)
             return
         with ExitStack() as stack:
             try:
+                if scope["path"] not in self._always:
+                    stack.enter_context(self._lifecycle.in_flight())
                 allowance = await self._admit(scope, stack)
             except TitansError as error:
                 await answer(error)(scope, receive, send)
@@ -52,19 +65,23 @@ class Gate:
         shown = headers.getlist("Authorization")
         if len(shown) > 1:
             raise InvalidAPIKey("one header Authorization, not several")
-        context: AppContext = scope["state"]["context"]
-        caller = await context.gatekeeper.admit(shown[0] if shown else None)
+        gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
+        caller = await gatekeeper.admit(shown[0] if shown else None)
         scope["state"]["caller"] = caller
         self._check_body(scope, int(headers.get("Content-Length", 0)))
         return stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, until it has given more than one body may have."""
-        num_bytes = 0
+        """`receive`, until it has given more than one body may have, or the server has waited for it long enough."""
+        num_bytes, is_read = 0, False
 
         async def bounded() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_read
+            if is_read:
+                return await receive()
+            with self._lifecycle.reading():
+                message = await receive()
+            is_read = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             self._check_body(scope, num_bytes)
             return message

@@ -1,6 +1,5 @@
 """The endpoints. docs/api.md says the same to a user, and a test compares the two."""
 
-import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -8,15 +7,13 @@ from fastapi import APIRouter, Request, Response
 
 from titans_server.api.deps import Context, Reply, Service, Upload
 from titans_server.api.documents import reader_for
-from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Health, Session
+from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Session
 from titans_server.errors import InvalidRequest
 from titans_server.events import CompletionChunk, DocumentLearnt
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
-from titans_server.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter()
-metrics_router = APIRouter()
 SESSION = "/v1/sessions/{session_id}"
 
 
@@ -65,26 +62,6 @@ async def create_completion(
     if body.stream:
         return reply.stream(service.complete(session_id, body.to_request()))
     return await reply.whole(_complete(service, session_id, body.to_request()))
-
-
-@router.get("/health/live")
-async def live() -> dict[str, str]:
-    """Answer while the process runs."""
-    return {"status": "ok"}
-
-
-@router.get("/health/ready")
-async def ready(service: Service, context: Context) -> Health:
-    """Answer while requests can be served."""
-    await service.check()
-    model = service.model
-    return Health(model=model.name, fingerprint=model.fingerprint, device=context.device, store=context.store_name)
-
-
-@metrics_router.get("/metrics", response_class=Response)
-async def metrics(context: Context) -> Response:
-    """Show the metrics in Prometheus' text format."""
-    return Response(await asyncio.to_thread(context.metrics.exposition), media_type=CONTENT_TYPE)
 
 
 async def _learn(service: SessionService, session_id: str, upload: Upload) -> DocumentLearnt:

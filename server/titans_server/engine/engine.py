@@ -69,6 +69,11 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def num_requests(self) -> int:
+        """Everything admitted and not yet ended."""
+        return self._num_admitted
+
+    @property
     def num_running(self) -> int:
         """Answers being made."""
         return self._scheduler.num_running
