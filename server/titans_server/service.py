@@ -71,7 +71,7 @@ class SessionService:
         self._loads: dict[str, asyncio.Task[State]] = {}
         self.model = model
 
-    async def create(self, metadata: Mapping[str, str]) -> SessionRecord:
+    async def create(self, metadata: Mapping[str, str], *, owner: str = "") -> SessionRecord:
         """A new session that has read nothing."""
         now = time.time()
         session_id = f"ses_{secrets.token_urlsafe(16)}"
@@ -81,6 +81,7 @@ class SessionService:
             fingerprint=self.model.fingerprint,
             created_at=now,
             updated_at=now,
+            owner=owner,
             metadata=dict(metadata),
         )
         await self._store.create(record)

@@ -13,7 +13,9 @@ from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
+from titans_server.sessions.store import not_found
 from titans_server.settings import Settings
+from titans_server.telemetry import request as request_info
 from titans_server.tenants.gatekeeper import Caller
 
 T = TypeVar("T")
@@ -52,6 +54,18 @@ Service = Annotated[SessionService, Depends(get_service)]
 From = Annotated[Caller, Depends(get_caller)]
 
 
+async def own_session(session_id: str, caller: From, service: Service) -> str:
+    """The id of a session of the caller's. Raises SessionNotFound for another's, as for none."""
+    record = await service.get(session_id)
+    if record.owner != caller.owner:
+        raise not_found(session_id)
+    request_info.about_session(session_id)
+    return session_id
+
+
+OwnSession = Annotated[str, Depends(own_session)]  # what every route takes that has {session_id} in its path
+
+
 class Replying:
     """The two ways to answer a request that costs work: with a stream of events, or with one value at the end.
 
@@ -66,7 +80,7 @@ class Replying:
         prefer: Annotated[str | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
     ) -> None:
         self._request = request
-        self._owner = caller.owner
+        self.caller = caller
         self._streams = context.streams
         preferences = {part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")}
         self._resumable = "resumable" in preferences
@@ -77,7 +91,7 @@ class Replying:
         """The response. `body_read`: see `EventStream`. Raises Overloaded."""
         framing = framing or Framing()
         reader = self._streams.open(
-            framing.frames(events), framing.farewell(), owner=self._owner, resumable=self._resumable
+            framing.frames(events), framing.farewell(), owner=self.caller.owner, resumable=self._resumable
         )
         return EventStream(reader, self._streams.limits, body_read)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from titans_server.api.deps import Context, Reply, Service, Upload
+from titans_server.api.deps import Context, From, OwnSession, Reply, Service, Upload
 from titans_server.api.documents import reader_for
 from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Session
 from titans_server.errors import InvalidRequest
@@ -18,16 +18,18 @@ SESSION = "/v1/sessions/{session_id}"
 
 
 @router.post("/v1/sessions", status_code=201)
-async def create_session(service: Service, response: Response, body: CreateSession | None = None) -> Session:
+async def create_session(
+    service: Service, caller: From, response: Response, body: CreateSession | None = None
+) -> Session:
     """Create a session that has read nothing."""
-    record = await service.create((body or CreateSession()).metadata)
+    record = await service.create((body or CreateSession()).metadata, owner=caller.owner)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
     response.headers["ETag"] = f'"{record.version}"'
     return Session.of(record)
 
 
 @router.get(SESSION)
-async def get_session(session_id: str, service: Service, response: Response) -> Session:
+async def get_session(session_id: OwnSession, service: Service, response: Response) -> Session:
     """Show a session."""
     record = await service.get(session_id)
     response.headers["ETag"] = f'"{record.version}"'
@@ -35,16 +37,17 @@ async def get_session(session_id: str, service: Service, response: Response) -> 
 
 
 @router.delete(SESSION, status_code=204)
-async def delete_session(session_id: str, service: Service) -> None:
+async def delete_session(session_id: OwnSession, service: Service) -> None:
     """Forget a session and its state."""
     await service.delete(session_id)
 
 
 @router.post(SESSION + "/documents", response_model=None)
-async def post_document(session_id: str, request: Request, service: Service, context: Context, reply: Reply) -> Any:
+async def post_document(
+    session_id: OwnSession, request: Request, service: Service, context: Context, reply: Reply
+) -> Any:
     """Learn a document, streamed in; the answer comes when it is durable."""
     reader = reader_for(request.headers.get("content-type"))
-    await service.get(session_id)
     upload = Upload(request, reader, context.settings.max_document_bytes)
     if "text/event-stream" in request.headers.get("accept", ""):
         return reply.stream(service.ingest(session_id, upload.pieces()), upload.read)
@@ -53,12 +56,11 @@ async def post_document(session_id: str, request: Request, service: Service, con
 
 @router.post(SESSION + "/completions", response_model=None)
 async def create_completion(
-    session_id: str, body: CreateCompletion, service: Service, context: Context, reply: Reply
+    session_id: OwnSession, body: CreateCompletion, service: Service, context: Context, reply: Reply
 ) -> Any:
     """Answer a prompt from what the session has read."""
     if body.max_tokens > (limit := context.settings.max_completion_tokens):
         raise InvalidRequest(f"max_tokens is at most {limit}", param="max_tokens")
-    await service.get(session_id)
     if body.stream:
         return reply.stream(service.complete(session_id, body.to_request()))
     return await reply.whole(_complete(service, session_id, body.to_request()))

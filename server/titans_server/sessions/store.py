@@ -32,6 +32,7 @@ class SessionRecord:
     state_bytes: int = 0
     state_sha256: str = ""  # of the stored state; empty at version 0
     write_id: str = ""  # of the commit that made this version; every commit has another
+    owner: str = ""  # "": nobody in particular
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

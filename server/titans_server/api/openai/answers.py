@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from titans_server.api.deps import AppContext, Replying
+from titans_server.api.deps import AppContext, Replying, own_session
 from titans_server.api.openai.convert import AnswerForm, Json, total
 from titans_server.api.openai.schemas import CreateAnswer
 from titans_server.errors import InvalidRequest, ModelNotFound
@@ -24,7 +24,9 @@ async def respond(
     """The response. What a client may have got wrong is found before a stream begins."""
     service = context.service
     check_model(service, body.model)
-    session_id = await named_session(service, body.session, header)
+    session_id = named_session(body.session, header)
+    if session_id is not None:
+        await own_session(session_id, reply.caller, service)
     prepared = map(service.prepare, body.to_requests(context.settings.max_completion_tokens))
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
     if session_id is None and body.memory == "write":
@@ -43,14 +45,11 @@ def check_model(service: SessionService, name: str) -> None:
         raise ModelNotFound(f"there is no model {name!r}; this server runs {service.model.name!r}", param="model")
 
 
-async def named_session(service: SessionService, in_body: str | None, in_header: str | None) -> str | None:
-    """The session that a request names, None for none. Raises SessionNotFound."""
+def named_session(in_body: str | None, in_header: str | None) -> str | None:
+    """The session that a request names, None for none. Raises InvalidRequest where it names two."""
     if in_body is not None and in_header is not None and in_body != in_header:
         raise InvalidRequest("the body and X-Session-ID name two sessions", param="session")
-    session_id = in_header if in_body is None else in_body
-    if session_id is not None:
-        await service.get(session_id)
-    return session_id
+    return in_header if in_body is None else in_body
 
 
 def choices_of(request: CompletionRequest, num_choices: int) -> Iterator[CompletionRequest]:

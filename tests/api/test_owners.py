@@ -1,0 +1,172 @@
+"""Sessions belong to the key that made them: to others they are not there, by any way in."""
+
+import asyncio
+import concurrent.futures
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from httpx_sse import connect_sse
+from support.models import write_tiny_checkpoint
+from support.servers import LiveServer, free_port
+from titans_server.app import create_app
+from titans_server.settings import Settings
+from titans_server.tenants import keys
+from titans_server.tenants.store import open_keys
+
+STATIC = "a-static-key-of-the-operator"
+PLAIN = {"Content-Type": "text/plain"}
+ASK = {"prompt": "what now", "max_tokens": 20, "temperature": 0}
+UNKNOWN = "ses_AAAAAAAAAAAAAAAAAAAAAA"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder: Path = tmp_path_factory.mktemp("owners")
+    tiny = write_tiny_checkpoint(folder)
+    own: dict[str, Any] = {"body": tiny.body, "memory": tiny.memory, "dtype": "float32", "threads": 1}
+    settings = Settings(port=free_port(), store=f"sqlite:///{folder}/titans.db", api_key=STATIC, **own)
+    with LiveServer(settings) as server:
+        server.store = settings.store  # type: ignore[attr-defined]
+        yield server
+
+
+def client_of(server: LiveServer, owner: str | None = None) -> httpx.Client:
+    """A client with a new key of its own."""
+    key, text = keys.make("test", time.time(), owner=owner)
+    asyncio.run(open_keys(server.store).put(key))  # type: ignore[attr-defined]
+    return httpx.Client(
+        base_url=server.url, headers={"Authorization": f"Bearer {text}", "X-Key-ID": key.id}, timeout=60
+    )
+
+
+@pytest.fixture
+def alice(server: LiveServer) -> Iterator[httpx.Client]:
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture
+def mallory(server: LiveServer) -> Iterator[httpx.Client]:
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture
+def session(alice: httpx.Client) -> str:
+    made = str(alice.post("/v1/sessions").raise_for_status().json()["id"])
+    learn(alice, made, "the key is under the third stone").raise_for_status()
+    return made
+
+
+def learn(http: httpx.Client, session: str, text: str) -> httpx.Response:
+    return http.post(f"/v1/sessions/{session}/documents", content=text, headers=PLAIN)
+
+
+def seen(response: httpx.Response) -> tuple[Any, ...]:
+    """All of an answer that could tell two apart, but for the id that was asked for and the request's own."""
+    headers = {k: v for k, v in response.headers.items() if k not in {"date", "x-request-id", "content-length"}}
+    return response.status_code, response.json(), headers
+
+
+def routes() -> list[tuple[str, str]]:
+    paths = create_app(Settings()).openapi()["paths"]
+    found = [(method.upper(), path) for path, methods in paths.items() for method in methods if "{session_id}" in path]
+    assert len(found) >= 4
+    return found
+
+
+@pytest.mark.parametrize(("method", "path"), routes())
+@pytest.mark.parametrize("body", [{"json": ASK}, {"content": b"\xff", "headers": PLAIN}, {}])
+def test_a_foreign_session_is_answered_exactly_like_an_unknown_one(
+    mallory: httpx.Client, alice: httpx.Client, session: str, method: str, path: str, body: dict[str, Any]
+) -> None:
+    before = alice.get(f"/v1/sessions/{session}").json()
+    named = path.replace("{session_id}", "{}")
+    named = named if named.count("{") == 1 else named.rpartition("/")[0] + "/1"
+    foreign = mallory.request(method, named.format(session), **body)
+    unknown = mallory.request(method, named.format(UNKNOWN), **body)
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (404, "session_not_found")
+    assert seen(foreign) == (404, *[json_with(unknown, UNKNOWN, session)], seen(unknown)[2])
+    assert alice.get(f"/v1/sessions/{session}").json() == before
+
+
+def json_with(response: httpx.Response, this: str, other: str) -> Any:
+    return json.loads(response.text.replace(this, other))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("where", ["body", "header"])
+def test_openais_endpoints_do_not_see_it_either(
+    mallory: httpx.Client, session: str, path: str, stream: bool, where: str
+) -> None:
+    model = mallory.get("/v1/models").json()["data"][0]["id"]
+    asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    answers = []
+    for name in (session, UNKNOWN):
+        body = asked | {"model": model, "max_tokens": 4, "stream": stream, "memory": "write"}
+        body |= {"session": name} if where == "body" else {}
+        headers = {"X-Session-ID": name} if where == "header" else {}
+        answers.append(mallory.post(path, json=body, headers=headers))
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert answers[0].json() == json_with(answers[1], UNKNOWN, session)
+
+
+def test_each_has_their_own(alice: httpx.Client, mallory: httpx.Client, session: str) -> None:
+    assert alice.get(f"/v1/sessions/{session}").status_code == 200
+    assert alice.post(f"/v1/sessions/{session}/completions", json=ASK).status_code == 200
+    theirs = mallory.post("/v1/sessions").json()["id"]
+    assert mallory.delete(f"/v1/sessions/{theirs}").status_code == 204
+    assert mallory.delete(f"/v1/sessions/{session}").status_code == 404
+    assert alice.delete(f"/v1/sessions/{session}").status_code == 204
+
+
+def test_the_operators_key_sees_no_tenants_sessions_and_theirs_are_its_own(
+    server: LiveServer, alice: httpx.Client, session: str
+) -> None:
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {STATIC}"}) as operator:
+        assert operator.get(f"/v1/sessions/{session}").status_code == 404
+        own = operator.post("/v1/sessions").json()["id"]
+        assert operator.get(f"/v1/sessions/{own}").status_code == 200
+        assert alice.get(f"/v1/sessions/{own}").status_code == 404
+
+
+def test_a_key_that_replaces_another_has_its_sessions(server: LiveServer, alice: httpx.Client, session: str) -> None:
+    with client_of(server, owner=alice.headers["X-Key-ID"]) as renewed:
+        assert renewed.get(f"/v1/sessions/{session}").status_code == 200
+
+
+def test_a_stream_can_be_resumed_and_stopped_by_its_own_key_alone(
+    alice: httpx.Client, mallory: httpx.Client, session: str
+) -> None:
+    body = ASK | {"max_tokens": 2_000, "temperature": 1, "stream": True}
+    path = f"/v1/sessions/{session}/completions"
+    with connect_sse(alice, "POST", path, json=body, headers={"Prefer": "resumable"}) as events:
+        stream = events.response.headers["x-stream-id"]
+        assert mallory.get(f"/v1/streams/{stream}").status_code == 404
+        assert mallory.delete(f"/v1/streams/{stream}").status_code == 404
+        assert alice.delete(f"/v1/streams/{stream}").status_code == 204
+
+
+def test_keys_at_once_never_see_each_others_sessions(server: LiveServer) -> None:
+    clients = [client_of(server) for _ in range(4)]
+    sessions = [[http.post("/v1/sessions").json()["id"] for _ in range(5)] for http in clients]
+
+    def look(mine: int) -> None:
+        for others, ids in enumerate(sessions):
+            for session in ids:
+                expected = 200 if others == mine else 404
+                assert learn(clients[mine], session, f"a secret of {mine}").status_code == expected
+                found = clients[mine].get(f"/v1/sessions/{session}")
+                assert found.status_code == expected
+                assert expected == 404 or found.json()["version"] == 1
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(4)))
+    for http in clients:
+        http.close()
