@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic.fields import FieldInfo
 from titans_client._errors import BY_CODE
 from titans_client._settings import DEFAULT_BASE_URL
 from titans_server import errors
+from titans_server.api.openai.responses.schemas import CreateResponse
 from titans_server.api.openai.schemas import CreateChatCompletion
 from titans_server.api.openai.schemas import CreateCompletion as CreateCompletionOfOpenAI
 from titans_server.api.schemas import CreateCompletion
@@ -120,10 +122,19 @@ def test_every_field_of_a_completion_is_documented_with_its_default() -> None:
 
 
 def test_every_field_of_openais_api_is_documented_with_its_default() -> None:
-    documented = {name.strip("`"): default for name, default, *_ in rows(section(API, "OpenAI's API"))}
-    ours = CreateChatCompletion.model_fields | CreateCompletionOfOpenAI.model_fields
-    assert documented.keys() == ours.keys()
-    for name, field in ours.items():
+    completions, _, responses = section(API, "OpenAI's API").partition("\n### Responses")
+    assert_documented(completions, CreateChatCompletion.model_fields | CreateCompletionOfOpenAI.model_fields)
+    (shared,) = re.findall(r"^((?:`\w+`(?:, | and\s|,\s|\s))+)are as above", responses, re.MULTILINE)
+    as_above = set(re.findall(r"\w+", shared)) - {"and"}
+    own = {name: field for name, field in CreateResponse.model_fields.items() if name not in as_above}
+    assert as_above <= CreateResponse.model_fields.keys() & CreateChatCompletion.model_fields.keys()
+    assert_documented(responses, own)
+
+
+def assert_documented(text: str, fields: dict[str, FieldInfo]) -> None:
+    documented = {name.strip("`"): default for name, default, *_ in rows(text)}
+    assert documented.keys() == fields.keys()
+    for name, field in fields.items():
         default = str(field.default).lower() if field.default or field.default in (0, False) else "none"
         assert documented[name].strip('`"') == ("required" if field.is_required() else default), name
 

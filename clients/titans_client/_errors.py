@@ -6,7 +6,7 @@
     ├── APIResponseError               an answer that is not of this API: a proxy's page, a body of another shape
     └── APIStatusError                 the server said no: status, code, message, param, retry_after
         ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
-        │                          unsupported_parameter, no_chat_template
+        │                          unsupported_parameter, no_chat_template, items_not_kept
         │                          body_too_large (413), headers_too_large (431)
         ├── AuthenticationError 401    invalid_api_key
         ├── UnsupportedMediaTypeError 415   unsupported_media_type
@@ -154,6 +154,7 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "prompt_too_long": (422, InvalidRequestError),
     "unsupported_parameter": (422, InvalidRequestError),
     "no_chat_template": (422, InvalidRequestError),
+    "items_not_kept": (422, InvalidRequestError),
     "body_too_large": (413, InvalidRequestError),
     "headers_too_large": (431, InvalidRequestError),
     "invalid_api_key": (401, AuthenticationError),

@@ -15,6 +15,7 @@ from titans_server.api.deps import AppContext
 from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
 from titans_server.api.observed import Observed
+from titans_server.api.openai.responses.routes import router as responses_router
 from titans_server.api.openai.routes import router as openai_router
 from titans_server.api.operations import LIVE, METRICS, READY, health_router, metrics_router
 from titans_server.api.routes import router
@@ -65,10 +66,8 @@ def create_app(settings: Settings, lifecycle: Lifecycle[AppContext] | None = Non
                 yield {"lifecycle": life, "gatekeeper": gatekeeper}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
-    app.include_router(router)
-    app.include_router(openai_router)
-    app.include_router(streams_router)
-    app.include_router(health_router(life))
+    for each in (router, openai_router, responses_router, streams_router, health_router(life)):
+        app.include_router(each)
     if settings.metrics != "off":
         app.include_router(metrics_router(metrics))
     add_handlers(app)

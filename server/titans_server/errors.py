@@ -2,7 +2,7 @@
 
     TitansError
     ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
-    │                               unsupported_parameter, no_chat_template; 400 on OpenAI's endpoints
+    │                               unsupported_parameter, no_chat_template, items_not_kept; 400 on OpenAI's endpoints
     ├── InvalidAPIKey 401           invalid_api_key: none, an unknown one, or one that was revoked
     ├── UnsupportedMediaType 415    unsupported_media_type
     ├── DocumentTooLarge 413        document_too_large

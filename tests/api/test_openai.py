@@ -485,7 +485,7 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path, settings: Setti
 
 
 def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
-    section = API.read_text(encoding="utf-8").partition("\n## OpenAI's API\n")[2].partition("\n## ")[0]
+    section = API.read_text(encoding="utf-8").partition("\n## OpenAI's API\n")[2].partition("\n### ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     address = "http://127.0.0.1:8000"
     assert address in example

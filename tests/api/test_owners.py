@@ -99,17 +99,21 @@ def json_with(response: httpx.Response, this: str, other: str) -> Any:
     return json.loads(response.text.replace(this, other))
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("where", ["body", "header"])
 def test_openais_endpoints_do_not_see_it_either(
     mallory: httpx.Client, session: str, path: str, stream: bool, where: str
 ) -> None:
     model = mallory.get("/v1/models").json()["data"][0]["id"]
-    asked = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    asked: dict[str, Any] = {
+        "/v1/completions": {"prompt": "x", "max_tokens": 4},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4},
+        "/v1/responses": {"input": "x", "max_output_tokens": 4},
+    }[path]
     answers = []
     for name in (session, UNKNOWN):
-        body = asked | {"model": model, "max_tokens": 4, "stream": stream, "memory": "write"}
+        body = asked | {"model": model, "stream": stream, "memory": "write"}
         body |= {"session": name} if where == "body" else {}
         headers = {"X-Session-ID": name} if where == "header" else {}
         answers.append(mallory.post(path, json=body, headers=headers))

@@ -91,7 +91,7 @@ class Replying:
         """The response. `body_read`: see `EventStream`. Raises Overloaded."""
         framing = framing or Framing()
         reader = self._streams.open(
-            framing.frames(events), framing.farewell(), owner=self.caller.owner, resumable=self._resumable
+            framing.frames(events), framing.farewell, owner=self.caller.owner, resumable=self._resumable
         )
         return EventStream(reader, self._streams.limits, body_read)
 

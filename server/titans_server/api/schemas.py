@@ -12,6 +12,7 @@ from titans_server.sessions.store import SessionRecord
 
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 _Value = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[_Key, _Value], Field(max_length=16)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -20,7 +21,7 @@ class CreateSession(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    metadata: dict[_Key, _Value] = Field(default_factory=dict, max_length=16)
+    metadata: Metadata = {}
 
 
 class Session(BaseModel):

@@ -11,7 +11,10 @@ from titans_server.api.streams.stream import Reader
 from titans_server.errors import EventsLost, Overloaded, StreamNotFound
 
 LIMITS = StreamLimits(max_streams=2, max_bytes=1_000, keep_seconds=60, ping_seconds=15, stall_seconds=60)
-FAREWELL = [Frame("stopped", name="error")]
+
+
+def farewell() -> list[Frame]:
+    return [Frame("stopped", name="error")]
 
 
 class Source:
@@ -61,14 +64,14 @@ async def streams() -> AsyncGenerator[Streams, None]:
 async def test_a_reader_gets_every_event_though_they_are_more_than_the_ring_holds(
     streams: Streams, resumable: bool
 ) -> None:
-    reader = streams.open(Source(2_000).frames(), FAREWELL, owner="me", resumable=resumable)
+    reader = streams.open(Source(2_000).frames(), farewell, owner="me", resumable=resumable)
     assert await texts(reader) == [str(i) for i in range(1, 2_001)]
 
 
 @pytest.mark.parametrize("resumable", [True, False])
 async def test_a_slow_reader_holds_the_work_up(streams: Streams, resumable: bool) -> None:
     source = Source()
-    reader = streams.open(source.frames(), FAREWELL, owner="me", resumable=resumable)
+    reader = streams.open(source.frames(), farewell, owner="me", resumable=resumable)
     await settle()
     stalled_at = source.num_made
     await settle()
@@ -84,7 +87,7 @@ async def test_a_slow_reader_holds_the_work_up(streams: Streams, resumable: bool
 
 async def test_a_stream_ends_with_its_reader(streams: Streams) -> None:
     source = Source()
-    reader = streams.open(source.frames(), FAREWELL, owner="me", resumable=False)
+    reader = streams.open(source.frames(), farewell, owner="me", resumable=False)
     await texts(reader, 3)
     reader.leave()
     await settle()
@@ -95,7 +98,7 @@ async def test_a_stream_ends_with_its_reader(streams: Streams) -> None:
 
 
 async def test_a_stream_that_can_be_resumed_goes_on_without_a_reader(streams: Streams) -> None:
-    reader = streams.open(Source(6).frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(Source(6).frames(), farewell, owner="me", resumable=True)
     assert await texts(reader, 2) == ["1", "2"]
     reader.leave()
     await settle()
@@ -107,7 +110,7 @@ async def test_a_stream_that_can_be_resumed_goes_on_without_a_reader(streams: St
 
 async def test_without_a_reader_the_newest_events_are_kept(streams: Streams) -> None:
     source = Source(100)
-    reader = streams.open(source.frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(source.frames(), farewell, owner="me", resumable=True)
     reader.leave()
     await settle()
     assert source.is_closed
@@ -119,7 +122,7 @@ async def test_without_a_reader_the_newest_events_are_kept(streams: Streams) -> 
 
 
 async def test_a_new_reader_takes_the_place_of_the_old_one(streams: Streams) -> None:
-    reader = streams.open(Source().frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(Source().frames(), farewell, owner="me", resumable=True)
     old = asyncio.create_task(texts(reader))
     await settle()
     new = streams.resume(reader.stream.id, "me", reader.number)
@@ -131,7 +134,7 @@ async def test_a_new_reader_takes_the_place_of_the_old_one(streams: Streams) -> 
 
 async def test_a_stopped_stream_says_so_and_its_work_has_ended(streams: Streams) -> None:
     source = Source()
-    reader = streams.open(source.frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(source.frames(), farewell, owner="me", resumable=True)
     reading = asyncio.create_task(texts(reader))
     await settle()
     await streams.stop(reader.stream.id, "me")
@@ -144,7 +147,7 @@ async def test_a_stopped_stream_says_so_and_its_work_has_ended(streams: Streams)
 
 async def test_a_stream_is_forgotten_some_time_after_its_end() -> None:
     streams = Streams(StreamLimits(2, 1_000, keep_seconds=0.05, ping_seconds=15, stall_seconds=60))
-    reader = streams.open(Source(1).frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(Source(1).frames(), farewell, owner="me", resumable=True)
     await texts(reader)
     assert len(streams) == 1
     await asyncio.sleep(0.1)
@@ -153,27 +156,27 @@ async def test_a_stream_is_forgotten_some_time_after_its_end() -> None:
 
 
 async def test_those_that_have_ended_make_room_and_those_under_way_do_not(streams: Streams) -> None:
-    ended = streams.open(Source(1).frames(), FAREWELL, owner="me", resumable=True)
+    ended = streams.open(Source(1).frames(), farewell, owner="me", resumable=True)
     await texts(ended)
     for _ in range(2):
-        streams.open(Source().frames(), FAREWELL, owner="me", resumable=True)
+        streams.open(Source().frames(), farewell, owner="me", resumable=True)
     with pytest.raises(StreamNotFound):
         streams.resume(ended.stream.id, "me", 0)
     with pytest.raises(Overloaded):
-        streams.open(Source().frames(), FAREWELL, owner="me", resumable=True)
-    assert await texts(streams.open(Source(1).frames(), FAREWELL, owner="me", resumable=False)) == ["1"]
+        streams.open(Source().frames(), farewell, owner="me", resumable=True)
+    assert await texts(streams.open(Source(1).frames(), farewell, owner="me", resumable=False)) == ["1"]
 
 
 async def test_closing_ends_what_is_under_way() -> None:
     streams, source = Streams(LIMITS), Source()
-    streams.open(source.frames(), FAREWELL, owner="me", resumable=True).leave()
+    streams.open(source.frames(), farewell, owner="me", resumable=True).leave()
     await settle()
     await streams.close()
     assert source.is_closed
 
 
 async def test_a_strangers_stream_is_not_found(streams: Streams) -> None:
-    reader = streams.open(Source().frames(), FAREWELL, owner="me", resumable=True)
+    reader = streams.open(Source().frames(), farewell, owner="me", resumable=True)
     with pytest.raises(StreamNotFound):
         streams.resume(reader.stream.id, "you", 0)
     with pytest.raises(StreamNotFound):

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from titans_server.api.deps import AppContext, Replying, own_session
 from titans_server.api.openai.convert import AnswerForm, Json, total
-from titans_server.api.openai.schemas import CreateAnswer
+from titans_server.api.openai.schemas import Asked, CreateAnswer, Memory
 from titans_server.errors import InvalidRequest, ModelNotFound
 from titans_server.events import AnswerPiece
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
+from titans_server.tenants.gatekeeper import Caller
 
 T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number of its answer
@@ -22,21 +23,29 @@ async def respond(
     form: type[AnswerForm], body: CreateAnswer, reply: Replying, context: AppContext, header: str | None
 ) -> Any:
     """The response. What a client may have got wrong is found before a stream begins."""
-    service = context.service
-    check_model(service, body.model)
-    session_id = named_session(body.session, header)
-    if session_id is not None:
-        await own_session(session_id, reply.caller, service)
-    prepared = map(service.prepare, body.to_requests(context.settings.max_completion_tokens))
+    session_id, prepared = await prepare(body, body.memory, reply.caller, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
-    if session_id is None and body.memory == "write":
-        raise InvalidRequest("there is no session that could learn this: name one", param="memory")
-    pieces = merged([service.answer(session_id, choice) for choice in choices])
-    answer_form = form(service.model, with_logprobs=body.num_logprobs is not None)
+    pieces = merged([context.service.answer(session_id, choice) for choice in choices])
+    answer_form = form(context.service.model, with_logprobs=body.num_logprobs is not None)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return reply.stream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
     return await reply.whole(whole(pieces, answer_form, len(choices), body.n))
+
+
+async def prepare(
+    body: Asked, memory: Memory | None, caller: Caller, context: AppContext, header: str | None
+) -> tuple[str | None, list[CompletionRequest]]:
+    """The session that is asked, and what; None: it is written where there is one. Raises what is wrong with either."""
+    service = context.service
+    check_model(service, body.model)
+    session_id = named_session(body.session, header)
+    if session_id is not None:
+        await own_session(session_id, caller, service)
+    if session_id is None and memory == "write":
+        raise InvalidRequest("there is no session that could learn this: name one", param="memory")
+    memory = memory or ("read" if session_id is None else "write")
+    return session_id, [service.prepare(x) for x in body.to_requests(context.settings.max_completion_tokens, memory)]
 
 
 def check_model(service: SessionService, name: str) -> None:

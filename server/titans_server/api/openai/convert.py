@@ -92,7 +92,7 @@ class ChatForm(AnswerForm):
 
     def _logprobs(self, tokens: Sequence[AnswerToken]) -> Json:
         return {
-            "content": [_scored(t.score) | {"top_logprobs": [_scored(x) for x in t.top]} for t in tokens],
+            "content": [scored(t.score) | {"top_logprobs": [scored(x) for x in t.top]} for t in tokens],
             "refusal": None,
         }
 
@@ -109,7 +109,8 @@ def total(usages: Mapping[int, Usage], num_answers_each: int) -> Json:
     return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 
 
-def _scored(score: TokenScore) -> Json:
+def scored(score: TokenScore) -> Json:
+    """A token with its probability, as chats tell it."""
     return {"token": _text(score), "logprob": score.logprob, "bytes": list(score.text)}
 
 

@@ -12,17 +12,26 @@ from titans_server.prompts import Chat, CompletionRequest, Prompt
 MAX_CHOICES = 32  # of one request: prompts times n
 _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields that are not supported
     "audio": (),
+    "background": (False,),
     "best_of": (1,),
     "echo": (False,),
     "functions": ([],),
+    "include": ([],),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
+    "text": ({}, {"format": {"type": "text"}}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncation": ("disabled",),
+}
+_INSTEAD = {
+    "previous_response_id": ": responses are not kept; name a conversation, which remembers what was said in it",
+    "store": ": responses are not kept; name a conversation, which remembers what was said in it",
+    "background": ": ask for a stream with the header Prefer: resumable, and come back to it",
 }
 
 
@@ -43,6 +52,7 @@ def _listed(value: Any) -> Any:
 
 
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Memory = Literal["read", "write", "off"]
 _Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
@@ -54,8 +64,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CreateAnswer(BaseModel):
-    """What both kinds of completion are asked with."""
+class Asked(BaseModel):
+    """What every kind of answer is asked with."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,15 +76,13 @@ class CreateAnswer(BaseModel):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[_Stop], BeforeValidator(_listed), Field(max_length=4)] = []
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     logit_bias: Annotated[dict[int, _Bias], Field(max_length=1_024)] = {}
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = None  # not looked at
     session: str | None = None
-    memory: Literal["read", "write", "off"] = "read"
+    memory: Memory = "read"
 
     @model_validator(mode="before")
     @classmethod
@@ -84,19 +92,9 @@ class CreateAnswer(BaseModel):
             return fields
         for name, value in fields.items():
             if name not in cls.model_fields and value is not None and value not in _NOTHING.get(name, ()):
-                raise InvalidRequest(f"{name} is not supported", code="unsupported_parameter", param=name)
+                why = _INSTEAD.get(name, "")
+                raise InvalidRequest(f"{name} is not supported{why}", code="unsupported_parameter", param=name)
         return {name: x for name, x in fields.items() if x is not None and name in cls.model_fields}
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> "CreateAnswer":
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options are for stream: true", param="stream_options")
-        num_choices = len(self.prompts) * self.n
-        if num_choices > MAX_CHOICES:
-            raise InvalidRequest(f"prompts times n is at most {MAX_CHOICES}", param="n")
-        if self.memory == "write" and num_choices > 1:
-            raise InvalidRequest("a session learns one answer: one prompt, n 1", param="memory")
-        return self
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -113,11 +111,12 @@ class CreateAnswer(BaseModel):
         """How many of the likeliest tokens to tell of at each place; None: of no probability at all."""
         raise NotImplementedError
 
-    def to_requests(self, max_tokens: int) -> list[CompletionRequest]:
+    def to_requests(self, max_tokens: int, memory: Memory) -> list[CompletionRequest]:
         """What the service is asked for, one a prompt. `max_tokens`: the most that the server gives."""
         limit = max_tokens if self.token_limit is None else self.token_limit
         if limit > max_tokens:
-            name = "max_completion_tokens" if "max_completion_tokens" in self.model_fields_set else "max_tokens"
+            names = ("max_output_tokens", "max_completion_tokens")
+            name = next((name for name in names if name in self.model_fields_set), "max_tokens")
             raise InvalidRequest(f"{name} is at most {max_tokens}", param=name)
         sampling = SamplingParams(
             temperature=self.temperature,
@@ -130,7 +129,25 @@ class CreateAnswer(BaseModel):
             logit_bias=tuple(self.logit_bias.items()),
             num_logprobs=self.num_logprobs,
         )
-        return [CompletionRequest(prompt, limit, sampling, tuple(self.stop), self.memory) for prompt in self.prompts]
+        return [CompletionRequest(prompt, limit, sampling, tuple(self.stop), memory) for prompt in self.prompts]
+
+
+class CreateAnswer(Asked):
+    """What both kinds of completion are asked with."""
+
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "CreateAnswer":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options are for stream: true", param="stream_options")
+        num_choices = len(self.prompts) * self.n
+        if num_choices > MAX_CHOICES:
+            raise InvalidRequest(f"prompts times n is at most {MAX_CHOICES}", param="n")
+        if self.memory == "write" and num_choices > 1:
+            raise InvalidRequest("a session learns one answer: one prompt, n 1", param="memory")
+        return self
 
 
 class CreateCompletion(CreateAnswer):

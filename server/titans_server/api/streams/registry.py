@@ -1,7 +1,7 @@
 """All the streams of a server: how many, how large, and how long they are kept."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from titans_server.api.streams.ring import Frame
@@ -34,7 +34,12 @@ class Streams:
         return len(self._streams)
 
     def open(
-        self, frames: AsyncGenerator[Frame, None], farewell: Sequence[Frame], *, owner: str, resumable: bool
+        self,
+        frames: AsyncGenerator[Frame, None],
+        farewell: Callable[[], Sequence[Frame]],
+        *,
+        owner: str,
+        resumable: bool,
     ) -> Reader:
         """A new stream's reader. Raises Overloaded where no more can be kept."""
         if resumable:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from titans_server.api.streams.ring import Frame, Ring
@@ -18,7 +18,7 @@ class Stream:
     def __init__(
         self,
         frames: AsyncGenerator[Frame, None],
-        farewell: Sequence[Frame],
+        farewell: Callable[[], Sequence[Frame]],
         *,
         owner: str,
         max_bytes: int,
@@ -75,7 +75,7 @@ class Stream:
                     await self._wait_for_reader()
                     self._append(frame)
         except asyncio.CancelledError:
-            for frame in self._farewell if self._is_stopped else ():
+            for frame in self._farewell() if self._is_stopped else ():
                 self._append(frame)
             raise
 

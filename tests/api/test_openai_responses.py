@@ -1,0 +1,256 @@
+"""OpenAI's own client, sync and async, on responses and conversations: a conversation is a session."""
+
+import inspect
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from support.servers import LiveServer
+from titans_server.settings import Settings
+
+API = Path(__file__).parents[2] / "docs/api.md"
+MODEL = "tiny-0"
+EOS = 2
+STORY = "a rather long story about a lighthouse. " * 20
+LOGPROBS = ["message.output_text.logprobs"]
+
+
+@pytest.fixture(scope="module")
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"max_prompt_tokens": 1_000, "max_completion_tokens": 4_096})
+
+
+class Driver:
+    """Either client: what it returns is awaited where that is needed."""
+
+    def __init__(self, client: OpenAI | AsyncOpenAI) -> None:
+        self.client: Any = client
+
+    async def respond(self, text: Any = "what now", **options: Any) -> Any:
+        asked = {"model": MODEL, "input": text, "temperature": 0, "max_output_tokens": 20} | options
+        result = await self.settle(self.client.responses.create(**asked))
+        if isinstance(result, openai.AsyncStream):
+            return [event async for event in result]
+        return list(result) if isinstance(result, openai.Stream) else result
+
+    async def converse(self, **options: Any) -> Any:
+        return await self.settle(self.client.conversations.create(**options))
+
+    async def settle(self, result: Any) -> Any:
+        return await result if inspect.isawaitable(result) else result
+
+
+@pytest.fixture(params=[OpenAI, AsyncOpenAI])
+async def ai(request: pytest.FixtureRequest, server: LiveServer) -> AsyncIterator[Driver]:
+    client = request.param(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    yield Driver(client)
+    closed = client.close()
+    if inspect.isawaitable(closed):
+        await closed
+
+
+def show(http: httpx.Client, session: str) -> dict[str, Any]:
+    fields: dict[str, Any] = http.get(f"/v1/sessions/{session}").json()
+    return fields
+
+
+def version(http: httpx.Client, session: str) -> int:
+    return int(show(http, session)["version"])
+
+
+async def test_a_response_is_what_a_chat_answers(ai: Driver) -> None:
+    response = await ai.respond(instructions="Be kind.", metadata={"a": "b"})
+    chat = await ai.settle(
+        ai.client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "what now"}],
+            temperature=0,
+            max_tokens=20,
+        )
+    )
+    assert response.output_text == chat.choices[0].message.content
+    assert (response.object, response.model, response.conversation) == ("response", MODEL, None)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (response.instructions, response.metadata) == ("Be kind.", {"a": "b"})
+    assert response.id.startswith("resp_")
+    (item,) = response.output
+    assert (item.type, item.role, item.status, item.content[0].annotations) == (
+        "message",
+        "assistant",
+        "incomplete",
+        [],
+    )
+    assert response.usage.input_tokens == chat.usage.prompt_tokens
+    assert response.usage.total_tokens == chat.usage.total_tokens
+
+
+async def test_input_is_a_text_or_messages_and_an_answer_may_be_given_back(ai: Driver) -> None:
+    plain = await ai.respond("what now")
+    parts = [{"type": "input_text", "text": "what "}, {"type": "input_text", "text": "now"}]
+    for same in ([{"role": "user", "content": "what now"}], [{"type": "message", "role": "user", "content": parts}]):
+        assert (await ai.respond(same)).output_text == plain.output_text
+    turns = [{"role": "user", "content": "what now"}, *plain.output, {"role": "user", "content": "and then?"}]
+    again = await ai.respond(turns)
+    assert again.usage.input_tokens > plain.usage.input_tokens + 20
+
+
+async def test_a_stream_has_the_events_of_the_responses_api(ai: Driver) -> None:
+    whole = await ai.respond(include=LOGPROBS, top_logprobs=2)
+    events = await ai.respond(stream=True, include=LOGPROBS, top_logprobs=2)
+    names = [event.type for event in events]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [name for name in names if name != "response.output_text.delta"] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in deltas) == whole.output_text
+    last = events[-1].response
+    assert last.id == events[0].response.id
+    assert last.usage == whole.usage
+    told = whole.output[0].content[0].logprobs
+    assert [x.token for event in deltas for x in event.logprobs] == [x.token for x in told]
+    assert [len(x.top_logprobs) for x in told] == [2] * 20
+    assert {event.item_id for event in deltas} == {last.output[0].id}
+
+
+async def test_the_stream_helper_of_the_client_puts_it_together(server: LiveServer) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "input": "what now", "temperature": 0, "max_output_tokens": 20}
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        text = (await client.responses.create(**asked)).output_text
+        stop: dict[str, Any] = {"extra_body": {"stop": text[5:7]}}
+        async with client.responses.stream(**asked, **stop) as stream:
+            async for _ in stream:
+                pass
+            assert (await stream.get_final_response()).output_text == text[: text.index(text[5:7])]
+
+
+async def test_a_whole_answer_is_completed(ai: Driver) -> None:
+    response = await ai.respond(extra_body={"logit_bias": {str(EOS): 100}})
+    assert (response.status, response.output_text, response.incomplete_details) == ("completed", "", None)
+    events = await ai.respond(stream=True, extra_body={"logit_bias": {str(EOS): 100}})
+    assert events[-1].type == "response.completed"
+
+
+async def test_a_conversation_is_a_session_and_remembers(ai: Driver, http: httpx.Client) -> None:
+    conversation = await ai.converse(metadata={"book": "Ü"})
+    assert (conversation.object, conversation.metadata) == ("conversation", {"book": "Ü"})
+    shown = await ai.settle(ai.client.conversations.retrieve(conversation.id))
+    assert shown == conversation
+    assert show(http, conversation.id)["metadata"] == {"book": "Ü"}
+    first = await ai.respond(STORY, conversation=conversation.id)
+    assert first.conversation.id == conversation.id
+    assert version(http, conversation.id) == 1, "what was said is learnt"
+    alone = await ai.respond("what now")
+    again = await ai.respond("what now", conversation={"id": conversation.id}, stream=True)
+    assert again[-1].response.output_text != alone.output_text
+    assert version(http, conversation.id) == 2
+    for named in ({"extra_body": {"session": conversation.id}}, {"extra_headers": {"X-Session-ID": conversation.id}}):
+        await ai.respond("what now", **named)
+    assert version(http, conversation.id) == 4
+    await ai.respond("what now", conversation=conversation.id, extra_body={"memory": "read"})
+    assert version(http, conversation.id) == 4
+    gone = await ai.settle(ai.client.conversations.delete(conversation.id))
+    assert (gone.id, gone.deleted) == (conversation.id, True)
+    with pytest.raises(openai.NotFoundError):
+        await ai.settle(ai.client.conversations.retrieve(conversation.id))
+
+
+async def test_items_are_learnt_as_a_document(ai: Driver, http: httpx.Client) -> None:
+    items: Any = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "and second"}]
+    conversation = await ai.converse(items=items)
+    seen = show(http, conversation.id)
+    assert (seen["version"], seen["tokens_seen"]) == (1, len("first\n\nand second"))
+    listed = await ai.settle(ai.client.conversations.items.create(conversation.id, items=items))
+    assert [(item.role, item.content[0].text) for item in listed.data] == [
+        ("user", "first"),
+        ("assistant", "and second"),
+    ]
+    assert listed.has_more is False
+    assert version(http, conversation.id) == 2
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ai.settle(ai.client.conversations.items.list(conversation.id))
+    assert caught.value.code == "items_not_kept"
+
+
+def test_a_conversation_whose_items_cannot_be_learnt_is_not_there(http: httpx.Client) -> None:
+    refused = http.post("/v1/conversations", json={"items": [{"role": "user", "content": ""}]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "empty_document")
+    assert http.post("/v1/conversations").status_code == 200, "a body may be left out"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_unknown_conversation_is_not_found(ai: Driver, stream: bool) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await ai.respond(conversation="conv_nobody", stream=stream)
+    assert caught.value.code == "session_not_found"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"background": True}, "background", "unsupported_parameter"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "unsupported_parameter"),
+        ({"extra_body": {"text": {"format": {"type": "json_object"}}}}, "text", "unsupported_parameter"),
+        ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
+        ({"include": ["file_search_call.results"]}, "include", "unsupported_parameter"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "invalid_request"),
+        ({"max_output_tokens": 4_097}, "max_output_tokens", "invalid_request"),
+        ({"top_logprobs": 21}, "top_logprobs", "invalid_request"),
+        ({"temperature": 3}, "temperature", "invalid_request"),
+        ({"input": []}, "input", "invalid_request"),
+        ({"input": [{"role": "clown", "content": "x"}]}, "input.0.role", "invalid_request"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "unsupported_parameter"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input", None),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a", "invalid_request"),
+        ({"extra_body": {"memory": "write"}}, "memory", "invalid_request"),
+        ({"extra_body": {"n": 2}}, "n", "unsupported_parameter"),
+        ({"conversation": "ses_a", "extra_body": {"session": "ses_b"}}, "conversation", "invalid_request"),
+        ({"conversation": "ses_a", "extra_headers": {"X-Session-ID": "ses_b"}}, "session", "invalid_request"),
+    ],
+)
+async def test_what_makes_no_sense_is_named(
+    ai: Driver, fields: dict[str, Any], param: str, code: str | None, stream: bool
+) -> None:
+    asked = {name: x for name, x in fields.items() if name != "input"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ai.respond(fields.get("input", "what now"), stream=stream, **asked)
+    assert caught.value.param == param
+    assert caught.value.code == (code or "unsupported_parameter")
+
+
+def test_a_stream_that_fails_raises_with_the_same_name(server: LiveServer, http: httpx.Client) -> None:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.responses.create(
+            model=MODEL, input="a", max_output_tokens=4_096, stream=True, extra_body={"logit_bias": {str(EOS): -100}}
+        )
+        first = next(iter(stream))
+        assert first.type == "response.created"
+        http.delete(f"/v1/streams/{stream.response.headers['x-stream-id']}")
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+    assert caught.value.code == "stream_stopped"
+
+
+def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    section = API.read_text(encoding="utf-8").partition("\n### Responses and conversations\n")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    address = "http://127.0.0.1:8000"
+    assert address in example
+    run: Callable[..., None] = exec
+    run(example.replace(address, server.url), {})
+    assert capsys.readouterr().out.strip()
