@@ -40,6 +40,10 @@ bench: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/crowd.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/sessions.py
 	$(BIN)/python benchmarks/recall.py
 
 redis:

@@ -1,46 +1,43 @@
-"""Reading a text: our ingest beside a prefill by transformers, same weights, same dtype, one run, alternating.
+"""Row 2: reading a text through HTTP until it is durable, beside a prefill by others, the same weights, alternating.
 
-Ours runs the layers below the memory with a window and trains the memory; theirs runs the whole body with full
-attention. Prints medians, the ratio, and the machine's measured bfloat16 ceiling.
+Ours runs the layers below the memory with a window, trains the memory and commits the state; theirs run the whole body
+with full attention in process, up to the scores of the next token. Prints medians and ratios.
 """
 
 import argparse
 import statistics
-from functools import partial
-from pathlib import Path
+from collections import defaultdict
 
-import torch
-from machine import ceiling, seconds
-from titans.backbone import find_default_body
-from titans.checkpoint import load
-from transformers import AutoModelForCausalLM
-
-TEXT = Path(__file__).parents[1] / "examples" / "sherlock-holmes.txt"
+from machine import print_machine
+from peers import peers
+from serving import Book, learn, server
+from titans_client import Client
 
 
-@torch.inference_mode()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2_048, 8_192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2_048, 8_192, 32_768, 131_072])
+    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens; theirs grows with the square")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    loaded = load(device=torch.device("cpu"))
-    body = find_default_body()
-    peer = AutoModelForCausalLM.from_pretrained(body.parent, gguf_file=body.name, dtype=loaded.model.dtype)
-    peer.train(mode=False)
-    every = torch.tensor([loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[: max(args.lengths)]])
-    limit = ceiling(torch.bfloat16) / 1e12
-    print(f"{loaded.model.dtype}, {torch.get_num_threads()} threads, {limit:.2f} TFLOP/s bfloat16 product")
-    print(f"{'tokens':>8} {'ours, tokens/s':>16} {'transformers':>14} {'ratio':>7}")
-    for length in args.lengths:
-        tokens = every[:, :length]
-        ours, theirs = [], []
-        for _ in range(args.repeats + 1):
-            ours.append(seconds(partial(loaded.model.ingest, tokens, loaded.model.new_state())))
-            theirs.append(seconds(partial(peer, tokens, logits_to_keep=1)))
-        a, b = (length / statistics.median(times[1:]) for times in (ours, theirs))
-        print(f"{length:>8,} {a:>16,.0f} {b:>14,.0f} {a / b:>6.1f}x")
+    print_machine()
+    book, others = Book(), peers(args.peers_up_to + 8)
+    print(f"{'tokens':>8} {'ours, tokens/s':>15}" + "".join(f"{x.name:>15} {'ratio':>7}" for x in others))
+    with server() as url, Client(url) as client:
+        learn(client, book.text(512))
+        for length in args.lengths:
+            rates = defaultdict[str, list[float]](list)
+            for _ in range(args.repeats):
+                _, tokens, took = learn(client, book.text(length))
+                rates["ours"].append(tokens / took)
+                for other in others if length <= args.peers_up_to else []:
+                    rates[other.name].append(length / other.read(book.tokens(length)))
+            ours = statistics.median(rates.pop("ours"))
+            line = f"{length:>8,} {ours:>15,.0f}"
+            for theirs in map(statistics.median, rates.values()):
+                line += f"{theirs:>15,.0f} {ours / theirs:>6.1f}x"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

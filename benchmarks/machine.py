@@ -1,10 +1,12 @@
-"""What every benchmark asks of the machine: the time of a call, and how fast it multiplies."""
+"""What every benchmark asks of the machine: the time of a call, how fast it multiplies, copies and reads weights."""
 
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from titans.model import TitansModel
+from titans.packed import PackedLinear
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -19,3 +21,28 @@ def ceiling(dtype: torch.dtype, size: int = 2_048) -> float:
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     times = [seconds(lambda: a @ b) for _ in range(8)]
     return 2 * size**3 / statistics.median(times[2:])
+
+
+def copying(megabytes: int = 256) -> float:
+    """Bytes a second, read and written, of a copy."""
+    source = torch.zeros(megabytes << 18)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source)) for _ in range(6)]
+    return 2 * source.numel() * 4 / statistics.median(times[1:])
+
+
+@torch.inference_mode()
+def products(model: TitansModel, rows: int) -> float:
+    """Seconds of a token's large matrix products for `rows` answers at once: what a step cannot go below."""
+    layers = [x for x in model.modules() if isinstance(x, PackedLinear)]
+    inputs = {x.num_inputs: torch.randn(rows, x.num_inputs).to(model.dtype) for x in layers}
+    times = [seconds(lambda: [x(inputs[x.num_inputs]) for x in layers]) for _ in range(12)]
+    return statistics.median(times[2:])
+
+
+def print_machine() -> None:
+    """One line: what the numbers below were measured on."""
+    flops, copied = ceiling(torch.bfloat16) / 1e12, copying() / 1e9
+    print(
+        f"{torch.get_num_threads()} threads, {flops:.2f} TFLOP/s bfloat16 product, {copied:.0f} GB/s copied", flush=True
+    )

@@ -5,32 +5,11 @@ document. `titans eval` has the other tasks, and runs that go on where they were
 """
 
 import argparse
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from titans_client import Client, TitansError, cli
+from serving import server
+from titans_client import cli
 
 FACTS = 10
-PORT = 8138
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The address of one that is ready."""
-    process = subprocess.Popen([sys.executable, "-m", "titans_server", "--port", str(PORT), "--store", "memory://"])
-    url = f"http://127.0.0.1:{PORT}"
-    try:
-        try:
-            with Client(url) as client:
-                client.wait_until_ready(is_alive=lambda: process.poll() is None)
-        except TitansError as error:
-            raise SystemExit(f"the server did not start: {error}") from error
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ from contextlib import aclosing
 import pytest
 import torch
 from support.models import make_tiny
+from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
-from titans.state import State
+from titans.state import State, Stream
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
@@ -64,6 +65,26 @@ async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> No
     alone = [await answer(engine, state, prompt, recall=r) for r in (True, False)]
     assert await asyncio.gather(*(answer(engine, state, prompt, recall=r) for r in (True, False))) == alone
     assert alone[0] != alone[1]
+
+
+async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, opening = list[State](), TitansModel.open
+
+    def noted(self: TitansModel, state: State, *, recall: bool) -> Stream:
+        opened.append(state)
+        return opening(self, state, recall=recall)
+
+    monkeypatch.setattr(TitansModel, "open", noted)
+    states = [await engine.ingest(engine.new_state(), tokens(40, seed=i)) for i in range(12)]
+    first = [await answer(engine, state, [5, 6]) for state in states[:3]]
+    assert [await answer(engine, state, [5, 6]) for state in states[:3]] == first
+    assert opened == states[:3]
+    for state in states:
+        await answer(engine, state, [5, 6])
+    assert await answer(engine, states[0], [5, 6]) == first[0]
+    assert opened == [*states, states[0]], "only the last few are kept"
 
 
 async def test_answering_leaves_the_state_alone(engine: Engine) -> None:

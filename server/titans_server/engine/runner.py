@@ -1,5 +1,7 @@
 """Runs a step on the model. Owned by the compute thread; knows nothing of queues or clients."""
 
+from collections import OrderedDict
+
 import torch
 from titans.model import TitansModel
 from titans.sampling import Drawn, Sampler
@@ -8,6 +10,8 @@ from titans.state import State, Stream
 from titans_server.engine.pool import Pool
 from titans_server.engine.request import Generation, Ingestion
 
+_OPENED = 8  # of 7 MB each with the shipped model
+
 
 class Runner:
     """The model, and the streams of the answers that are under way."""
@@ -15,6 +19,9 @@ class Runner:
     def __init__(self, model: TitansModel) -> None:
         self._model = model
         self._prefilling: dict[Generation, Stream] = {}
+        self._opened: OrderedDict[tuple[int, bool], tuple[State, Stream]] = (
+            OrderedDict()
+        )  # as first opened, the last few
         self._samplers: dict[Generation, Sampler] = {}
         self._last_token: dict[Generation, int] = {}
         self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the pool
@@ -55,7 +62,7 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, request: Generation, size: int) -> Drawn | None:
         """The next `size` tokens of a prompt. Returns the answer's first token when the prompt is at its end."""
-        stream = self._prefilling.pop(request, None) or self._model.open(request.state, recall=request.recall)
+        stream = self._prefilling.pop(request, None) or self._open(request.state, recall=request.recall)
         tokens = self._padded([request.prompt[request.num_read : request.num_read + size]])
         hidden, stream = self._model(tokens, stream)
         request.num_read += size
@@ -95,6 +102,17 @@ class Runner:
             last = members.pop()
             if last is not request:
                 members[row] = last
+
+    def _open(self, state: State, *, recall: bool) -> Stream:
+        """A stream of its own on a state. Whoever asks the same state again does not wait for its last window again."""
+        key = id(state), recall  # (the state is kept beside, so that no other has its id)
+        if key not in self._opened:
+            self._opened[key] = state, self._model.open(state, recall=recall)
+        self._opened.move_to_end(key)
+        if len(self._opened) > _OPENED:
+            self._opened.popitem(last=False)
+        stream = self._opened[key][1]
+        return stream.map(lambda _, x: x.clone())
 
     def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
         drawn = self._samplers[request].draw(scores)

@@ -1,0 +1,70 @@
+"""Row 4: many sessions at once, each making an answer, a quarter as many learning a document: through HTTP.
+
+Beside the same answers one by one, and beside what the products of a step alone would allow.
+"""
+
+import argparse
+import asyncio
+import itertools
+import statistics
+import time
+
+import httpx
+from machine import print_machine, products
+from serving import Answer, Book, answer, learn, server
+from titans.checkpoint import load
+from titans_client import AsyncClient, Client
+
+
+async def together(url: str, sessions: list[str], count: int, documents: list[str]) -> tuple[list[Answer], int, float]:
+    """All answers at once while documents are learnt; the tokens learnt until the last answer ended; seconds."""
+    learnt = 0
+
+    async def read(text: str) -> None:
+        nonlocal learnt
+        async with AsyncClient(url) as client:
+            before, session = 0, (await client.sessions.create()).id
+            async for event in client.ingest_stream(session, text):
+                learnt, before = learnt + event.tokens - before, event.tokens
+
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None)) as http:
+        reading = [asyncio.create_task(read(text)) for text in documents]
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(answer(http, session, count) for session in sessions))
+        seconds = time.perf_counter() - started
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+    return answers, learnt, seconds
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    args = parser.parse_args()
+    print_machine()
+    book, model = Book(), load().model
+    print("slowest: the last answer's time in the first one's; ceiling: what the products of a step alone would allow")
+    heads = ("sessions", "documents", "said, tok/s", "learnt, tok/s", "p50, ms", "p99, ms", "slowest", "ceiling")
+    print(" ".join(f"{head:>13}" for head in heads))
+    with server(max_requests="512") as url, Client(url) as client:
+        sessions = [learn(client, book.text(512, 512 * i))[0] for i in range(max(args.sessions))]
+        for num, share in itertools.product(args.sessions, (0, 4)):
+            documents = [book.text(20_000)] * (max(1, num // share) if share else 0)
+            answers, learnt, took = asyncio.run(together(url, sessions[:num], args.tokens, documents))
+            gaps = sorted(b - a for said in answers for a, b in itertools.pairwise(said.times))
+            rate = sum(said.num_tokens for said in answers) / took
+            p50, p99 = (1e3 * gaps[int(len(gaps) * q)] for q in (0.5, 0.99))
+            ends = [said.times[-1] for said in answers]
+            shown = f"{rate:.1f}", f"{learnt / took:.0f}", f"{p50:.0f}", f"{p99:.0f}", f"{max(ends) / min(ends):.2f}"
+            share_of_ceiling = f"{rate * products(model, num) / num:.0%}"
+            print(" ".join(f"{x:>13}" for x in (num, len(documents), *shown, share_of_ceiling)), flush=True)
+        one_by_one = [asyncio.run(together(url, [session], args.tokens, [])) for session in sessions[:4]]
+        rate = statistics.median(args.tokens / took for _, _, took in one_by_one)
+        print(f"one by one: {rate:.1f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

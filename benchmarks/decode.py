@@ -1,0 +1,49 @@
+"""Row 3: time between the tokens of one answer after more and more text, through HTTP, beside others in process.
+
+Ours after a session has read so much; theirs with so much in their cache. Alternating; medians and ratios.
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+
+from machine import print_machine, products
+from peers import peers
+from serving import Book, answer_once, learn, server
+from titans.checkpoint import load
+from titans_client import Client
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1_024, 32_768, 1_000_000])
+    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens; theirs grows with them")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    args = parser.parse_args()
+    print_machine()
+    print(f"{1e3 * products(load().model, 1):.1f} ms a token of products alone")
+    book, others = Book(), peers(args.peers_up_to + args.tokens * args.repeats + 8)
+    print(f"{'tokens':>9} {'ours, ms':>9} {'first':>7}" + "".join(f"{x.name:>14} {'ratio':>7}" for x in others))
+    with server() as url, Client(url) as client:
+        for length in args.lengths:
+            session, _, _ = learn(client, book.text(length))
+            for other in others if length <= args.peers_up_to else []:
+                other.read(book.tokens(length))
+            times = defaultdict[str, list[float]](list)
+            for _ in range(args.repeats):
+                said = answer_once(url, session, args.tokens)
+                times["ours"].append(said.between)
+                times["first"].append(said.first)
+                for other in others if length <= args.peers_up_to else []:
+                    times[other.name].append(statistics.mean(other.say(args.tokens)))
+            ours, first = (1e3 * statistics.median(times.pop(x)) for x in ("ours", "first"))
+            line = f"{length:>9,} {ours:>9.1f} {first:>7.0f}"
+            for theirs in (1e3 * statistics.median(x) for x in times.values()):
+                line += f"{theirs:>14.1f} {theirs / ours:>6.1f}x"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
