@@ -32,7 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*p["dependencies"], *p["optional-dependencies"]["server"], sep="\n")' > requirements.txt \
+print(*p["dependencies"], *p["optional-dependencies"]["server"], *p["optional-dependencies"]["otel"], sep="\n")' > requirements.txt \
     && pip --python /opt/titans/bin/python install --constraint constraints.txt --requirement requirements.txt \
     && pip install --constraint constraints.txt hatchling
 

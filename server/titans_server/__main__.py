@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -13,6 +14,9 @@ from titans_server.lifecycle import Lifecycle
 from titans_server.serving import DrainingServer
 from titans_server.settings import Settings
 from titans_server.telemetry import logs
+
+if TYPE_CHECKING:
+    from titans_server.telemetry.traces import Tracing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +37,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     logs.configure(settings.log_level, settings.log_format)
     AppStatus.disable_automatic_graceful_drain()  # a stream ends when it is done, not when the server is asked to
+    try:
+        tracing = _tracing() if settings.traces else None
+    except ImportError as error:
+        print(f'TITANS_TRACES needs an extra ({error}): pip install "titans-server[otel]"', file=sys.stderr)  # noqa: T201
+        return 2
     lifecycle = Lifecycle[AppContext]()
     config = uvicorn.Config(
-        create_app(settings, lifecycle),
+        create_app(settings, lifecycle, tracing),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -44,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
     server = DrainingServer(config, lifecycle, settings.drain_seconds)
     server.run()
     return 0 if server.started and not lifecycle.has_failed else 1
+
+
+def _tracing() -> "Tracing":
+    from titans_server.telemetry.traces import exporting  # noqa: PLC0415 (an extra)
+
+    return exporting()
 
 
 def command() -> tuple[str, object, object]:

@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
@@ -36,6 +38,9 @@ from titans_server.tenants.limiter import Meter
 from titans_server.tenants.quotas import Quotas
 from titans_server.tenants.store import KeyStore, open_keys
 
+if TYPE_CHECKING:  # needs an extra
+    from titans_server.telemetry.traces import Tracing
+
 log = logging.getLogger(__name__)
 
 _NO_KEY = (
@@ -48,7 +53,9 @@ class NoAPIKey(Exception):
     """The server would be open to the world. It does not start."""
 
 
-def create_app(settings: Settings, lifecycle: Lifecycle[AppContext] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, lifecycle: Lifecycle[AppContext] | None = None, tracing: "Tracing | None" = None
+) -> FastAPI:
     """The service; nothing is loaded before its lifespan begins. Its model is loaded while it already answers."""
     life = lifecycle or Lifecycle[AppContext]()
     metrics = Metrics()
@@ -56,13 +63,16 @@ def create_app(settings: Settings, lifecycle: Lifecycle[AppContext] | None = Non
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, object]]:
         async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, tracing.close)
             store = open_store(settings.store)
             stack.push_async_callback(store.close)
             await store.open()
             keys = open_keys(settings.store)
             stack.push_async_callback(keys.close)
             gatekeeper = await _gatekeeper(keys, settings)
-            async with life.loading(lambda: _serve(settings, store, metrics, life, stack)):
+            load = partial(_serve, settings, store=store, metrics=metrics, tracing=tracing, life=life, stack=stack)
+            async with life.loading(load):
                 yield {"lifecycle": life, "gatekeeper": gatekeeper}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
@@ -78,15 +88,21 @@ def create_app(settings: Settings, lifecycle: Lifecycle[AppContext] | None = Non
         always=frozenset({LIVE, READY, METRICS}),
         everybody=frozenset({LIVE, READY, METRICS} if settings.metrics == "open" else {LIVE, READY}),
     )
-    app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     return app
 
 
 async def _serve(
-    settings: Settings, store: SessionStore, metrics: Metrics, life: Lifecycle[AppContext], stack: AsyncExitStack
+    settings: Settings,
+    *,
+    store: SessionStore,
+    metrics: Metrics,
+    tracing: "Tracing | None",
+    life: Lifecycle[AppContext],
+    stack: AsyncExitStack,
 ) -> None:
     """Load the model and put the service together; what has to be closed goes on the stack."""
-    observer = Observers([metrics, Meter()])
+    observer = Observers([metrics, Meter(), *([] if tracing is None else [tracing])])
     loaded = await asyncio.to_thread(_load, settings)
     engine = Engine(
         Runner(loaded.model),
@@ -105,6 +121,8 @@ async def _serve(
     stack.push_async_callback(streams.close)
     device = str(loaded.model.device)
     metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
+    if tracing is not None:
+        tracing.serve(model.name)
     context = AppContext(service, streams, settings, device, store.name)
     life.ready(context, engine)
     log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)

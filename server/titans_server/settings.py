@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    traces: bool = False
 
     @property
     def is_reachable_from_elsewhere(self) -> bool:

@@ -20,6 +20,7 @@ from support.launcher import ForkedServer, Launcher
 from titans_client import Client, TitansError
 from titans_server.app import create_app
 from titans_server.settings import Settings
+from titans_server.telemetry.traces import Tracing
 
 
 def free_port() -> int:
@@ -178,11 +179,10 @@ class Upload:
 class LiveServer:
     """The app on a real socket in a thread of this process; a blocking call on its event loop is an error."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracing: Tracing | None = None) -> None:
         self.url = f"http://127.0.0.1:{settings.port}"
-        self.server = uvicorn.Server(
-            uvicorn.Config(create_app(settings), host=settings.host, port=settings.port, log_config=None)
-        )
+        app = create_app(settings, tracing=tracing)
+        self.server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None))
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:

@@ -2,12 +2,17 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_server.telemetry import request
 from titans_server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:  # needs an extra
+    from titans_server.telemetry.traces import RequestSpan, Tracing
 
 log = logging.getLogger("titans_server.access")
 
@@ -19,9 +24,10 @@ _QUIET = ("/health/", "/metrics")  # asked every few seconds: not worth a line
 class Observed:
     """Pure ASGI, so that streams and disconnects pass through untouched."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: "Tracing | None") -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve, and tell."""
@@ -39,16 +45,25 @@ class Observed:
                 MutableHeaders(scope=message)[REQUEST_ID] = info.id
             await send(message)
 
-        with self._metrics.in_flight.track_inprogress():
+        with self._metrics.in_flight.track_inprogress(), self._traced(scope) as span:
             try:
                 await self._app(scope, receive, send_with_id)
             finally:
-                self._tell(scope, status, time.perf_counter() - started, info)
+                self._tell(scope, status, time.perf_counter() - started, info, span)
 
-    def _tell(self, scope: Scope, status: int, seconds: float, info: request.RequestInfo) -> None:
+    def _traced(self, scope: Scope) -> AbstractContextManager["RequestSpan | None"]:
+        if self._tracing is None or scope["path"].startswith(_QUIET):
+            return nullcontext()
+        return self._tracing.request(scope["method"], scope["path"], Headers(scope=scope))
+
+    def _tell(
+        self, scope: Scope, status: int, seconds: float, info: request.RequestInfo, span: "RequestSpan | None"
+    ) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.answered(method, route, status, seconds, info.error_code)
+        if span is not None:
+            span.ended(method, route, status, info)
         if not scope["path"].startswith(_QUIET):
             fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 3)}
             log.info("answered", extra=fields | {"code": info.error_code})
