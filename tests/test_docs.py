@@ -105,11 +105,11 @@ def test_every_setting_of_the_client_is_documented_with_its_default() -> None:
 
 def test_every_endpoint_is_documented() -> None:
     routes = {
-        f"{method.upper()} {path.replace('{session_id}', '{id}')}"
+        f"{method.upper()} {path.replace('{session_id}', '{id}').replace('{ingestion_id}', '{id}')}"
         for path, methods in create_app(Settings()).openapi()["paths"].items()
         for method in methods
     }
-    assert set(re.findall(r"`((?:GET|HEAD|POST|PUT|PATCH|DELETE) /[^\s`]*)`", API)) == routes
+    assert set(re.findall(r"`((?:GET|HEAD|POST|PUT|PATCH|DELETE) /[^\s`?]*)[^`]*`", API)) == routes
 
 
 def test_every_field_of_a_completion_is_documented_with_its_default() -> None:

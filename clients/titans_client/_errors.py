@@ -5,19 +5,25 @@
     │   └── APITimeoutError            … within the time allowed
     ├── APIResponseError               an answer that is not of this API: a proxy's page, a body of another shape
     └── APIStatusError                 the server said no: status, code, message, param, retry_after
-        ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
-        │                          unsupported_parameter, no_chat_template, items_not_kept
+        ├── InvalidRequestError 422    invalid_request, empty_document, invalid_utf8, invalid_json, invalid_form,
+        │                          prompt_too_long, unsupported_parameter, no_chat_template, items_not_kept
         │                          body_too_large (413), headers_too_large (431)
         ├── AuthenticationError 401    invalid_api_key
         ├── UnsupportedMediaTypeError 415   unsupported_media_type
         ├── DocumentTooLargeError 413  document_too_large
         ├── SessionNotFoundError 404   session_not_found
+        ├── VersionNotFoundError 404   version_not_found
+        ├── IngestionNotFoundError 404 ingestion_not_found
         ├── ModelNotFoundError 404     model_not_found
         ├── StreamNotFoundError 404    stream_not_found
         ├── EventsLostError 410        events_lost: what a stream is to go on with is kept no more
         ├── StreamStoppedError 410     stream_stopped: somebody deleted the stream
         ├── StateMismatchError 409     state_mismatch: the session was made by another model
+        ├── IngestionInFlightError 409 ingestion_in_flight: the same key; try again after `retry_after` seconds
+        ├── IngestionCancelledError 409   ingestion_cancelled
         ├── VersionConflictError 412   version_conflict: nothing was written
+        ├── IdempotencyKeyReusedError 422 idempotency_key_reused: for another document
+        ├── InvalidStateError 422      invalid_state: a file that is no state of this model
         ├── SessionBusyError 429       session_busy: try again after `retry_after` seconds
         ├── RateLimitError 429         rate_limit_exceeded: try again after `retry_after` seconds; quota_exceeded
         ├── ServerUnavailableError 503 loading, overloaded, shutting_down, store_unavailable, model_failed, or a
@@ -91,7 +97,7 @@ class AuthenticationError(APIStatusError):
 
 
 class UnsupportedMediaTypeError(APIStatusError):
-    """A document that is neither text/plain in UTF-8 nor application/json."""
+    """A document of a kind that is not read, or not in UTF-8."""
 
 
 class DocumentTooLargeError(APIStatusError):
@@ -100,6 +106,30 @@ class DocumentTooLargeError(APIStatusError):
 
 class SessionNotFoundError(APIStatusError):
     """No such session."""
+
+
+class VersionNotFoundError(APIStatusError):
+    """The session keeps no such version."""
+
+
+class IngestionNotFoundError(APIStatusError):
+    """No such document is under way or was learnt lately."""
+
+
+class IngestionInFlightError(APIStatusError):
+    """A document with the same key is being worked on."""
+
+
+class IngestionCancelledError(APIStatusError):
+    """Somebody cancelled the document; nothing was written."""
+
+
+class IdempotencyKeyReusedError(APIStatusError):
+    """The key was used for another document."""
+
+
+class InvalidStateError(APIStatusError):
+    """A file that is torn, altered or of another shape; nothing was written."""
 
 
 class ModelNotFoundError(APIStatusError):
@@ -123,7 +153,7 @@ class StateMismatchError(APIStatusError):
 
 
 class VersionConflictError(APIStatusError):
-    """Another server moved the session on meanwhile; nothing was written."""
+    """The session is at another version than was asked for; nothing was written."""
 
 
 class SessionBusyError(APIStatusError):
@@ -151,6 +181,7 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "empty_document": (422, InvalidRequestError),
     "invalid_utf8": (422, InvalidRequestError),
     "invalid_json": (422, InvalidRequestError),
+    "invalid_form": (422, InvalidRequestError),
     "prompt_too_long": (422, InvalidRequestError),
     "unsupported_parameter": (422, InvalidRequestError),
     "no_chat_template": (422, InvalidRequestError),
@@ -161,6 +192,12 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "unsupported_media_type": (415, UnsupportedMediaTypeError),
     "document_too_large": (413, DocumentTooLargeError),
     "session_not_found": (404, SessionNotFoundError),
+    "version_not_found": (404, VersionNotFoundError),
+    "ingestion_not_found": (404, IngestionNotFoundError),
+    "ingestion_in_flight": (409, IngestionInFlightError),
+    "ingestion_cancelled": (409, IngestionCancelledError),
+    "idempotency_key_reused": (422, IdempotencyKeyReusedError),
+    "invalid_state": (422, InvalidStateError),
     "model_not_found": (404, ModelNotFoundError),
     "stream_not_found": (404, StreamNotFoundError),
     "events_lost": (410, EventsLostError),

@@ -121,6 +121,11 @@ class StreamEncoder:
         self._limit = limit
         self._rest = ""
 
+    @property
+    def held(self) -> str:
+        """The end of the text so far, whose tokens are not certain yet."""
+        return self._rest
+
     def feed(self, text: str) -> list[int]:
         """Tokens that are certain by now."""
         self._rest += text

@@ -13,6 +13,7 @@ import torch
 from fastapi import FastAPI
 from titans import checkpoint
 
+from titans_server.api import ingestions, versions
 from titans_server.api.deps import AppContext
 from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
@@ -32,6 +33,7 @@ from titans_server.sessions.cache import StateCache
 from titans_server.sessions.open import open_store
 from titans_server.sessions.store import SessionStore
 from titans_server.settings import Settings
+from titans_server.states import SnapshotPolicy
 from titans_server.telemetry.metrics import Metrics, Residents
 from titans_server.tenants.gatekeeper import Gatekeeper
 from titans_server.tenants.limiter import Meter
@@ -76,7 +78,8 @@ def create_app(
                 yield {"lifecycle": life, "gatekeeper": gatekeeper}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
-    for each in (router, openai_router, responses_router, streams_router, health_router(life)):
+    routers = (router, ingestions.router, versions.router, openai_router, responses_router, streams_router)
+    for each in (*routers, health_router(life)):
         app.include_router(each)
     if settings.metrics != "off":
         app.include_router(metrics_router(metrics))
@@ -114,9 +117,12 @@ async def _serve(
     stack.push_async_callback(engine.close)
     engine.start()
     model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
-    limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers)
+    limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers, settings.kept_versions)
+    policy = SnapshotPolicy(settings.snapshot_tokens, settings.snapshot_idle_seconds)
     cache = StateCache(settings.resident_bytes)
-    service = SessionService(engine, store, model, cache, limits, observer=observer)
+    service = SessionService(engine, store, model, cache, limits=limits, policy=policy, observer=observer)
+    stack.push_async_callback(service.close)
+    service.start()
     streams = Streams(_stream_limits(settings))
     stack.push_async_callback(streams.close)
     device = str(loaded.model.device)

@@ -1,8 +1,9 @@
 """Everything that can go wrong where a user can see it: status, stable code, and whether trying again may help.
 
     TitansError
-    ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, prompt_too_long,
-    │                               unsupported_parameter, no_chat_template, items_not_kept; 400 on OpenAI's endpoints
+    ├── InvalidRequest 422          invalid_request, empty_document, invalid_utf8, invalid_json, invalid_form,
+    │                               prompt_too_long, unsupported_parameter, no_chat_template,
+    │                               items_not_kept; 400 on OpenAI's endpoints
     ├── InvalidAPIKey 401           invalid_api_key: none, an unknown one, or one that was revoked
     ├── UnsupportedMediaType 415    unsupported_media_type
     ├── DocumentTooLarge 413        document_too_large
@@ -13,8 +14,14 @@
     ├── StreamNotFound 404          stream_not_found
     ├── EventsLost 410              events_lost: what a stream is to go on with is kept no more
     ├── StreamStopped 410           stream_stopped: somebody deleted the stream; only inside one
+    ├── VersionNotFound 404         version_not_found: kept no more, or never was
+    ├── IngestionNotFound 404       ingestion_not_found
     ├── StateMismatch 409           state_mismatch: the session belongs to another model; nothing is touched
-    ├── VersionConflict 412         version_conflict: somebody else moved the session on
+    ├── IngestionInFlight 409       ingestion_in_flight: the same Idempotency-Key is being worked on; retryable
+    ├── IngestionCancelled 409      ingestion_cancelled: somebody asked for it
+    ├── KeyReused 422               idempotency_key_reused: for another document
+    ├── InvalidState 422            invalid_state: a file that is not a session's state; nothing is touched
+    ├── VersionConflict 412         version_conflict: the session is not at the version that was asked for
     ├── SessionBusy 429             session_busy: too many writers wait already; retryable
     ├── RateLimited 429             rate_limit_exceeded: a quota of requests or tokens; retryable
     ├── QuotaExceeded 429           quota_exceeded: a quota of sessions or bytes, which waiting does not cure
@@ -31,6 +38,8 @@ The body is OpenAI's: {"error": {"message", "type", "param", "code"}}. The same 
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+_FINAL: Mapping[str, str] = {"X-Should-Retry": "false"}  # OpenAI's clients would, on any 409 and 429
 
 
 class TitansError(Exception):
@@ -111,6 +120,56 @@ class SessionNotFound(TitansError):
     default_code = "session_not_found"
 
 
+class VersionNotFound(TitansError):
+    """No such version of the session is kept."""
+
+    status = 404
+    kind = "invalid_request_error"
+    default_code = "version_not_found"
+
+
+class IngestionNotFound(TitansError):
+    """No such ingestion, or one that was long ago."""
+
+    status = 404
+    kind = "invalid_request_error"
+    default_code = "ingestion_not_found"
+
+
+class IngestionInFlight(TitansError):
+    """The same document, by its Idempotency-Key, is being worked on."""
+
+    status = 409
+    kind = "invalid_request_error"
+    default_code = "ingestion_in_flight"
+    retry_after = 1
+
+
+class IngestionCancelled(TitansError):
+    """Somebody asked for the document not to be learnt."""
+
+    status = 409
+    kind = "invalid_request_error"
+    default_code = "ingestion_cancelled"
+    headers: ClassVar[Mapping[str, str]] = _FINAL
+
+
+class KeyReused(TitansError):
+    """An Idempotency-Key that stood for another document."""
+
+    status = 422
+    kind = "invalid_request_error"
+    default_code = "idempotency_key_reused"
+
+
+class InvalidState(TitansError):
+    """A state file that is torn, of another shape, or holds what is no number."""
+
+    status = 422
+    kind = "invalid_request_error"
+    default_code = "invalid_state"
+
+
 class ModelNotFound(TitansError):
     """No such model is served."""
 
@@ -149,6 +208,7 @@ class StateMismatch(TitansError):
     status = 409
     kind = "invalid_request_error"
     default_code = "state_mismatch"
+    headers: ClassVar[Mapping[str, str]] = _FINAL
 
 
 class VersionConflict(TitansError):
@@ -157,6 +217,7 @@ class VersionConflict(TitansError):
     status = 412
     kind = "invalid_request_error"
     default_code = "version_conflict"
+    headers: ClassVar[Mapping[str, str]] = _FINAL
 
 
 class SessionBusy(TitansError):
@@ -186,7 +247,7 @@ class QuotaExceeded(TitansError):
     status = 429
     kind = "rate_limit_error"
     default_code = "quota_exceeded"
-    headers: ClassVar[Mapping[str, str]] = {"X-Should-Retry": "false"}  # SDKs would, on any 429
+    headers: ClassVar[Mapping[str, str]] = _FINAL
 
 
 class Overloaded(TitansError):

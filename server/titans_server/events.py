@@ -23,7 +23,34 @@ class DocumentLearnt:
     bytes: int
     tokens_seen: int  # by the session, all in all
     seconds: float
+    ingestion: str
+    replayed: bool = False  # it was learnt before, under the same Idempotency-Key: this is what was said then
     object: Literal["document"] = "document"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why something has failed."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class IngestionStatus:
+    """How far a document has come."""
+
+    id: str
+    session: str
+    # receiving: it is being sent; interrupted: no more comes; learning: all of it is durable
+    status: Literal["receiving", "interrupted", "learning", "done", "failed", "cancelled"]
+    committed_bytes: int  # of its text that are durable: from here on it is learnt when it is sent again
+    tokens: int  # that these are
+    tokens_learnt: int  # of them, as far as this server knows
+    version: int | None  # that it made, once it is done
+    created_at: float
+    error: Fault | None = None
+    object: Literal["ingestion"] = "ingestion"
 
 
 @dataclass(frozen=True)

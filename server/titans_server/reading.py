@@ -1,53 +1,72 @@
-"""A document on its way into a session: text to tokens to strides that end where windows do."""
+"""A document on its way into a session: text to tokens, in portions that can be taken up again after a crash."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from titans.tokenizer import StreamEncoder, Tokenizer
 
+from titans_server.errors import KeyReused
+from titans_server.sessions.history import Portion
+
 SEPARATOR = "\n\n"  # stands between two documents of a session
-_STRIDE = 4  # windows that a document hands to the engine at once
 
 
 class Document:
-    """A document on its way into a session: text in, strides of tokens out, in bounded memory."""
+    """Text in, portions of tokens out, in bounded memory.
 
-    def __init__(self, tokenizer: Tokenizer, pieces: AsyncIterator[str], *, after: int, window: int) -> None:
-        self._tokenizer = tokenizer
+    A portion ends where the encoder could begin anew: the tokens of the whole are the same, wherever it was taken up.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pieces: AsyncIterator[str]) -> None:
+        self._encoder = StreamEncoder(tokenizer)
         self._pieces = pieces
-        self._position = after
-        self._window = window
-        self.num_bytes = 0
-        self.num_tokens = 0
-        self.num_learnt = 0
+        self._digest = hashlib.sha256()
+        self._held = ""  # read, and not yet given to the encoder
+        self.num_bytes = 0  # of the text that the portions so far stand for
 
     @property
-    def bytes_learnt(self) -> int:
-        """The share of the bytes so far that the learnt tokens stand for."""
-        return self.num_bytes * self.num_learnt // max(1, self.num_tokens)
+    def sha256(self) -> str:
+        """Of the text that the portions so far stand for."""
+        return self._digest.hexdigest()
 
-    async def strides(self) -> AsyncGenerator[list[int], None]:
-        """Tokens to ingest: all but the last end on a window's boundary, however the text arrived."""
-        encoder, tokens = StreamEncoder(self._tokenizer), list[int]()
+    async def skip(self, num_bytes: int, sha256: str) -> None:
+        """Read over a beginning that was learnt before. Raises KeyReused where it is another one."""
+        while self.num_bytes < num_bytes:
+            piece = (await anext(self._pieces, "")).encode()
+            if not piece:
+                break
+            ours, rest = piece[: num_bytes - self.num_bytes], piece[num_bytes - self.num_bytes :]
+            self._count(ours)
+            self._held = rest.decode(errors="surrogateescape")  # cut within a character: another document
+        if (self.num_bytes, self.sha256) != (num_bytes, sha256):
+            raise KeyReused("the Idempotency-Key was used for a document that begins otherwise")
+
+    async def rest(self) -> None:
+        """Read to the end, for `num_bytes` and `sha256` alone."""
         async for piece in self._pieces:
-            if not self.num_bytes and self._position and piece:
-                tokens += self._count(self._tokenizer.encode(SEPARATOR))
-            self.num_bytes += len(piece.encode())
-            tokens += self._count(await asyncio.to_thread(encoder.feed, piece))
-            while len(tokens) >= (size := self._stride()):
-                self._position += size
-                yield tokens[:size]
-                tokens = tokens[size:]
-        tokens += self._count(await asyncio.to_thread(encoder.finish))
-        while tokens and self.num_bytes:
-            size = min(len(tokens), self._stride())
-            self._position += size
-            yield tokens[:size]
-            tokens = tokens[size:]
+            self._count(piece.encode())
 
-    def _stride(self) -> int:
-        return _STRIDE * self._window - self._position % self._window
+    async def portions(self, size: int) -> AsyncGenerator[Portion, None]:
+        """The document from here on: at least `size` tokens each, but for the last one, which may have none."""
+        tokens: list[int] = []
+        if self._held:
+            tokens += await self._encode(self._held)
+        async for piece in self._pieces:
+            tokens += await self._encode(piece)
+            if len(tokens) >= size:
+                yield Portion(tokens, self.num_bytes, self.sha256)
+                tokens = []
+        self._count(self._encoder.held.encode())
+        tokens += await asyncio.to_thread(self._encoder.finish)
+        yield Portion(tokens, self.num_bytes, self.sha256, is_last=True)
 
-    def _count(self, tokens: list[int]) -> list[int]:
-        self.num_tokens += len(tokens)
+    async def _encode(self, piece: str) -> list[int]:
+        text = self._encoder.held + piece
+        tokens = await asyncio.to_thread(self._encoder.feed, piece)
+        self._count(text[: len(text) - len(self._encoder.held)].encode())
         return tokens
+
+    def _count(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.num_bytes += len(data)

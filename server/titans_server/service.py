@@ -3,23 +3,34 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
 from titans.state import State
 from titans.tokenizer import Tokenizer
 
+from titans_server import failpoints
 from titans_server.engine import Engine, Finish
-from titans_server.errors import InvalidRequest, SessionBusy, SessionNotFound, StateMismatch, VersionConflict
-from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, Progress, Usage
+from titans_server.errors import InvalidRequest, InvalidState, SessionNotFound, StateCorrupted, VersionConflict
+from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, IngestionStatus, Progress, Usage
+from titans_server.ingesting import Ingestions, Terms
+from titans_server.learning import Learning, check_match
 from titans_server.observer import Asked, Observer
 from titans_server.prompts import CompletionRequest, encode, prepare
-from titans_server.reading import Document
-from titans_server.sessions import codec
+from titans_server.reading import SEPARATOR
+from titans_server.sessions import codec, history
 from titans_server.sessions.cache import StateCache
-from titans_server.sessions.store import SessionRecord, SessionStore
+from titans_server.sessions.history import Overtaken, Writing
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.log import pack
+from titans_server.sessions.record import Parent, SessionRecord, Version
+from titans_server.sessions.store import Commit, SessionStore
+from titans_server.states import SnapshotPolicy, States
 from titans_server.stopping import AnswerText
+from titans_server.writers import Writers
+
+_ATTEMPTS = 5  # to fork a session whose snapshots move meanwhile
 
 
 @dataclass(frozen=True)
@@ -38,18 +49,11 @@ class Limits:
 
     max_prompt_tokens: int
     max_waiting_writers: int
-
-
-@dataclass
-class _Writer:
-    """One writer a session at a time."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    num_users: int = 0
+    num_kept_versions: int
 
 
 class SessionService:
-    """Sessions on one engine and one store. Lives on the event loop."""
+    """Sessions on one engine and one store. Lives on the event loop, from `start` to `close`."""
 
     def __init__(
         self,
@@ -57,34 +61,57 @@ class SessionService:
         store: SessionStore,
         model: ServedModel,
         cache: StateCache,
-        limits: Limits,
         *,
+        limits: Limits,
+        policy: SnapshotPolicy,
         observer: Observer | None = None,
     ) -> None:
         self._engine = engine
         self._observer = observer or Observer()
         self._store = store
-        self._cache = cache
         self._limits = limits
-        self._empty = engine.new_state()
-        self._writers: dict[str, _Writer] = {}
-        self._loads: dict[str, asyncio.Task[State]] = {}
+        self._ledger = Ledger(store)
+        self._states = States(engine, self._ledger, model.fingerprint, cache, policy=policy, observer=self._observer)
+        self._writers = Writers(limits.max_waiting_writers)
+        separator = model.tokenizer.encode(SEPARATOR)
+        learning = Learning(
+            engine,
+            self._ledger,
+            self._states,
+            separator,
+            num_kept_versions=limits.num_kept_versions,
+            observer=self._observer,
+        )
+        self._ingestions = Ingestions(self._ledger, self._states, learning, model.tokenizer, self._writers)
         self.model = model
 
-    async def create(self, metadata: Mapping[str, str], *, owner: str = "") -> SessionRecord:
+    def start(self) -> None:
+        """Begin with what nobody asks for: snapshots of idle sessions, work that servers left, sweeping."""
+        self._states.start()
+        self._ingestions.start()
+
+    async def close(self) -> None:
+        """Hand over what is under way, and write down the states that are in memory alone."""
+        await self._ingestions.close()
+        await self._states.close()
+
+    async def create(
+        self, metadata: Mapping[str, str], *, ttl_seconds: int | None = None, owner: str = ""
+    ) -> SessionRecord:
         """A new session that has read nothing."""
         now = time.time()
-        session_id = f"ses_{secrets.token_urlsafe(16)}"
         record = SessionRecord(
-            id=session_id,
+            id=_new_id(),
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             created_at=now,
             updated_at=now,
+            versions=(Version(0, 0, now, secrets.token_hex(8)),),
             owner=owner,
+            ttl_seconds=ttl_seconds,
             metadata=dict(metadata),
         )
-        await self._store.create(record)
+        await self._store.create(Commit(record))
         return record
 
     async def get(self, session_id: str) -> SessionRecord:
@@ -93,37 +120,98 @@ class SessionService:
             raise SessionNotFound(f"there is no session {session_id!r}")
         return await self._store.get(session_id)
 
-    async def delete(self, session_id: str) -> None:
-        """Forget a session. Raises SessionNotFound."""
+    async def sessions_of(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
+        """An owner's sessions, newest first. Raises SessionNotFound where `after` is none of them."""
+        return await self._store.list(owner, limit, after)
+
+    async def delete(self, session_id: str, if_match: int | None = None) -> None:
+        """Forget a session. Raises SessionNotFound, VersionConflict."""
         await self.get(session_id)
-        async with self._writer(session_id):
+        async with self._writers.turn(session_id):
+            check_match(await self._store.get(session_id), if_match)
             await self._store.delete(session_id)
-            self._cache.drop(session_id)
+            self._states.forget(session_id)
 
-    async def ingest(
-        self, session_id: str, pieces: AsyncIterator[str]
-    ) -> AsyncGenerator[Progress | DocumentLearnt, None]:
-        """Learn a document that arrives in pieces; the last event says that it is durable.
-
-        Learnt whole or not at all: any error, and closing the iterator early, leaves the session as it was.
-        """
-        started = time.monotonic()
+    async def fork(
+        self, session_id: str, number: int | None, metadata: Mapping[str, str] | None, ttl_seconds: int | None
+    ) -> SessionRecord:
+        """A new session that goes on from a version of another one; the snapshot is shared, the log's end copied."""
         await self.get(session_id)
-        async with self._writer(session_id):
-            record, state = await self._open(session_id)
-            document = Document(self.model.tokenizer, pieces, after=record.tokens_seen, window=self._engine.window)
-            async with aclosing(document.strides()) as strides:
-                async for tokens in strides:
-                    state = await self._ingest(state, tokens)
-                    document.num_learnt += len(tokens)
-                    yield Progress(document.num_learnt, document.bytes_learnt, time.monotonic() - started)
-            if not document.num_learnt:
-                raise InvalidRequest("the document is empty", code="empty_document")
-            record = await self._commit(record, state, document.num_learnt)
-        seconds = time.monotonic() - started
-        yield DocumentLearnt(
-            session_id, record.version, document.num_learnt, document.num_bytes, record.tokens_seen, seconds
-        )
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return await self._fork(session_id, number, metadata, ttl_seconds)
+            except (VersionConflict, StateCorrupted):  # its snapshot or log has moved on; what is torn stays so
+                continue
+        return await self._fork(session_id, number, metadata, ttl_seconds)
+
+    async def restore(self, session_id: str, number: int, if_match: int | None) -> SessionRecord:
+        """Make what an older version was the newest. Raises VersionNotFound, VersionConflict."""
+        await self.get(session_id)
+        write_id = secrets.token_hex(8)
+
+        def edit(record: SessionRecord) -> history.Edit:
+            if record.made_by(write_id) is None:
+                check_match(record, if_match)
+            return history.restore(record, number, write_id, self._limits.num_kept_versions)
+
+        async with self._writers.turn(session_id):
+            return await self._ledger.change(session_id, edit)
+
+    async def export_state(self, session_id: str, number: int | None) -> tuple[SessionRecord, Version, bytes]:
+        """A version's state as a file that `import_state` reads, anywhere. Raises VersionNotFound."""
+        record = await self.get(session_id)
+        version = record.head if number is None else record.kept(number)
+        state = await self._states.at(record, version)
+        return record, version, await asyncio.to_thread(codec.encode, state, self.model.fingerprint)
+
+    async def import_state(self, session_id: str, blob: bytes, if_match: int | None) -> SessionRecord:
+        """Make a state that was exported the session's newest version.
+
+        Raises StateMismatch for another model's, InvalidState for one that is torn or not of this model's shape.
+        """
+        self._states.check(await self.get(session_id))
+        try:
+            state = await asyncio.to_thread(
+                codec.decode, blob, fingerprint=self.model.fingerprint, like=self._states.empty
+            )
+        except StateCorrupted as error:
+            raise InvalidState(error.message) from error
+        if int(state.position) < 0:
+            raise InvalidState("the state has read fewer tokens than none")
+        write_id = secrets.token_hex(8)
+        snapshot = await self._states.store(session_id, state)
+
+        def edit(record: SessionRecord) -> history.Edit:
+            if record.made_by(write_id) is None:
+                check_match(record, if_match)
+            return history.replace_state(record, self._writing(record.head, write_id, (), state), snapshot)
+
+        async with self._writers.turn(session_id):
+            record = await self._ledger.change(session_id, edit)
+            self._keep(record, write_id, state)
+            return record
+
+    def max_state_bytes(self) -> int:
+        """More than any state file of this model has, in whatever numbers it was written."""
+        return 4 * self._states.empty.num_bytes + (1 << 20)
+
+    def ingest(
+        self, session_id: str, pieces: AsyncIterator[str], terms: Terms | None = None
+    ) -> AsyncGenerator[Progress | DocumentLearnt, None]:
+        """Learn a document that arrives in pieces: see `Ingestions.learn`."""
+        return self._ingestions.learn(session_id, pieces, terms or Terms())
+
+    async def accept(self, session_id: str, pieces: AsyncIterator[str], terms: Terms) -> IngestionStatus:
+        """Take a document in, to be learnt afterwards: see `Ingestions.accept`."""
+        return await self._ingestions.accept(session_id, pieces, terms)
+
+    async def ingestion(self, ingestion_id: str) -> IngestionStatus:
+        """How far a document has come. Raises IngestionNotFound."""
+        return await self._ingestions.status(ingestion_id)
+
+    async def cancel_ingestion(self, ingestion_id: str) -> IngestionStatus:
+        """Stop a document. Raises IngestionNotFound."""
+        return await self._ingestions.cancel(ingestion_id)
 
     async def complete(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[CompletionChunk, None]:
         """`answer`, in the native endpoint's words."""
@@ -140,7 +228,7 @@ class SessionService:
         if session_id is None:
             if request.memory == "write":
                 raise InvalidRequest("there is no session that could learn this: name one", param="memory")
-            version, state = 0, self._empty
+            version, state = 0, self._states.empty
         else:
             await self.get(session_id)
             if request.memory == "write":
@@ -148,7 +236,7 @@ class SessionService:
                     async for piece in pieces:
                         yield piece
                 return
-            record, state = await self._open(session_id)
+            record, state = await self._states.newest(session_id)
             version = record.version
         async with aclosing(self._answer(state, request, [])) as pieces:
             async for piece in pieces:
@@ -163,14 +251,15 @@ class SessionService:
         await self._store.ping()
 
     async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
-        async with self._writer(session_id):
-            record, state = await self._open(session_id)
+        async with self._writers.turn(session_id):
+            record, state = await self._states.newest(session_id)
             said: list[int] = []
             async with aclosing(self._answer(state, request, said)) as pieces:
                 async for piece in pieces:
                     if piece.finish_reason is not None:
-                        state = await self._ingest(state, said, urgent=True)
-                        record = await self._commit(record, state, len(said))
+                        with self._observer.working("ingest", len(said)):
+                            state = await self._engine.ingest(state, said, urgent=True)
+                        record = await self._write(record, state, said)
                     yield replace(piece, version=record.version)
 
     async def _answer(
@@ -208,76 +297,51 @@ class SessionService:
         usage = Usage(len(prompt), len(said) - len(prompt), len(said))
         yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
 
-    async def _open(self, session_id: str) -> tuple[SessionRecord, State]:
-        """A session's record and state, as of its last commit."""
+    async def _write(self, record: SessionRecord, state: State, tokens: Sequence[int]) -> SessionRecord:
+        """The session after reading some tokens. Raises VersionConflict where another version came first."""
+        writing = self._writing(record.head, secrets.token_hex(8), tokens, state)
         try:
-            return await self._open_once(session_id)
-        except VersionConflict:  # a commit came between record and state: the session as it is now will do
-            return await self._open_once(session_id)
-
-    async def _open_once(self, session_id: str) -> tuple[SessionRecord, State]:
-        """The state from memory where the version is right, else from the store."""
-        record = await self._store.get(session_id)
-        if record.fingerprint != self.model.fingerprint:
-            raise StateMismatch(
-                f"session {session_id} was made by model {record.model} ({record.fingerprint}); "
-                f"this server runs {self.model.name} ({self.model.fingerprint})"
-            )
-        if record.version == 0:
-            return record, self._empty
-        state = self._cache.get(session_id, record.write_id)
-        return record, state or await self._load(record)
-
-    async def _load(self, record: SessionRecord) -> State:
-        """One load a cold session, however many ask."""
-        key = f"{record.id}@{record.write_id}"
-        task = self._loads.get(key)
-        if task is None:
-            task = self._loads[key] = asyncio.create_task(self._load_once(record))
-            task.add_done_callback(lambda _: self._loads.pop(key, None))
-        return await asyncio.shield(task)
-
-    async def _load_once(self, record: SessionRecord) -> State:
-        with self._observer.working("load"):
-            blob = await self._store.load(record)
-            state = await asyncio.to_thread(codec.decode, blob, fingerprint=self.model.fingerprint, like=self._empty)
-        self._cache.put(record.id, record.write_id, state)
-        return state
-
-    async def _ingest(self, state: State, tokens: list[int], *, urgent: bool = False) -> State:
-        with self._observer.working("ingest", len(tokens)):
-            return await self._engine.ingest(state, tokens, urgent=urgent)
-
-    async def _commit(self, record: SessionRecord, state: State, num_tokens: int) -> SessionRecord:
-        with self._observer.working("commit"):
-            record = await self._commit_once(record, state, num_tokens)
-        self._cache.put(record.id, record.write_id, state)
+            with self._observer.working("commit"):
+                record = await self._ledger.change(record.id, lambda record: history.write(record, writing))
+        except Overtaken:
+            raise VersionConflict(f"session {record.id} moved on from version {record.version} meanwhile") from None
+        failpoints.reach("after_commit")
+        self._keep(record, writing.write_id, state)
         return record
 
-    async def _commit_once(self, record: SessionRecord, state: State, num_tokens: int) -> SessionRecord:
-        blob = await asyncio.to_thread(codec.encode, state, self.model.fingerprint)
+    def _writing(self, base: Version, write_id: str, tokens: Sequence[int], state: State) -> Writing:
+        return Writing(base, write_id, tokens, state.num_bytes, self._limits.num_kept_versions)
+
+    def _keep(self, record: SessionRecord, write_id: str, state: State) -> None:
+        if record.head.write_id == write_id:
+            self._states.keep(record.id, record.head, state)
+
+    async def _fork(
+        self, session_id: str, number: int | None, metadata: Mapping[str, str] | None, ttl_seconds: int | None
+    ) -> SessionRecord:
+        parent = await self._store.get(session_id)
+        version = parent.head if number is None else parent.kept(number)
+        tokens = await self._ledger.read(parent.id, version.entries)
+        tokens = tokens[len(tokens) - version.num_to_replay :]
+        now, log = time.time(), {0: pack(0, tokens)} if tokens else {}
         record = replace(
-            record,
-            version=record.version + 1,
-            tokens_seen=record.tokens_seen + num_tokens,
-            updated_at=time.time(),
-            state_bytes=len(blob),
-            state_sha256=codec.sha256(blob),
-            write_id=secrets.token_hex(8),
+            parent,
+            id=_new_id(),
+            created_at=now,
+            updated_at=now,
+            versions=(replace(version, entries=((0, len(tokens)),) if tokens else ()),),
+            revision=0,
+            write_id="",
+            next_entry=len(log),
+            ttl_seconds=ttl_seconds,
+            drafts=(),
+            outcomes=(),
+            parent=Parent(parent.id, version.number),
+            metadata=dict(parent.metadata if metadata is None else metadata),
         )
-        await self._store.commit(record, blob)
+        await self._store.create(Commit(record, log))
         return record
 
-    @asynccontextmanager
-    async def _writer(self, session_id: str) -> AsyncIterator[None]:
-        writer = self._writers.setdefault(session_id, _Writer())
-        if writer.num_users > self._limits.max_waiting_writers:
-            raise SessionBusy(f"{writer.num_users} writers hold or wait for session {session_id}")
-        writer.num_users += 1
-        try:
-            async with writer.lock:
-                yield
-        finally:
-            writer.num_users -= 1
-            if not writer.num_users:
-                del self._writers[session_id]
+
+def _new_id() -> str:
+    return f"ses_{secrets.token_urlsafe(16)}"

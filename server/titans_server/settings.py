@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     stream_keep_seconds: float = Field(default=60.0, ge=0)
     stream_ping_seconds: float = Field(default=15.0, gt=0)
     stream_stall_seconds: float = Field(default=60.0, gt=0)
+    kept_versions: int = Field(default=8, ge=1)
+    snapshot_tokens: int = Field(default=4_096, ge=1)
+    snapshot_idle_seconds: float = Field(default=30.0, gt=0.0)
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -14,7 +14,7 @@ from httpx_sse import connect_sse
 from support.models import TinyCheckpoint
 from support.servers import ServerProcess, Upload, free_port
 from titans_server.sessions.open import open_store
-from titans_server.sessions.store import SessionRecord
+from titans_server.sessions.record import SessionRecord
 
 PLAIN = {"Content-Type": "text/plain"}
 LONG = {"prompt": "x", "temperature": 1, "logit_bias": {"2": -100}}

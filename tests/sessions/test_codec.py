@@ -14,7 +14,7 @@ from titans_server.sessions.codec import decode, encode, sha256
 from torch import Tensor
 
 MODEL = "model-a"
-HEADER = {"format": "titans-session", "format_version": "1", "fingerprint": MODEL}
+HEADER = {"format": "titans-session", "format_version": "1", "fingerprint": MODEL}  # without a checksum
 
 
 def empty(dtype: torch.dtype, *, momentum: bool = True) -> State:
@@ -88,7 +88,24 @@ def test_the_state_and_the_bytes_share_nothing() -> None:
 def test_the_header_says_what_it_is() -> None:
     blob = encode(a_state(), MODEL)
     length = int.from_bytes(blob[:8], "little")
-    assert json.loads(blob[8 : 8 + length])["__metadata__"] == HEADER
+    header = json.loads(blob[8 : 8 + length])["__metadata__"]
+    assert {name: header[name] for name in HEADER} == HEADER | {"format_version": "2"}
+    assert len(header["sha256"]) == 64
+
+
+def test_an_altered_number_is_found_out() -> None:
+    state = a_state()
+    blob = bytearray(encode(state, MODEL))
+    for place in (-1, -100, -1000):
+        damaged = blob.copy()
+        damaged[place] ^= 1
+        with pytest.raises(StateCorrupted, match="not those that were written"):
+            decode(bytes(damaged), fingerprint=MODEL, like=state)
+
+
+def test_a_file_of_the_version_before_is_read() -> None:
+    state = a_state()
+    assert_bit_equal(state, decode(altered(encode(state, MODEL)), fingerprint=MODEL, like=state))
 
 
 def test_another_models_state_is_a_mismatch() -> None:
@@ -102,7 +119,7 @@ def test_another_models_state_is_a_mismatch() -> None:
     [
         ({}, "format"),
         (HEADER | {"format": "titans-memory/1"}, "titans-memory/1"),
-        (HEADER | {"format_version": "2"}, "version '2'"),
+        (HEADER | {"format_version": "3"}, "version '3'"),
     ],
 )
 def test_an_unknown_format_or_version_is_named(header: dict[str, str], message: str) -> None:

@@ -17,6 +17,9 @@ from titans_server.sessions.sqlite import SqliteStore
         ("sqlite:////var/lib/titans/sessions.db", SqliteStore),
         ("redis://localhost:6379/3", RedisStore),
         ("rediss://user:secret@redis.example:6380", RedisStore),
+        ("redis+sentinel://:secret@one.example:26379,two.example/titans/2?socket_timeout=3", RedisStore),
+        ("rediss+sentinel://one.example/titans", RedisStore),
+        ("redis+cluster://redis.example:7000", RedisStore),
     ],
 )
 def test_a_url_names_a_store_and_touches_nothing(

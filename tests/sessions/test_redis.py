@@ -4,21 +4,17 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 import pytest
+from support.records import a_session, logged, made, made_with_snapshot, snapshot_of, with_snapshot
 from support.redis_server import RedisServer
 from titans_server.errors import StateCorrupted, StoreUnavailable
+from titans_server.sessions import redis_client
+from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.redis import RedisStore
-from titans_server.sessions.store import SessionRecord, sha256
+from titans_server.sessions.store import Commit
 
-SESSION = SessionRecord(id="ses_1", model="tiny", fingerprint="f", created_at=1.5, updated_at=1.5)
 STATE = os.urandom(1 << 20)
-
-
-def after(record: SessionRecord, state: bytes) -> SessionRecord:
-    version = record.version + 1
-    return replace(record, version=version, state_sha256=sha256(state), write_id=f"w{version}")
 
 
 @pytest.fixture
@@ -36,41 +32,45 @@ async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
 
 @pytest.fixture
 async def record(store: RedisStore) -> SessionRecord:
-    """A session at version 1, with the state STATE."""
-    await store.create(SESSION)
-    record = after(SESSION, STATE)
-    await store.commit(record, STATE)
-    return record
+    """A session at version 1, with the snapshot STATE."""
+    return await made_with_snapshot(store, STATE)
 
 
 async def test_a_commit_survives_sigkill(server: RedisServer, store: RedisStore, record: SessionRecord) -> None:
+    commit = logged(record, b"tokens")
+    await store.commit(commit)
     server.kill()
     server.start()
-    assert await store.get(record.id) == record
-    assert await store.load(record) == STATE
-    await store.commit(record, STATE)  # repeated by a client that lost the answer
+    assert await store.get(record.id) == commit.record
+    assert await snapshot_of(store, record) == STATE
+    assert list(await store.read_log(record.id, [0])) == [b"tokens"]
+    await store.commit(commit)  # repeated by a client that lost the answer
 
 
 async def test_a_store_that_is_down_is_unavailable_until_it_is_back(
     server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
     server.kill()
-    second = after(record, b"second")
+    second = logged(record, b"second")
     for attempt in (
         store.ping(),
         store.get(record.id),
-        store.load(record),
-        store.commit(second, b"second"),
-        store.create(replace(SESSION, id="ses_2")),
+        snapshot_of(store, record),
+        store.read_log(record.id, [0]),
+        store.write_blob(record.id, b"blob"),
+        store.commit(second),
+        store.create(Commit(a_session())),
         store.delete(record.id),
+        store.list("", 10),
+        store.due(),
     ):
         with pytest.raises(StoreUnavailable, match="cannot be reached"):
             async with asyncio.timeout(20):
                 await attempt
     server.start()
     assert await store.get(record.id) == record
-    await store.commit(second, b"second")
-    assert await store.load(second) == b"second"
+    await store.commit(second)
+    assert list(await store.read_log(record.id, [0])) == [b"second"]
 
 
 async def test_a_store_that_is_down_cannot_be_opened(server: RedisServer) -> None:
@@ -84,24 +84,28 @@ async def test_a_store_that_is_down_cannot_be_opened(server: RedisServer) -> Non
 async def test_a_full_memory_is_unavailable_and_leaves_the_old_version(
     server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
+    commit = await with_snapshot(store, record, b"second")
     server.command("CONFIG", "SET", "maxmemory", "1mb")
-    second = after(record, b"second" * 100_000)
-    with pytest.raises(StoreUnavailable, match="out of memory"):
-        await store.commit(second, b"second" * 100_000)
-    with pytest.raises(StoreUnavailable, match="out of memory"):
-        await store.create(replace(SESSION, id="ses_2"))
+    for attempt in (
+        store.commit(commit),
+        store.commit(logged(record, b"tokens")),
+        store.write_blob(record.id, b"third"),
+        store.create(Commit(a_session())),
+    ):
+        with pytest.raises(StoreUnavailable, match="out of memory"):
+            await attempt
     assert await store.get(record.id) == record
-    assert await store.load(record) == STATE
+    assert await snapshot_of(store, record) == STATE
     server.command("CONFIG", "SET", "maxmemory", "0")
-    await store.commit(second, b"second" * 100_000)
-    assert await store.get(record.id) == second
+    await store.commit(commit)
+    assert await snapshot_of(store, commit.record) == b"second"
 
 
 async def test_a_replica_is_unavailable_to_writers(server: RedisServer, store: RedisStore) -> None:
     server.command("CONFIG", "SET", "replica-serve-stale-data", "yes")
     server.command("REPLICAOF", "127.0.0.1", "1")
     with pytest.raises(StoreUnavailable, match="replica"):
-        await store.create(SESSION)
+        await made(store)
 
 
 async def test_a_wrong_password_is_unavailable_and_not_repeated(server: RedisServer, store: RedisStore) -> None:
@@ -125,30 +129,52 @@ async def test_a_server_that_stops_answering_is_unavailable(
     await slow.close()
 
 
-@pytest.mark.parametrize("damage", [["SET", "titans:{ses_1}:state", "other"], ["DEL", "titans:{ses_1}:state"]])
-async def test_an_altered_state_is_refused_and_left(
-    server: RedisServer, store: RedisStore, record: SessionRecord, damage: list[str]
-) -> None:
-    server.command(*damage)
-    left = server.command("GET", "titans:{ses_1}:state")
-    with pytest.raises(StateCorrupted):
-        await store.load(record)
-    assert server.command("GET", "titans:{ses_1}:state") == left
-    assert await store.get(record.id) == record
-
-
 async def test_an_altered_record_is_refused(server: RedisServer, store: RedisStore, record: SessionRecord) -> None:
-    server.command("HSET", "titans:{ses_1}:record", "record", "{}")
+    server.command("HSET", f"titans:{{{record.id}}}:session", "record", "{}")
     with pytest.raises(StateCorrupted):
         await store.get(record.id)
 
 
-async def test_both_keys_have_the_sessions_hash_tag_and_are_deleted(
+async def test_all_of_a_sessions_keys_have_its_hash_tag_and_are_deleted(
     server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:
-    assert set(server.command("KEYS", "*")) == {b"titans:{ses_1}:record", b"titans:{ses_1}:state"}
+    await store.commit(logged(record, b"tokens"))
+    assert {key.split(b":")[2] for key in server.command("KEYS", f"titans:{{{record.id}}}:*")} == {
+        b"session",
+        b"log",
+        b"blob",
+        b"uses",
+    }
     await store.delete(record.id)
-    assert server.command("KEYS", "*") == []
+    assert server.command("KEYS", "*") == [b"titans:format"]
+
+
+async def test_a_crash_leaves_a_blob_that_is_swept_once_it_is_old(
+    server: RedisServer, store: RedisStore, record: SessionRecord
+) -> None:
+    orphan = await store.write_blob(record.id, b"nobody points at this")
+    child = await made(store, versions=record.versions)
+    await store.sweep()
+    assert await store.read_blob(orphan) == b"nobody points at this"
+    for key in server.command("KEYS", "titans:*:uses:*"):
+        for session in server.command("HKEYS", key):
+            server.command("HSET", key, session, "1.5")
+        server.command("HSET", key, "ses_never_created", "1.5")
+    await store.sweep()
+    assert await store.read_blob(orphan) is None
+    await store.delete(record.id)
+    assert await snapshot_of(store, child) == STATE
+    await store.delete(child.id)
+    assert server.command("KEYS", "titans:{ses_*") == []
+
+
+async def test_what_an_index_has_too_much_is_swept_once_it_is_old(
+    server: RedisServer, store: RedisStore, record: SessionRecord
+) -> None:
+    server.command("DEL", f"titans:{{{record.id}}}:session", f"titans:{{{record.id}}}:log")
+    assert (await store.usage("")).sessions == 1
+    await store.sweep()
+    assert (await store.usage("")).sessions == 0
 
 
 async def test_a_good_server_is_opened_in_silence(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,15 +184,34 @@ async def test_a_good_server_is_opened_in_silence(server: RedisServer, caplog: p
     assert not caplog.records
 
 
-async def test_a_forgetful_server_is_warned_of(
+async def test_a_server_that_may_forget_is_warned_of(
     server: RedisServer, store: RedisStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    server.command("CONFIG", "SET", "appendfsync", "everysec")
+    await store.check()
+    server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
     server.command("CONFIG", "SET", "appendonly", "no")
     await store.check()
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "allkeys-lru" in caplog.text
-    assert "aof_enabled 0" in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    for text in ("appendfsync is everysec", "volatile-lru", "append-only file is off"):
+        assert text in caplog.text
+
+
+async def test_a_server_that_evicts_sessions_is_refused(server: RedisServer, store: RedisStore) -> None:
+    server.command("CONFIG", "SET", "maxmemory", "100mb")
+    server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    evicting = RedisStore(server.url)
+    with pytest.raises(StoreUnavailable, match=r"allkeys-lru.*noeviction"):
+        await evicting.open()
+    await evicting.close()
+
+
+@pytest.mark.parametrize("text", ["6.0.16", "5.0"])
+def test_an_old_server_is_refused(text: str) -> None:
+    with pytest.raises(StoreUnavailable, match=f"{text}.*needs 6.2"):
+        redis_client._check_version(text)
+    for fine in ("6.2.0", "7.0.15", "10.1", "", "unstable"):
+        redis_client._check_version(fine)
 
 
 async def test_a_server_that_cannot_be_checked_is_warned_of(
@@ -176,17 +221,25 @@ async def test_a_server_that_cannot_be_checked_is_warned_of(
     guarded = RedisStore(server.url.replace("redis://", "redis://ada:right@"))
     await guarded.open()
     await guarded.close()
-    assert "cannot check" in caplog.text
-    assert "maxmemory_policy" in caplog.text
-    assert "aof_enabled" in caplog.text
+    assert "does not let INFO be read" in caplog.text
+    assert "maxmemory_policy cannot be checked" in caplog.text
+    assert "append-only file cannot be checked" in caplog.text
+
+
+async def test_a_newer_format_is_refused(server: RedisServer) -> None:
+    server.command("SET", "titans:format", 99)
+    store = RedisStore(server.url)
+    with pytest.raises(StoreUnavailable, match="format 99"):
+        await store.open()
+    await store.close()
 
 
 async def test_cancelled_callers_never_see_each_others_answers(store: RedisStore, record: SessionRecord) -> None:
     for turns in range(40):
-        task = asyncio.create_task(store.load(record))
+        task = asyncio.create_task(store.write_blob(record.id, STATE))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert await store.get(record.id) == record
-    assert await store.load(record) == STATE
+    assert await snapshot_of(store, record) == STATE

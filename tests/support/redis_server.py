@@ -60,7 +60,7 @@ class RedisServer:
         """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
 
-    def command(self, *words: str | int) -> Any:
+    def command(self, *words: str | int | bytes) -> Any:
         with redis.Redis(port=self.port) as client:
             return client.execute_command(*words)
 

@@ -125,11 +125,13 @@ class ServerProcess:
 class Upload:
     """A document that is sent piece by piece while its events are read. Leaving the context breaks it off."""
 
-    def __init__(self, server: ServerProcess, session: str) -> None:
+    def __init__(self, server: ServerProcess, session: str, *, key: str | None = None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self._connection.putrequest("POST", f"/v1/sessions/{session}/documents")
         self._connection.putheader("Content-Type", "text/plain")
         self._connection.putheader("Accept", "text/event-stream")
+        if key is not None:
+            self._connection.putheader("Idempotency-Key", key)
         self._connection.putheader("Transfer-Encoding", "chunked")
         self._connection.endheaders()
         self._response: http.client.HTTPResponse | None = None

@@ -13,7 +13,7 @@ from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
-from titans_server.sessions.store import not_found
+from titans_server.sessions.record import not_found
 from titans_server.settings import Settings
 from titans_server.telemetry import request as request_info
 from titans_server.tenants.gatekeeper import Caller

@@ -8,12 +8,13 @@ from titans.sampling import SamplingParams
 
 from titans_server.events import Usage
 from titans_server.prompts import CompletionRequest
-from titans_server.sessions.store import SessionRecord
+from titans_server.sessions.record import SessionRecord, Version
 
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 _Value = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[_Key, _Value], Field(max_length=16)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86_400)]
 
 
 class CreateSession(BaseModel):
@@ -22,6 +23,32 @@ class CreateSession(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     metadata: Metadata = {}
+    ttl_seconds: Seconds | None = None
+
+
+class ForkSession(BaseModel):
+    """The body of POST /v1/sessions/{id}/fork."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int | None = Field(default=None, ge=0)
+    metadata: Metadata | None = None
+    ttl_seconds: Seconds | None = None
+
+
+class RestoreSession(BaseModel):
+    """The body of POST /v1/sessions/{id}/restore."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(ge=0)
+
+
+class ForkedFrom(BaseModel):
+    """The session and the version that a session was forked from."""
+
+    session: str
+    version: int
 
 
 class Session(BaseModel):
@@ -32,16 +59,51 @@ class Session(BaseModel):
     version: int
     tokens_seen: int
     state_bytes: int
+    stored_bytes: int
     model: str
     fingerprint: str
     created_at: float
     updated_at: float
+    expires_at: float | None
+    parent: ForkedFrom | None
+    ingestions: list[str]
     metadata: Mapping[str, str]
 
     @classmethod
     def of(cls, record: SessionRecord) -> Self:
         """What may be shown of a record."""
-        return cls(**{name: getattr(record, name) for name in cls.model_fields if name != "object"})
+        own = {"object", "parent", "ingestions"}
+        fields = {name: getattr(record, name) for name in cls.model_fields if name not in own}
+        parent = record.parent and ForkedFrom(session=record.parent.session, version=record.parent.version)
+        return cls(**fields, parent=parent, ingestions=[draft.ingestion for draft in record.drafts])
+
+
+class SessionList(BaseModel):
+    """Some of the caller's sessions."""
+
+    object: Literal["list"] = "list"
+    data: list[Session]
+    has_more: bool
+
+
+class KeptVersion(BaseModel):
+    """A version that can be forked, restored or exported."""
+
+    version: int
+    tokens_seen: int
+    created_at: float
+
+    @classmethod
+    def of(cls, version: Version) -> Self:
+        """What may be shown of a version."""
+        return cls(version=version.number, tokens_seen=version.tokens, created_at=version.created_at)
+
+
+class VersionList(BaseModel):
+    """The versions of a session that are kept, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[KeptVersion]
 
 
 class CreateCompletion(BaseModel):

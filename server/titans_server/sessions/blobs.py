@@ -27,10 +27,10 @@ class BlobFolder:
         self._path.mkdir(parents=True, exist_ok=True)
         _sync(self._path.parent)
 
-    def write(self, session_id: str, version: int, blob: bytes) -> str:
+    def write(self, session_id: str, blob: bytes) -> str:
         """Keep a blob, durably. Returns its name: readable, new, and inside the folder whatever the id is."""
         readable = re.sub(r"[^A-Za-z0-9_-]", "_", session_id)[:80]
-        name = f"{readable}-{version}-{uuid.uuid4().hex}{_SUFFIX}"
+        name = f"{readable}-{uuid.uuid4().hex}{_SUFFIX}"
         partial = self._path / (name + _PARTIAL)
         try:
             with partial.open("xb") as file:

@@ -1,8 +1,24 @@
 """Sessions' states kept in memory, the most recently used ones. Losing one costs a load, nothing else."""
 
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from titans.state import State
+
+from titans_server.sessions.record import Version
+
+
+@dataclass
+class Held:
+    """A session's state at a version."""
+
+    session_id: str
+    version: Version
+    state: State
+    used_at: float = 0.0  # seconds, monotonic
+    is_stored: bool = False  # the version has a snapshot of its own, or has read nothing
 
 
 class StateCache:
@@ -11,34 +27,42 @@ class StateCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._states: OrderedDict[str, tuple[str, State]] = OrderedDict()
+        self._held: OrderedDict[str, Held] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._held)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the states that are here."""
         return self._num_bytes
 
-    def get(self, session_id: str, write_id: str) -> State | None:
-        """The state that exactly this commit made, where it is here."""
-        held = self._states.get(session_id)
-        if held is None or held[0] != write_id:
-            return None
-        self._states.move_to_end(session_id)
-        return held[1]
+    def __iter__(self) -> Iterator[Held]:
+        return iter(list(self._held.values()))
 
-    def put(self, session_id: str, write_id: str, state: State) -> None:
-        """Keep a state in place of any older one of the session."""
+    def get(self, session_id: str, version: Version) -> State | None:
+        """The state of exactly this version, where it is here."""
+        held = self._held.get(session_id)
+        if held is None or held.version.write_id != version.write_id:
+            return None
+        self._held.move_to_end(session_id)
+        held.used_at = time.monotonic()
+        return held.state
+
+    def put(self, session_id: str, version: Version, state: State) -> tuple[Held, list[Held]]:
+        """Keep a state in place of any older one of the session. Returns it, and those that had to leave for it."""
         self.drop(session_id)
-        self._states[session_id] = (write_id, state)
+        held = Held(session_id, version, state, time.monotonic(), is_stored=not version.num_to_replay)
+        self._held[session_id] = held
         self._num_bytes += state.num_bytes
-        while self._num_bytes > self._max_bytes and len(self._states) > 1:
-            self.drop(next(iter(self._states)))
+        left = []
+        while self._num_bytes > self._max_bytes and len(self._held) > 1:
+            left.append(next(iter(self._held.values())))
+            self.drop(left[-1].session_id)
+        return held, left
 
     def drop(self, session_id: str) -> None:
         """Forget a session's state, if it is here."""
-        held = self._states.pop(session_id, None)
+        held = self._held.pop(session_id, None)
         if held is not None:
-            self._num_bytes -= held[1].num_bytes
+            self._num_bytes -= held.state.num_bytes

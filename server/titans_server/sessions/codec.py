@@ -4,6 +4,7 @@ What is read back is bit-equal to what was written, where the dtypes agree. Noth
 a state that is torn, of another model or not finite is an error, never a fresh start.
 """
 
+import hashlib
 import json
 
 import torch
@@ -13,12 +14,10 @@ from titans.state import State
 from torch import Tensor
 
 from titans_server.errors import StateCorrupted, StateMismatch
-from titans_server.sessions.store import sha256
-
-__all__ = ["decode", "encode", "sha256"]
 
 _FORMAT = "titans-session"
-_FORMAT_VERSION = "1"
+_FORMAT_VERSION = "2"  # 1 had no checksum of its own
+_READABLE = ("1", "2")
 
 
 def encode(state: State, fingerprint: str) -> bytes:
@@ -26,7 +25,7 @@ def encode(state: State, fingerprint: str) -> bytes:
     assert state.batch_size == 1
     parts = {name: _on_host(x) for name, x in state.parts().items()}
     header = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "fingerprint": fingerprint}
-    return save(parts, metadata=header)
+    return save(parts, metadata=header | {"sha256": _digest(parts)})
 
 
 def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
@@ -35,16 +34,33 @@ def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
     Raises StateMismatch where it was written under another fingerprint, and StateCorrupted where it cannot be
     read, has parts or shapes that `like` has not, or holds numbers that are not finite.
     """
-    _check_header(_read_header(blob), fingerprint)
+    header = _read_header(blob)
+    _check_header(header, fingerprint)
     stored, expected = _read_parts(blob), like.parts()
+    if header["format_version"] != "1" and header.get("sha256") != _digest(stored):
+        raise StateCorrupted("the state's numbers are not those that were written")
     if stored.keys() != expected.keys():
         raise StateCorrupted(f"the state has the parts {sorted(stored)}, not {sorted(expected)}")
     return State.from_parts({name: _fit(name, stored[name], x) for name, x in expected.items()})
 
 
+def sha256(blob: bytes) -> str:
+    """What goes into `Snapshot.sha256`: lower-case hexadecimal."""
+    return hashlib.sha256(blob).hexdigest()
+
+
 def _on_host(x: Tensor) -> Tensor:
     # Always a copy: the format takes neither views that share a storage nor strides.
     return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _digest(parts: dict[str, Tensor]) -> str:
+    """sha256 over the parts in the order of their names: the name, and the numbers' bytes."""
+    total = hashlib.sha256()
+    for name in sorted(parts):
+        total.update(name.encode())
+        total.update(parts[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _read_header(blob: bytes) -> dict[str, str]:
@@ -59,9 +75,9 @@ def _read_header(blob: bytes) -> dict[str, str]:
 def _check_header(header: dict[str, str], fingerprint: str) -> None:
     if header.get("format") != _FORMAT:
         raise StateCorrupted(f"the state has the format {header.get('format')!r}, not {_FORMAT!r}")
-    if header.get("format_version") != _FORMAT_VERSION:
+    if header.get("format_version") not in _READABLE:
         found = header.get("format_version")
-        raise StateCorrupted(f"the state has format version {found!r}; this server reads {_FORMAT_VERSION!r}")
+        raise StateCorrupted(f"the state has format version {found!r}; this server reads {' and '.join(_READABLE)}")
     if header.get("fingerprint") != fingerprint:
         found = header.get("fingerprint")
         raise StateMismatch(f"the state was made by the model {found!r}; this server runs {fingerprint!r}")

@@ -8,7 +8,10 @@ from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.sqlite import SqliteStore
 from titans_server.sessions.store import SessionStore
 
-_KNOWN = "memory://, sqlite:///relative.db, sqlite:////absolute.db, redis://host:port/0, rediss://host:port/0"
+_KNOWN = (
+    "memory://, sqlite:///relative.db, sqlite:////absolute.db, redis://host:port/0, "
+    "redis+sentinel://host:port,host:port/master/0, redis+cluster://host:port, and rediss:// likewise, with TLS"
+)
 
 
 def open_store(url: str) -> SessionStore:
@@ -48,6 +51,5 @@ def _unknown(reason: str) -> ValueError:
 _STORES: dict[str, Callable[[str, str], SessionStore]] = {
     "memory": _memory,
     "sqlite": _sqlite,
-    "redis": _redis,
-    "rediss": _redis,
+    **{f"{scheme}{kind}": _redis for scheme in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")},
 }

@@ -1,120 +1,142 @@
-"""Sessions in Redis, shared by any number of servers. As durable as that Redis: see `RedisStore.check`.
+"""Sessions in Redis, shared by any number of servers. As durable as that Redis: see `redis_client.check`.
 
-Both keys of a session carry its id as a hash tag, so that a cluster keeps them on one node and one script may
-touch both:
+The keys of a session carry its id as a hash tag, so that a cluster keeps them on one node and one script may touch
+them all. A blob stands under the session that wrote it, wherever its forks are: reading it needs no transaction.
 
-    titans:{<id>}:record    a hash: version and write_id, which the scripts compare, and record, as JSON
-    titans:{<id>}:state     the state of that version
+    titans:{<id>}:session        a hash: revision and write_id, which the scripts compare, and record, as JSON
+    titans:{<id>}:log            a hash: log entries by number
+    titans:{<id>}:blob:<name>    a snapshot
+    titans:{<id>}:uses:<name>    a hash: the sessions that point at it, or are about to, and since when
+
+What spans sessions is an index, written before what it leads to and removed after it: it may hold too much, and
+never too little.
+
+    titans:{owner:<digest>}:sessions   a sorted set by created_at      titans:due       by due_at
+    titans:{owner:<digest>}:bytes      a hash: stored_bytes            titans:expires   by expires_at
 """
 
-import logging
-from collections.abc import Coroutine
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-
-from titans_server.errors import StoreUnavailable
-from titans_server.sessions.store import SessionRecord, not_found, taken
+from titans_server.errors import SessionNotFound, StateCorrupted, VersionConflict
+from titans_server.sessions import redis_client, redis_format_1
+from titans_server.sessions.record import SessionRecord, not_found, taken
+from titans_server.sessions.store import Commit, Usage
 from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
 
 # Redis runs a script alone and whole. One that starts short of memory is refused at its first write.
 _CREATE = """
 local kept = redis.call('HGET', KEYS[1], 'record')
 if kept then return kept end
-redis.call('HSET', KEYS[1], 'version', 0, 'write_id', ARGV[1], 'record', ARGV[2])
-return ARGV[2]
+redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
+for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+return ARGV[3]
 """
 _COMMIT = """
-local at = redis.call('HMGET', KEYS[1], 'version', 'write_id')
-local before = tonumber(ARGV[1]) - 1
-if at[1] and tonumber(at[1]) == before then
-    redis.call('SET', KEYS[2], ARGV[4])
-    redis.call('HSET', KEYS[1], 'version', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3])
-    return {ARGV[1], ARGV[2]}
-end
-return at
+local at = redis.call('HMGET', KEYS[1], 'revision', 'write_id', 'expires_at')
+if not at[1] or tonumber(at[3]) <= tonumber(ARGV[5]) then return {false, false} end
+if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 then return {at[1], at[2]} end
+redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
+local drops = 7 + 2 * tonumber(ARGV[6])
+for i = 7, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+for i = drops, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
+return {ARGV[1], ARGV[2]}
+"""
+_USE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
+return 1
+"""
+_UNUSE = """
+redis.call('HDEL', KEYS[2], ARGV[1])
+if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[1]) end
 """
 
-_SETTINGS = (  # of INFO, and what happens where they are otherwise
-    ("maxmemory_policy", "noeviction", "sessions may be evicted"),
-    ("aof_enabled", "1", "commits may be lost when it stops"),
-)
-_CONNECTIONS = 32
-_WAIT_SECONDS = 10.0  # for a free connection
-_CONNECT_SECONDS = 5.0
-_ANSWER_SECONDS = 10.0
-_RETRIES = 3  # all the scripts may run twice; a few hundred milliseconds bridge a restart of the connection
-
-_REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; chained errors name the address
-    (exceptions.OutOfMemoryError, "is out of memory (maxmemory is reached)"),
-    (exceptions.AuthenticationError, "refuses the credentials"),
-    (exceptions.AuthorizationError, "refuses the credentials"),
-    (exceptions.BusyLoadingError, "is still loading its data"),
-    (exceptions.ReadOnlyError, "is a read-only replica"),
-    (exceptions.TimeoutError, "did not answer in time"),
-    (exceptions.ConnectionError, "cannot be reached"),
-    (OSError, "cannot be reached"),
-)
+_DUE = "titans:due"
+_EXPIRES = "titans:expires"
+_ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
+_NEVER = 1e12  # seconds since the epoch
+_WORKERS = 32  # operations at once
 
 
 class RedisStore:
-    """A store behind a `redis://` or `rediss://` URL, whose query may hold redis-py's connection options."""
+    """A store behind one of `redis_client.connect`'s URLs."""
 
     name = "redis"
 
     def __init__(self, url: str) -> None:
         """Raises ValueError where the URL makes no sense."""
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_CONNECTIONS,
-            timeout=_WAIT_SECONDS,
-            socket_connect_timeout=_CONNECT_SECONDS,
-            socket_timeout=_ANSWER_SECONDS,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), _RETRIES),
-            decode_responses=False,
-        )
-        self._client = Redis.from_pool(pool)
+        self._client = redis_client.connect(url, max_connections=_WORKERS)
         self._uncancelled = Uncancelled()
+        self._turns = asyncio.Semaphore(_WORKERS)  # so that no operation finds all connections taken
 
     async def open(self) -> None:
-        """Connect, and `check`."""
-        await self.ping()
+        """Connect, `check`, and take over what an older server wrote."""
         await self.check()
+        for record in await self._run(redis_format_1.take_over(self._client)):
+            await self._run(self._index(record))
 
     async def check(self) -> None:
-        """Log a warning where this Redis may forget sessions: it evicts keys, or writes no append-only file."""
-        await self._run(self._check())
+        """Refuse, or warn of, a Redis that may forget sessions."""
+        await self._run(redis_client.check(self._client))
 
-    async def create(self, record: SessionRecord) -> None:
-        """Keep a new session at version 0."""
-        await self._run(self._create(record))
+    async def create(self, commit: Commit) -> None:
+        """Keep a new session."""
+        await self._run(self._create(commit))
 
     async def get(self, session_id: str) -> SessionRecord:
         """The record as of the last commit."""
         return await self._run(self._get(session_id))
 
-    async def load(self, record: SessionRecord) -> bytes:
-        """The state that belongs to `record`."""
-        return await self._run(self._load(record))
+    async def commit(self, commit: Commit) -> None:
+        """Move a session on by one revision."""
+        await self._run(self._commit(commit))
 
-    async def commit(self, record: SessionRecord, state: bytes) -> None:
-        """Move the session on by one version."""
-        await self._run(self._commit(record, state))
+    async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        """Log entries by number."""
+        if not numbers:
+            return []
+        return list(await self._run(self._client.hmget(_keys(session_id)[1], [str(number) for number in numbers])))
+
+    async def write_blob(self, session_id: str, data: bytes) -> str:
+        """Keep a blob, used by its session."""
+        return await self._run(self._write_blob(session_id, data))
+
+    async def read_blob(self, name: str) -> bytes | None:
+        """A blob."""
+        data: bytes | None = await self._run(self._client.get(_blob_keys(name)[0]))
+        return data
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session and its state."""
+        """Forget a session and all that is its alone."""
         await self._run(self._delete(session_id))
+
+    async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
+        """An owner's sessions, newest first."""
+        return await self._run(self._list(owner, limit, after))
+
+    async def usage(self, owner: str) -> Usage:
+        """What the owner's sessions take."""
+        sizes = await self._run(self._client.hvals(_owner_keys(owner)[1]))
+        return Usage(len(sizes), sum(map(int, sizes)))
+
+    async def due(self) -> Sequence[str]:
+        """Sessions with an accepted document that nobody works on."""
+        return await self._run(self._due())
+
+    async def sweep(self) -> None:
+        """Delete what has expired and what crashes left behind."""
+        await self._run(self._sweep())
 
     async def ping(self) -> None:
         """Ask for an answer."""
-        await self._run(self._ping())
+        await self._run(self._client.ping())
 
     async def close(self) -> None:
         """Finish what has begun, then close all connections."""
@@ -122,75 +144,166 @@ class RedisStore:
         await self._client.aclose()
 
     async def _run(self, operation: Coroutine[Any, Any, T]) -> T:
-        return await self._uncancelled(_translated(operation))
+        return await self._uncancelled(self._in_turn(operation))
 
-    async def _check(self) -> None:
-        try:
-            info = await self._client.info()  # unlike CONFIG, hosted services allow it
-        except exceptions.ResponseError as error:
-            info = {}
-            _log.warning("Redis does not let INFO be read: %s", error)
-        for field, wanted, risk in _SETTINGS:
-            found = info.get(field)
-            if found is None:
-                _log.warning("cannot check Redis: %s is unknown; unless it is %s, %s", field, wanted, risk)
-            elif str(found) != wanted:
-                _log.warning("Redis has %s %s, not %s: %s", field, found, wanted, risk)
+    async def _in_turn(self, operation: Coroutine[Any, Any, T]) -> T:
+        async with self._turns:
+            return await redis_client.translated(operation)
 
-    async def _create(self, record: SessionRecord) -> None:
-        assert record.version == 0
-        key, _ = _keys(record.id)
-        kept = await self._client.eval(_CREATE, 1, key, record.write_id, record.to_json())
+    async def _create(self, commit: Commit) -> None:
+        record = commit.record
+        for name in record.snapshots():
+            if not await self._client.eval(_USE, 2, *_blob_keys(name), record.id, time.time()):
+                raise VersionConflict(f"a snapshot for session {record.id} is there no more")
+        await self._index(record)
+        entries = [x for entry in commit.append.items() for x in entry]
+        kept = await self._client.eval(_CREATE, 2, *_keys(record.id), *_fields(record), *entries)
         if SessionRecord.from_json(kept) != record:
             raise taken(record.id)
 
     async def _get(self, session_id: str) -> SessionRecord:
-        key, _ = _keys(session_id)
-        text = await self._client.hget(key, "record")
+        text = await self._client.hget(_keys(session_id)[0], "record")
         if text is None:
             raise not_found(session_id)
-        return SessionRecord.from_json(text)
+        record = SessionRecord.from_json(text)
+        if record.is_expired(time.time()):
+            raise not_found(session_id)
+        return record
 
-    async def _load(self, record: SessionRecord) -> bytes:
-        record_key, state_key = _keys(record.id)
-        # The state first: where the record still stands afterwards, this was its state. Not a transaction, since a
-        # Redis that is short of memory refuses those, reads and all.
-        async with self._client.pipeline(transaction=False) as pipe:
-            pipe.get(state_key)
-            pipe.hmget(record_key, "version", "write_id")
-            state, at = await pipe.execute()
-        record.check_current(*_position(record.id, at))
-        return record.check_state(state)
+    async def _commit(self, commit: Commit) -> None:
+        record = commit.record
+        if record.due_at is not None:
+            await self._client.zadd(_DUE, {record.id: record.due_at})
+        entries = [x for entry in commit.append.items() for x in entry]
+        fields = (*_fields(record), time.time(), len(commit.append), *entries, *commit.drop)
+        revision, write_id = await self._client.eval(_COMMIT, 2, *_keys(record.id), *fields)
+        if revision is None or write_id is None:
+            raise not_found(record.id)
+        record.is_replaced_at(int(revision), write_id.decode())
+        await self._index(record)
+        await self._unuse(record.id, commit.release)
 
-    async def _commit(self, record: SessionRecord, state: bytes) -> None:
-        fields = (str(record.version), record.write_id, record.to_json(), state)
-        at = await self._client.eval(_COMMIT, 2, *_keys(record.id), *fields)
-        record.needs_commit(*_position(record.id, at))
+    async def _write_blob(self, session_id: str, data: bytes) -> str:
+        name = f"{session_id}/{uuid.uuid4().hex}"
+        blob, uses = _blob_keys(name)
+        await self._client.hset(uses, session_id, str(time.time()))  # first: a blob without it would stay for ever
+        await self._client.set(blob, data)
+        return name
 
     async def _delete(self, session_id: str) -> None:
-        if not await self._client.delete(*_keys(session_id)):
-            raise not_found(session_id)
+        record = await self._get(session_id)
+        await self._remove(record)
 
-    async def _ping(self) -> None:
-        await self._client.ping()
+    async def _remove(self, record: SessionRecord) -> None:
+        if not await self._client.delete(*_keys(record.id)):
+            raise not_found(record.id)
+        await self._unuse(record.id, record.snapshots())
+        await self._unindex(record.owner, record.id)
+
+    async def _unuse(self, session_id: str, names: Iterable[str]) -> None:
+        for name in names:
+            await self._client.eval(_UNUSE, 2, *_blob_keys(name), session_id)
+
+    async def _index(self, record: SessionRecord) -> None:
+        sessions, sizes = _owner_keys(record.owner)
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.zadd(sessions, {record.id: record.created_at})
+            pipe.hset(sizes, record.id, str(record.stored_bytes))
+            if record.expires_at is not None:
+                pipe.zadd(_EXPIRES, {record.id: record.expires_at})
+            await pipe.execute()
+
+    async def _unindex(self, owner: str, session_id: str) -> None:
+        sessions, sizes = _owner_keys(owner)
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.zrem(sessions, session_id)
+            pipe.hdel(sizes, session_id)
+            pipe.zrem(_DUE, session_id)
+            pipe.zrem(_EXPIRES, session_id)
+            await pipe.execute()
+
+    async def _list(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
+        key = _owner_keys(owner)[0]
+        start, records = 0, dict[str, SessionRecord]()
+        if after is not None:
+            rank = await self._client.zrevrank(key, after)
+            if rank is None:
+                raise not_found(after)
+            start = rank + 1
+        while len(records) < limit:
+            names = await self._client.zrevrange(key, start, start + limit - 1)
+            found = await asyncio.gather(*(self._find(name.decode()) for name in names))
+            records |= {record.id: record for record in found if record is not None}
+            start += limit
+            if len(names) < limit:
+                break
+        return tuple(records.values())[:limit]
+
+    async def _find(self, session_id: str) -> SessionRecord | None:
+        try:
+            return await self._get(session_id)
+        except SessionNotFound:
+            return None
+
+    async def _due(self) -> Sequence[str]:
+        now, found = time.time(), []
+        for name in await self._client.zrangebyscore(_DUE, 0, now):
+            record = await self._find(name.decode())
+            if record is None or record.due_at is None:
+                await self._client.zrem(_DUE, name)
+            elif record.due_at < now:
+                found.append(record.id)
+        return found
+
+    async def _sweep(self) -> None:
+        now = time.time()
+        for name in await self._client.zrangebyscore(_EXPIRES, 0, now):
+            text = await self._client.hget(_keys(name.decode())[0], "record")
+            record = SessionRecord.from_json(text) if text else None
+            if record is None or record.expires_at is None:
+                await self._client.zrem(_EXPIRES, name)
+            elif record.is_expired(now):
+                await self._remove(record)
+        async for key in self._client.scan_iter(match="titans:*:uses:*", count=1000):
+            await self._sweep_blob(key.decode(), now)
+        async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
+            await self._sweep_index(key, now)
+
+    async def _sweep_blob(self, uses: str, now: float) -> None:
+        """Take away what a crash left: a use by a session that does not point at the blob."""
+        tag, _, rest = uses.removeprefix("titans:{").partition("}:uses:")
+        name = f"{tag}/{rest}"
+        for session_id, since in (await self._client.hgetall(uses)).items():
+            if float(since) < now - _ORPHAN_SECONDS:
+                try:
+                    record = await self._find(session_id.decode())
+                except StateCorrupted:
+                    continue  # what cannot be read may point at it
+                if record is None or name not in record.snapshots():
+                    await self._unuse(session_id.decode(), [name])
+
+    async def _sweep_index(self, key: bytes, now: float) -> None:
+        for name in await self._client.zrangebyscore(key, 0, now - _ORPHAN_SECONDS):
+            if not await self._client.exists(_keys(name.decode())[0]):
+                await self._client.zrem(key, name)
+                await self._client.hdel(key.decode().removesuffix("sessions") + "bytes", name)
 
 
 def _keys(session_id: str) -> tuple[str, str]:
-    return f"titans:{{{session_id}}}:record", f"titans:{{{session_id}}}:state"
+    return f"titans:{{{session_id}}}:session", f"titans:{{{session_id}}}:log"
 
 
-def _position(session_id: str, at: list[bytes | None]) -> tuple[int, str]:
-    """Version and write id, as a script or HMGET gave them."""
-    version, write_id = at
-    if version is None or write_id is None:
-        raise not_found(session_id)
-    return int(version), write_id.decode()
+def _fields(record: SessionRecord) -> tuple[int, str, str, float]:
+    """What a script writes of a record."""
+    expires_at = _NEVER if record.expires_at is None else record.expires_at
+    return record.revision, record.write_id, record.to_json(), expires_at
 
 
-async def _translated(operation: Coroutine[Any, Any, T]) -> T:
-    try:
-        return await operation
-    except (exceptions.RedisError, OSError) as error:
-        known = (reason for kind, reason in _REASONS if isinstance(error, kind))
-        reason = next(known, f"refused the operation: {error}")
-        raise StoreUnavailable(f"the Redis store {reason}") from error
+def _blob_keys(name: str) -> tuple[str, str]:
+    session_id, _, own = name.rpartition("/")
+    return f"titans:{{{session_id}}}:blob:{own}", f"titans:{{{session_id}}}:uses:{own}"
+
+
+def _owner_keys(owner: str) -> tuple[str, str]:
+    tag = "{owner:" + hashlib.sha256(owner.encode()).hexdigest()[:32] + "}"
+    return f"titans:{tag}:sessions", f"titans:{tag}:bytes"

@@ -1,87 +1,33 @@
 """What every store promises. A store is a compare-and-set register a session, not a lock service.
 
-A commit is atomic and durable: it either moves the session from one version to the next, state and record
-together, or changes nothing. `tests/sessions/test_store.py` holds every store to this.
+It keeps three things: a small record, which every commit replaces; numbered log entries, which are added in the same
+commit; and blobs, which are durable before a commit points at them. Entries and blobs never change. What the record
+no longer points at goes; what nothing points at is swept. `tests/sessions/test_store.py` holds every store to this.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from titans_server.errors import SessionNotFound, StateCorrupted, VersionConflict
-
-
-def sha256(state: bytes) -> str:
-    """What goes into `SessionRecord.state_sha256`: lower-case hexadecimal."""
-    return hashlib.sha256(state).hexdigest()
+from titans_server.sessions.record import SessionRecord
 
 
 @dataclass(frozen=True)
-class SessionRecord:
-    """What is known of a session without loading its state."""
+class Commit:
+    """A step of a session from one revision to the next: done whole, or not at all."""
 
-    id: str
-    model: str
-    fingerprint: str  # of the model that made the state
-    created_at: float  # seconds since the epoch
-    updated_at: float
-    version: int = 0  # commits so far; 0: created, nothing read yet, no state stored
-    tokens_seen: int = 0
-    state_bytes: int = 0
-    state_sha256: str = ""  # of the stored state; empty at version 0
-    write_id: str = ""  # of the commit that made this version; every commit has another
-    owner: str = ""  # "": nobody in particular
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """ASCII; `from_json` reads it back, equal."""
-        return json.dumps(vars(self) | {"metadata": dict(self.metadata)}, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "SessionRecord":
-        """The inverse of `to_json`. Raises StateCorrupted where the text is nothing that it wrote."""
-        try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise StateCorrupted("the store holds a session record that cannot be read") from error
-
-    def needs_commit(self, version: int, write_id: str) -> bool:
-        """Whether a session that stands at `version`, made by `write_id`, is still to be moved to this record.
-
-        False where this very commit is done already. Raises VersionConflict where the session is not at the
-        version before.
-        """
-        assert self.version > 0 and self.write_id
-        if (version, write_id) == (self.version, self.write_id):
-            return False
-        if version != self.version - 1:
-            raise VersionConflict(f"session {self.id} is at version {version}, not at {self.version - 1}")
-        return True
-
-    def check_current(self, version: int, write_id: str) -> None:
-        """Raise VersionConflict unless a session that stands at `version`, made by `write_id`, is this one."""
-        if (version, write_id) != (self.version, self.write_id):
-            raise VersionConflict(f"session {self.id} is at version {version}, no longer at {self.version}")
-
-    def check_state(self, state: bytes | None) -> bytes:
-        """The state, where it is the one that was committed. Raises StateCorrupted if not, or if there is none."""
-        if state is None:
-            raise StateCorrupted(f"the state of session {self.id} at version {self.version} is missing")
-        if sha256(state) != self.state_sha256:
-            raise StateCorrupted(f"the state of session {self.id} at version {self.version} was altered or torn")
-        return state
+    record: SessionRecord  # as it is to be
+    append: Mapping[int, bytes] = field(default_factory=dict)  # new log entries, by number
+    drop: frozenset[int] = frozenset()  # log entries that the record no longer points at
+    release: frozenset[str] = frozenset()  # blobs that it no longer points at
 
 
-def not_found(session_id: str) -> SessionNotFound:
-    """The error for a session that the store does not have."""
-    return SessionNotFound(f"no session {session_id}")
+@dataclass(frozen=True)
+class Usage:
+    """What an owner's sessions take."""
 
-
-def taken(session_id: str) -> VersionConflict:
-    """The error for a new session whose id another one has."""
-    return VersionConflict(f"there is a session {session_id} already")
+    sessions: int
+    num_bytes: int
 
 
 class SessionStore(Protocol):
@@ -89,7 +35,7 @@ class SessionStore(Protocol):
 
     Every method raises StoreUnavailable where the store cannot be reached or cannot write (disk full, memory
     full); nothing has changed then, or it has changed whole. A caller may be cancelled at any time: what it
-    asked for is then done whole or not at all, and the store goes on.
+    asked for is then done whole or not at all, and the store goes on. Sessions past their `expires_at` are not found.
     """
 
     @property
@@ -97,33 +43,58 @@ class SessionStore(Protocol):
         """What kind of store this is: "memory", "sqlite", "redis"."""
 
     async def open(self) -> None:
-        """Connect, and make what is missing. The first call; making the object touches nothing outside."""
+        """Connect, make what is missing, and take over what an older format left.
 
-    async def create(self, record: SessionRecord) -> None:
-        """Keep a new session at version 0.
+        The first call; making the object touches nothing outside. Raises StoreUnavailable for a format or a setting
+        that cannot be lived with.
+        """
 
-        Raises VersionConflict where another record has its id; the same one again is kept already.
+    async def create(self, commit: Commit) -> None:
+        """Keep a new session. Blobs that its record points at may be other sessions', and are shared from now on.
+
+        Raises VersionConflict where another record has its id (the same one again is kept already), or where a blob
+        is there no more.
         """
 
     async def get(self, session_id: str) -> SessionRecord:
-        """The record as of the last commit. Raises SessionNotFound."""
+        """The record as of the last commit. Raises SessionNotFound, and StateCorrupted for one that is unreadable."""
 
-    async def load(self, record: SessionRecord) -> bytes:
-        """The state that belongs to `record`, a version of at least 1.
+    async def commit(self, commit: Commit) -> None:
+        """Move a session to `commit.record.revision` from the one before.
 
-        Raises SessionNotFound where the session is gone, VersionConflict where a later commit has replaced it,
-        and StateCorrupted where the bytes are missing or not those of `record.state_sha256`.
+        Raises VersionConflict where it stands at another, SessionNotFound where it is gone. A commit whose
+        `write_id` is the session's last is done already: it answers at once.
         """
 
-    async def commit(self, record: SessionRecord, state: bytes) -> None:
-        """Move the session to `record.version` from the one before, with its state.
+    async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        """Log entries by number; None for those that are not there."""
 
-        Raises VersionConflict where it stands at another version, SessionNotFound where it is gone. A commit
-        whose `write_id` is the session's last is done already: it answers at once.
+    async def write_blob(self, session_id: str, data: bytes) -> str:
+        """Keep a blob that a commit of the session will point at, durably. Returns its name.
+
+        One that no commit points at within an hour is swept.
         """
+
+    async def read_blob(self, name: str) -> bytes | None:
+        """A blob; None where it is not there."""
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session and its state. Raises SessionNotFound."""
+        """Forget a session and all that is its alone. Raises SessionNotFound."""
+
+    async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
+        """An owner's sessions, newest first: at most `limit` that come after the session `after`.
+
+        Raises SessionNotFound where `after` is none of the owner's.
+        """
+
+    async def usage(self, owner: str) -> Usage:
+        """What the owner's sessions take; a blob that several of them share counts for each."""
+
+    async def due(self) -> Sequence[str]:
+        """Sessions with an accepted document whose server has not been heard of, by their `due_at`."""
+
+    async def sweep(self) -> None:
+        """Delete sessions that have expired, and what crashes left that nothing points at."""
 
     async def ping(self) -> None:
         """Do nothing, where the store can be reached."""

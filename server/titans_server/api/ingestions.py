@@ -1,0 +1,71 @@
+"""The endpoints of documents: learnt as they come, or accepted and learnt afterwards."""
+
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+
+from titans_server.api.deps import Context, From, OwnSession, Reply, Service, Upload
+from titans_server.api.documents import reader_for
+from titans_server.api.preconditions import AskedTerms, wants_async
+from titans_server.api.routes import SESSION
+from titans_server.errors import IngestionNotFound
+from titans_server.events import DocumentLearnt, IngestionStatus
+from titans_server.ingesting import Terms
+from titans_server.service import SessionService
+
+router = APIRouter()
+INGESTION = "/v1/ingestions/{ingestion_id}"
+
+
+@router.post(SESSION + "/documents", response_model=None)
+async def post_document(
+    session_id: OwnSession, *, request: Request, service: Service, context: Context, terms: AskedTerms, reply: Reply
+) -> Any:
+    """Learn a document, streamed in; the answer comes when it is durable."""
+    reader = reader_for(request.headers.get("content-type"))
+    upload = Upload(request, reader, context.settings.max_document_bytes)
+    if wants_async(request):
+        return await reply.whole(_accept(service, session_id, upload, terms), upload.read)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return reply.stream(service.ingest(session_id, upload.pieces(), terms), upload.read)
+    return await reply.whole(_learn(service, session_id, upload, terms), upload.read)
+
+
+async def own_ingestion(ingestion_id: str, caller: From, service: Service) -> IngestionStatus:
+    """A document into a session of the caller's. Raises IngestionNotFound for another's, as for none."""
+    status = await service.ingestion(ingestion_id)
+    if (await service.get(status.session)).owner != caller.owner:
+        raise IngestionNotFound(f"no ingestion {ingestion_id}")
+    return status
+
+
+OwnIngestion = Annotated[IngestionStatus, Depends(own_ingestion)]
+
+
+@router.get(INGESTION)
+async def get_ingestion(status: OwnIngestion) -> IngestionStatus:
+    """Show how far a document has come."""
+    return status
+
+
+@router.delete(INGESTION)
+async def cancel_ingestion(status: OwnIngestion, service: Service) -> IngestionStatus:
+    """Stop a document before it is learnt."""
+    return await service.cancel_ingestion(status.id)
+
+
+async def _learn(service: SessionService, session_id: str, upload: Upload, terms: Terms) -> DocumentLearnt:
+    async with aclosing(service.ingest(session_id, upload.pieces(), terms)) as events:
+        async for event in events:
+            if isinstance(event, DocumentLearnt):
+                return event
+    raise AssertionError("an ingestion ends with what it learnt, or raises")
+
+
+async def _accept(service: SessionService, session_id: str, upload: Upload, terms: Terms) -> JSONResponse:
+    status = await service.accept(session_id, upload.pieces(), terms)
+    headers = {"Location": f"/v1/ingestions/{status.id}", "Preference-Applied": "respond-async"}
+    return JSONResponse(asdict(status), 202, headers)

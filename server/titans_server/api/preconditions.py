@@ -1,0 +1,50 @@
+"""What a request asks for in its headers: the version it stands on (RFC 9110), to be done once, to be done later."""
+
+import re
+from typing import Annotated
+
+from fastapi import Depends, Request, Response
+
+from titans_server.api.schemas import Session
+from titans_server.errors import InvalidRequest, VersionConflict
+from titans_server.ingesting import Terms
+from titans_server.sessions.record import SessionRecord
+
+_ETAG = re.compile(r'(?:W/)?"(\d{1,18})"')
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+def _if_match(request: Request) -> int | None:
+    """The version in If-Match; None where there is none, or any will do. One that names no version never matches."""
+    text = request.headers.get("if-match", "*").strip()
+    match = _ETAG.fullmatch(text)
+    if match is None and text != "*":
+        raise VersionConflict(f"If-Match is {text}, which is no session's ETag")
+    return int(match[1]) if match else None
+
+
+IfMatch = Annotated[int | None, Depends(_if_match)]
+
+
+def _terms(request: Request, if_match: IfMatch) -> Terms:
+    key = request.headers.get("idempotency-key", "").strip('"')
+    if "idempotency-key" in request.headers and not _KEY.fullmatch(key):
+        raise InvalidRequest("an Idempotency-Key has 1 to 255 printable ASCII characters", param="Idempotency-Key")
+    return Terms(key, if_match)
+
+
+AskedTerms = Annotated[Terms, Depends(_terms)]
+
+
+def wants_async(request: Request) -> bool:
+    """Whether the client would rather not wait (RFC 7240)."""
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(x.partition(";")[0].strip().lower() == "respond-async" for x in preferences)
+
+
+def show(record: SessionRecord, response: Response, *, is_new: bool = False) -> Session:
+    """A session, with its version as the ETag and, where it is new, its address."""
+    response.headers["ETag"] = f'"{record.version}"'
+    if is_new:
+        response.headers["Location"] = f"/v1/sessions/{record.id}"
+    return Session.of(record)

@@ -1,0 +1,204 @@
+"""From a document's tokens to a session's next version: learn, checkpoint, seal; again where another came first."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from titans.state import State
+
+from titans_server import failpoints
+from titans_server.engine import Engine
+from titans_server.errors import IngestionCancelled, InvalidRequest, KeyReused, VersionConflict
+from titans_server.events import DocumentLearnt, Progress
+from titans_server.observer import Observer
+from titans_server.sessions import history
+from titans_server.sessions.history import Overtaken, Portion, Writing
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
+from titans_server.states import States
+
+_STRIDE = 4  # windows that a document hands to the engine at once
+
+
+@dataclass
+class Work:
+    """A document that this server works on."""
+
+    session_id: str
+    draft: Draft  # as the last commit left it; without entries where there was none
+    started: float = field(default_factory=time.monotonic)
+    num_learnt: int = 0  # tokens, the separator among them
+    cancelled: bool = False
+    learner: "Learner | None" = None
+    learnt: DocumentLearnt | None = None  # once it is a version
+
+    def check(self) -> None:
+        """Raise IngestionCancelled where somebody asked for that."""
+        if self.cancelled:
+            raise IngestionCancelled(f"ingestion {self.draft.ingestion} was cancelled")
+
+
+@dataclass
+class Learner:
+    """A state half way from one version to the next."""
+
+    base: Version
+    state: State
+    since: Snapshot | None  # the newest one that the state goes on from
+    queue: list[int]  # tokens that are to be learnt
+
+    def next(self, window: int, *, last: bool) -> list[int]:
+        """The next tokens, up to a window's boundary; all but the last ones end on one. None yet: []."""
+        size = _STRIDE * window - int(self.state.position) % window
+        if len(self.queue) < size and not last:
+            return []
+        tokens, self.queue = self.queue[:size], self.queue[size:]
+        return tokens
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens since the base."""
+        return int(self.state.position) - self.base.tokens
+
+
+class Learning:
+    """Learns what has been logged, or is the last of a document; a version is the end of it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        states: States,
+        separator: Sequence[int],
+        *,
+        num_kept_versions: int,
+        observer: Observer,
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._states = states
+        self._num_kept = num_kept_versions
+        self._observer = observer
+        self.separator = separator
+
+    @property
+    def stride(self) -> int:
+        """Tokens that are logged and learnt at once, more or less."""
+        return _STRIDE * self._engine.window
+
+    async def learn(self, work: Work, portion: Portion) -> AsyncGenerator[Progress, None]:
+        """Learn a portion that has been logged, or the last one, which makes a version; then `work.learnt` is there.
+
+        Raises VersionConflict where the session has left the version that the document is to follow.
+        """
+        if work.learner is not None:
+            work.learner.queue += portion.tokens
+        while True:
+            try:
+                learner = work.learner = work.learner or await self._begin(work, portion)
+                while tokens := learner.next(self._engine.window, last=portion.is_last):
+                    work.check()
+                    with self._observer.working("ingest", len(tokens)):
+                        learner.state = await self._engine.ingest(learner.state, tokens)
+                    yield self._progress(work, learner, portion)
+                    await self._checkpoint(work, learner)
+                if portion.is_last:
+                    await self._seal(work, learner, portion)
+                return
+            except Overtaken:
+                work.learner = None
+
+    async def _begin(self, work: Work, portion: Portion) -> Learner:
+        """From the newest version, or from the document's own checkpoint where that still stands on it."""
+        record, state = await self._states.newest(work.session_id)
+        draft = record.draft(work.draft.ingestion) or work.draft
+        check_match(record, draft.if_match)
+        tokens = await self._ledger.read(work.session_id, draft.entries) or list(self.separator)
+        tokens += portion.tokens if portion.is_last else ()
+        queue = tokens if record.head.tokens else tokens[len(self.separator) :]
+        if draft.snapshot is not None and draft.base == record.version:
+            loaded = await self._states.load_snapshot(draft.snapshot)
+            if loaded is not None:
+                num_learnt = int(loaded.position) - record.head.tokens
+                return Learner(record.head, loaded, draft.snapshot, queue[num_learnt:])
+        return Learner(record.head, state, record.head.snapshot, queue)
+
+    def _progress(self, work: Work, learner: Learner, portion: Portion) -> Progress:
+        work.num_learnt = learner.num_learnt
+        num_tokens = learner.num_learnt + len(learner.queue)
+        num_bytes = portion.num_bytes * learner.num_learnt // num_tokens
+        return Progress(learner.num_learnt, num_bytes, time.monotonic() - work.started)
+
+    async def _checkpoint(self, work: Work, learner: Learner) -> None:
+        """Write the state down where it is due, so that a crash costs the tokens since then and no more."""
+        is_logged = learner.num_learnt <= work.draft.tokens  # what has not been is sealed in a moment
+        if not is_logged or not self._states.is_due(learner.since, learner.state, 0):
+            return
+        snapshot = await self._states.store(work.session_id, learner.state)
+        await self._ledger.change(
+            work.session_id,
+            lambda record: history.checkpoint(record, work.draft.ingestion, learner.base, snapshot),
+        )
+        learner.since = snapshot
+
+    async def _seal(self, work: Work, learner: Learner, portion: Portion) -> None:
+        if portion.num_bytes == 0:
+            raise InvalidRequest("the document is empty", code="empty_document")
+        draft, write_id = work.draft, secrets.token_hex(8)
+        unlogged = () if draft.accepted else portion.tokens
+        writing = Writing(learner.base, write_id, unlogged, learner.state.num_bytes, self._num_kept)
+        outcome = Outcome(
+            draft.ingestion,
+            "done",
+            time.time(),
+            key=draft.key,
+            sha256=portion.sha256,
+            num_bytes=portion.num_bytes,
+            seconds=time.monotonic() - work.started,
+        )
+        with self._observer.working("commit"):
+            record = await self._ledger.change(
+                work.session_id, lambda record: history.seal(record, draft, self.separator, writing, outcome)
+            )
+        failpoints.reach("after_commit")
+        made = record.made_by(write_id)
+        if made is not None and made == record.head:
+            self._states.keep(work.session_id, made, learner.state)
+        work.learnt = _result(record, draft, portion.sha256)
+
+
+def check_match(record: SessionRecord, version: int | None) -> None:
+    """Raise VersionConflict unless the session is at a version; None: any will do."""
+    if version is not None and record.version != version:
+        raise VersionConflict(f"session {record.id} is at version {record.version}, not at {version}")
+
+
+def replayed(session_id: str, outcome: Outcome, sha256: str) -> DocumentLearnt:
+    """What was said when a document was learnt. Raises KeyReused where that was another document."""
+    if outcome.sha256 != sha256:
+        raise KeyReused("the Idempotency-Key was used for another document")
+    return _learnt(session_id, outcome, is_replay=True)
+
+
+def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
+    """What the session says of a document that was sealed, by this server or by another one, under its key."""
+    own, other = record.outcome(draft.ingestion), record.done(draft.key)
+    if own is not None and own.status == "done":
+        return _learnt(record.id, own, is_replay=False)
+    if own is None and other is not None:
+        return replayed(record.id, other, sha256)
+    raise IngestionCancelled(f"ingestion {draft.ingestion} was cancelled")
+
+
+def _learnt(session_id: str, outcome: Outcome, *, is_replay: bool) -> DocumentLearnt:
+    return DocumentLearnt(
+        session_id,
+        outcome.version,
+        outcome.tokens,
+        outcome.num_bytes,
+        outcome.tokens_seen,
+        outcome.seconds,
+        outcome.ingestion,
+        is_replay,
+    )

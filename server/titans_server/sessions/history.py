@@ -1,0 +1,265 @@
+"""How a session's record changes. Pure: a record in, another one out, with the log entries that go with it.
+
+Every edit may be made again on a newer record, since a commit that lost a race is made again: it recognizes what is
+done already, and raises where what it stands on is gone.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from titans_server.errors import IngestionCancelled, IngestionNotFound, SessionBusy, VersionConflict
+from titans_server.sessions.log import pack
+from titans_server.sessions.record import Draft, Entries, Outcome, SessionRecord, Snapshot, Version
+
+LEASE_SECONDS = 3.0
+_KEPT_OUTCOMES = 64
+_KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of
+_MAX_DRAFTS = 16
+
+
+class Overtaken(Exception):
+    """Another version came first; what was learnt stands on the one before."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A record as it is to be; the same one where nothing is left to do."""
+
+    record: SessionRecord
+    append: Mapping[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Some of a document: its next tokens, and how far the text goes with them."""
+
+    tokens: Sequence[int]
+    num_bytes: int  # of the text up to and with these tokens
+    sha256: str  # of these bytes
+    is_last: bool = False
+
+
+def append(record: SessionRecord, draft: Draft, separator: Sequence[int], portion: Portion) -> Edit:
+    """Add a portion to a draft, which is begun where the record has none. `draft` is as its writer knows it.
+
+    The last portion makes it an accepted one: what is to be sealed by its writer is not appended.
+    Raises IngestionCancelled, VersionConflict where another server goes on with it, SessionBusy where too many are
+    under way.
+    """
+    found = record.draft(draft.ingestion)
+    after = replace(
+        draft,
+        tokens=draft.tokens + len(portion.tokens),
+        num_bytes=portion.num_bytes,
+        sha256=portion.sha256,
+        accepted=portion.is_last,
+        lease_until=time.time() + LEASE_SECONDS,
+    )
+    if found is not None and (found.tokens, found.num_bytes, found.accepted) == (
+        after.tokens,
+        after.num_bytes,
+        portion.is_last,
+    ):
+        return Edit(record)
+    _check_draft(record, draft, found)
+    number, log = record.next_entry, dict[int, bytes]()
+    entries: Entries = ()
+    for tokens in ([] if found else [separator]) + ([portion.tokens] if portion.tokens else []):
+        log[number] = pack(number, tokens)
+        entries += ((number, len(tokens)),)
+        number += 1
+    if found is None:
+        drafts = (*_living(record.drafts), replace(after, entries=entries))
+        if len(drafts) > _MAX_DRAFTS:
+            raise SessionBusy(f"{_MAX_DRAFTS} documents are under way to session {record.id}")
+    else:
+        after = replace(after, entries=found.entries + entries, snapshot=found.snapshot, base=found.base)
+        drafts = _with(record.drafts, after)
+    return Edit(replace(record, drafts=drafts, next_entry=number), log)
+
+
+def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = LEASE_SECONDS) -> Edit:
+    """Hold a draft for a while longer, or take it over; 0 seconds: let go of it.
+
+    Raises IngestionCancelled. A draft that is not there needs no lease.
+    """
+    draft = record.draft(ingestion)
+    if draft is None:
+        outcome = record.outcome(ingestion)
+        if outcome is not None and outcome.status == "cancelled":
+            raise _cancelled(ingestion)
+        return Edit(record)
+    if not seconds and draft.server != server:
+        return Edit(record)
+    held = replace(draft, server=server, lease_until=time.time() + seconds)
+    return Edit(replace(record, drafts=_with(record.drafts, held)))
+
+
+def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot) -> Edit:
+    """Remember the state of a draft that is half learnt. Raises Overtaken, IngestionCancelled."""
+    _check_base(record, base)
+    draft = record.draft(ingestion)
+    if draft is None:
+        raise _cancelled(ingestion)
+    kept = replace(draft, snapshot=snapshot, base=base.number, lease_until=time.time() + LEASE_SECONDS)
+    return Edit(replace(record, drafts=_with(record.drafts, kept)))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A version that is to be: what is read on top of another one."""
+
+    base: Version
+    write_id: str
+    tokens: Sequence[int]  # that no draft holds
+    state_bytes: int
+    num_kept: int  # versions
+
+
+def write(record: SessionRecord, writing: Writing) -> Edit:
+    """A version that has read some more tokens. Raises Overtaken."""
+    if record.made_by(writing.write_id):
+        return Edit(record)
+    _check_base(record, writing.base)
+    log, entries = _entry(record, writing.tokens)
+    base = writing.base
+    version = _next(record, writing.write_id, base.tokens + len(writing.tokens), base.snapshot, base.entries + entries)
+    return Edit(_advanced(record, version, writing), log)
+
+
+def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing: Writing, outcome: Outcome) -> Edit:
+    """A version that has read a whole document: what of it is in the draft, and `writing.tokens`.
+
+    `outcome` lacks what only the version tells. Nothing is done where the document has an outcome already, by its id
+    or by its key. Raises Overtaken, IngestionCancelled where the draft is gone.
+    """
+    done = record.outcome(draft.ingestion) or record.done(draft.key)
+    if done is not None:
+        rest = tuple(x for x in record.drafts if x.ingestion != draft.ingestion)
+        return Edit(record if rest == record.drafts else replace(record, drafts=rest))
+    found = record.draft(draft.ingestion)
+    if found is None and draft.entries:
+        raise _cancelled(draft.ingestion)
+    base = writing.base
+    _check_base(record, base)
+    ours = found.entries if found else ()
+    num_tokens = (found.tokens if found else 0) + len(writing.tokens)
+    unlogged = list(writing.tokens)
+    if base.tokens:
+        num_tokens += len(separator)
+        unlogged = unlogged if found else [*separator, *unlogged]
+    else:
+        ours = ours[1:]
+    log, entries = _entry(record, unlogged)
+    tokens, snapshot, entries = base.tokens + num_tokens, base.snapshot, base.entries + ours + entries
+    if found and found.snapshot and found.base == base.number:
+        snapshot = found.snapshot
+        entries = tail(entries, tokens - snapshot.tokens)
+    version = _next(record, writing.write_id, tokens, snapshot, entries)
+    record = replace(record, drafts=tuple(x for x in record.drafts if x is not found))
+    outcome = replace(outcome, version=version.number, tokens=num_tokens, tokens_seen=tokens)
+    return Edit(_ended(_advanced(record, version, writing), outcome), log)
+
+
+def end(record: SessionRecord, outcome: Outcome) -> Edit:
+    """A document that will not be learnt. Raises IngestionNotFound where it is neither under way nor ended."""
+    if record.outcome(outcome.ingestion) is not None:
+        return Edit(record)
+    draft = record.draft(outcome.ingestion)
+    if draft is None:
+        raise IngestionNotFound(f"no ingestion {outcome.ingestion}")
+    outcome = replace(outcome, key=draft.key, tokens=draft.tokens, num_bytes=draft.num_bytes)
+    record = replace(record, drafts=tuple(x for x in record.drafts if x is not draft))
+    return Edit(_ended(record, outcome))
+
+
+def discard(record: SessionRecord, ingestion: str) -> Edit:
+    """Forget a draft that nobody will go on with."""
+    rest = tuple(x for x in record.drafts if x.ingestion != ingestion)
+    return Edit(record if rest == record.drafts else replace(record, drafts=rest))
+
+
+def attach(record: SessionRecord, version: Version, snapshot: Snapshot) -> Edit:
+    """Give the newest version a snapshot of its own; nothing to do where it is the newest no more."""
+    if record.head.write_id != version.write_id or not record.head.num_to_replay:
+        return Edit(record)
+    head = replace(record.head, snapshot=snapshot, entries=())
+    return Edit(replace(record, versions=(*record.versions[:-1], head)))
+
+
+def restore(record: SessionRecord, number: int, write_id: str, num_kept: int) -> Edit:
+    """A new version that is what an older one was. Raises VersionNotFound."""
+    if record.made_by(write_id):
+        return Edit(record)
+    old = record.kept(number)
+    version = _next(record, write_id, old.tokens, old.snapshot, old.entries)
+    return Edit(_advanced(record, version, Writing(record.head, write_id, (), record.state_bytes, num_kept)))
+
+
+def replace_state(record: SessionRecord, writing: Writing, snapshot: Snapshot) -> Edit:
+    """A new version whose state came from outside. Raises Overtaken."""
+    if record.made_by(writing.write_id):
+        return Edit(record)
+    _check_base(record, writing.base)
+    return Edit(_advanced(record, _next(record, writing.write_id, snapshot.tokens, snapshot, ()), writing))
+
+
+def tail(entries: Entries, num_tokens: int) -> Entries:
+    """The last entries, as few as have that many tokens."""
+    start = len(entries)
+    while num_tokens > 0 and start:
+        start -= 1
+        num_tokens -= entries[start][1]
+    return entries[start:]
+
+
+def _next(record: SessionRecord, write_id: str, tokens: int, snapshot: Snapshot | None, entries: Entries) -> Version:
+    return Version(record.version + 1, tokens, time.time(), write_id, snapshot, entries)
+
+
+def _advanced(record: SessionRecord, version: Version, writing: Writing) -> SessionRecord:
+    """The record at its next version, without what is kept no longer."""
+    return replace(
+        record,
+        versions=(*record.versions, version)[-writing.num_kept :],
+        updated_at=version.created_at,
+        next_entry=max([record.next_entry, *(number + 1 for number, _ in version.entries)]),
+        state_bytes=writing.state_bytes,
+        drafts=_living(record.drafts),
+    )
+
+
+def _ended(record: SessionRecord, outcome: Outcome) -> SessionRecord:
+    return replace(record, outcomes=(*record.outcomes, outcome)[-_KEPT_OUTCOMES:])
+
+
+def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, bytes], Entries]:
+    number = record.next_entry
+    return ({number: pack(number, tokens)}, ((number, len(tokens)),)) if tokens else ({}, ())
+
+
+def _living(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
+    limit = time.time() - _KEPT_DRAFT_SECONDS
+    return tuple(x for x in drafts if x.accepted or x.lease_until > limit)
+
+
+def _with(drafts: tuple[Draft, ...], changed: Draft) -> tuple[Draft, ...]:
+    return tuple(changed if x.ingestion == changed.ingestion else x for x in drafts)
+
+
+def _check_base(record: SessionRecord, base: Version) -> None:
+    if record.head.write_id != base.write_id:
+        raise Overtaken
+
+
+def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> None:
+    if found is None:
+        if draft.entries or record.outcome(draft.ingestion) is not None:
+            raise _cancelled(draft.ingestion)
+    elif (found.tokens, found.server) != (draft.tokens, draft.server):
+        raise VersionConflict(f"another server goes on with the document {draft.ingestion}")
+
+
+def _cancelled(ingestion: str) -> IngestionCancelled:
+    return IngestionCancelled(f"ingestion {ingestion} was cancelled")

@@ -1,0 +1,141 @@
+"""The way to a Redis: one server, one behind Sentinel, or a cluster; if it can be trusted; what its errors mean."""
+
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from redis import exceptions
+from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialWithJitterBackoff
+
+from titans_server.errors import StoreUnavailable
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 10.0
+_RETRIES = 3  # all the scripts may run twice; a few hundred milliseconds bridge a restart of the connection
+_OLDEST = (6, 2)
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; chained errors name the address
+    (exceptions.OutOfMemoryError, "is out of memory (maxmemory is reached)"),
+    (exceptions.AuthenticationError, "refuses the credentials"),
+    (exceptions.AuthorizationError, "refuses the credentials"),
+    (exceptions.BusyLoadingError, "is still loading its data"),
+    (exceptions.ReadOnlyError, "is a read-only replica"),
+    (exceptions.ClusterDownError, "is a cluster that is down"),
+    (exceptions.TimeoutError, "did not answer in time"),
+    (exceptions.ConnectionError, "cannot be reached"),
+    (OSError, "cannot be reached"),
+)
+
+
+def connect(url: str, *, max_connections: int) -> Any:
+    """A client for a URL, not yet connected. Any query may hold redis-py's connection options.
+
+        redis://user:password@host:6379/0      rediss://…              TLS
+        redis+sentinel://host:26379,host:26379/master/0                rediss+sentinel://…
+        redis+cluster://host:6379                                      rediss+cluster://…
+
+    Raises ValueError where the URL makes no sense. `Redis | RedisCluster`, whose stubs do not agree.
+    """
+    options: dict[str, Any] = {
+        "socket_connect_timeout": _CONNECT_SECONDS,
+        "socket_timeout": _ANSWER_SECONDS,
+        "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), _RETRIES),
+        "max_connections": max_connections,
+    }
+    scheme, _, rest = url.partition("://")
+    secure, _, kind = scheme.partition("+")
+    if kind == "cluster":
+        return RedisCluster.from_url(f"{secure}://{rest}", **options)
+    if kind == "sentinel":
+        return _behind_sentinel(f"{secure}://{rest}", options)
+    return Redis.from_pool(ConnectionPool.from_url(url, **options))
+
+
+def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service or not hosts:
+        raise ValueError("a Sentinel's URL is redis+sentinel://host:26379,host:26379/name-of-the-master/0")
+    sentinels = []
+    for host in hosts.split(","):
+        where = urlsplit(f"//{host}")
+        sentinels.append((where.hostname or "", where.port or 26379))
+    own = urlunsplit((parts.scheme, f"{credentials}@master" if credentials else "master", database, parts.query, ""))
+    given = {name: value for name, value in parse_url(own).items() if name not in {"host", "port", "connection_class"}}
+    if parts.scheme == "rediss":
+        given["ssl"] = True
+    timeouts = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout")}
+    sentinel = Sentinel(sentinels, sentinel_kwargs=timeouts)  # type: ignore[no-untyped-call]
+    return sentinel.master_for(unquote(service), **options | given)
+
+
+async def check(client: Any) -> None:
+    """Refuse a Redis that forgets sessions or is too old; warn of one that may lose the last second of them.
+
+    Raises StoreUnavailable. What cannot be found out is warned of.
+    """
+    await client.ping()
+    for info in await _infos(client):
+        _check_version(str(info.get("redis_version", "")))
+        _check_eviction(info)
+        if str(info.get("aof_enabled")) != "1":
+            found = "is off" if "aof_enabled" in info else "cannot be checked"
+            _log.warning("Redis: the append-only file %s; unless it is on, commits are lost when it stops", found)
+        else:
+            await _check_fsync(client)
+
+
+async def _infos(client: Any) -> list[dict[str, Any]]:
+    """INFO of every primary: unlike CONFIG, hosted services allow it. An empty one where it may not be read."""
+    try:
+        if isinstance(client, RedisCluster):
+            return list((await client.info(target_nodes=RedisCluster.PRIMARIES)).values())
+        return [await client.info()]
+    except exceptions.ResponseError as error:
+        _log.warning("Redis does not let INFO be read: %s", error)
+        return [{}]
+
+
+def _check_version(text: str) -> None:
+    numbers = text.split(".")[:2]
+    if len(numbers) == 2 and all(n.isdecimal() for n in numbers) and tuple(map(int, numbers)) < _OLDEST:
+        raise StoreUnavailable(f"the Redis store is version {text}; this server needs {'.'.join(map(str, _OLDEST))}")
+
+
+def _check_eviction(info: dict[str, Any]) -> None:
+    policy = info.get("maxmemory_policy")
+    if policy is None:
+        _log.warning("Redis: maxmemory_policy cannot be checked; unless it is noeviction, sessions may be evicted")
+    elif str(policy).startswith("allkeys") and int(info.get("maxmemory", 0)):
+        raise StoreUnavailable(f"the Redis store evicts sessions (maxmemory-policy {policy}): set it to noeviction")
+    elif policy != "noeviction":
+        _log.warning("Redis: maxmemory_policy is %s, not noeviction; sessions may be evicted", policy)
+
+
+async def _check_fsync(client: Any) -> None:
+    try:
+        found = (await client.config_get("appendfsync")).get("appendfsync")
+    except exceptions.RedisError:
+        return  # not allowed, as on hosted services, which say themselves what they promise
+    if found not in {None, "always"}:
+        _log.warning("Redis: appendfsync is %s, not always; a power failure may lose the last commits", found)
+
+
+async def translated(operation: Coroutine[Any, Any, T]) -> T:
+    """The operation's result; Redis's errors become StoreUnavailable."""
+    try:
+        return await operation
+    except (exceptions.RedisError, OSError) as error:
+        known = (reason for kind, reason in _REASONS if isinstance(error, kind))
+        reason = next(known, f"refused the operation: {error}")
+        raise StoreUnavailable(f"the Redis store {reason}") from error

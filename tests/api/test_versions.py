@@ -1,0 +1,153 @@
+"""A session's past and copies: If-Match, versions, restore, forks, state files, listing, expiry."""
+
+import time
+from typing import Any
+
+import httpx
+import numpy
+import pytest
+import safetensors.numpy
+
+ASK = {"prompt": "where", "max_tokens": 8, "temperature": 0}
+
+
+def learn(http: httpx.Client, session: str, text: str, **headers: str) -> httpx.Response:
+    headers = {"Content-Type": "text/plain"} | headers
+    return http.post(f"/v1/sessions/{session}/documents", content=text, headers=headers)
+
+
+def show(http: httpx.Client, session: str) -> dict[str, Any]:
+    shown: dict[str, Any] = http.get(f"/v1/sessions/{session}").raise_for_status().json()
+    return shown
+
+
+def state(http: httpx.Client, session: str, version: int | None = None) -> dict[str, Any]:
+    params = {} if version is None else {"version": version}
+    blob = http.get(f"/v1/sessions/{session}/state", params=params).raise_for_status().content
+    return {name: numpy.asarray(x) for name, x in safetensors.numpy.load(blob).items()}
+
+
+def are_close(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """As close as a replay is."""
+    return ours.keys() == theirs.keys() and all(
+        numpy.allclose(x, theirs[name], rtol=1e-3, atol=1e-4) for name, x in ours.items()
+    )
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+@pytest.fixture
+def read(http: httpx.Client, session: str) -> str:
+    """A session that has read three documents."""
+    for i in range(3):
+        learn(http, session, f"document {i} says a thing. ").raise_for_status()
+    return session
+
+
+def test_a_write_is_done_at_the_version_it_names_and_at_no_other(http: httpx.Client, session: str) -> None:
+    first = learn(http, session, "one", **{"If-Match": '"0"'})
+    assert first.json()["version"] == 1
+    path = f"/v1/sessions/{session}"
+    stale = {"If-Match": '"0"'}
+    for response in (
+        learn(http, session, "two", **stale),
+        learn(http, session, "two", Prefer="respond-async", **stale),
+        learn(http, session, "two", **{"If-Match": '"no version"'}),
+        http.post(f"{path}/restore", json={"version": 0}, headers=stale),
+        http.put(f"{path}/state", content=http.get(f"{path}/state").content, headers=stale),
+        http.delete(path, headers=stale),
+    ):
+        assert code(response) == (412, "version_conflict")
+        assert response.headers["x-should-retry"] == "false"
+    assert show(http, session)["version"] == 1
+    assert learn(http, session, "two", **{"If-Match": "*"}).json()["version"] == 2
+    assert http.delete(path, headers={"If-Match": '"2"'}).status_code == 204
+
+
+def test_the_last_versions_are_kept_and_any_of_them_is_restored(http: httpx.Client, read: str) -> None:
+    path = f"/v1/sessions/{read}"
+    versions = http.get(f"{path}/versions").json()["data"]
+    assert [x["version"] for x in versions] == [3, 2, 1, 0]
+    assert [x["tokens_seen"] for x in versions] == sorted((x["tokens_seen"] for x in versions), reverse=True)
+    then = state(http, read, version=1)
+    response = http.post(f"{path}/restore", json={"version": 1})
+    assert (response.status_code, response.headers["ETag"], response.json()["version"]) == (200, '"4"', 4)
+    assert response.json()["tokens_seen"] == versions[2]["tokens_seen"]
+    assert are_close(state(http, read), then)
+    learn(http, read, "document 4").raise_for_status()
+    http.post(f"{path}/restore", json={"version": 3}).raise_for_status()  # what the rewind undid
+    assert show(http, read)["tokens_seen"] == versions[0]["tokens_seen"]
+    for number in (99, -1):
+        response = http.post(f"{path}/restore", json={"version": number})
+        assert response.status_code in {404, 422}
+    for i in range(8):
+        learn(http, read, f"another {i}").raise_for_status()
+    kept = [x["version"] for x in http.get(f"{path}/versions").json()["data"]]
+    assert kept == list(range(14, 6, -1))
+    assert code(http.post(f"{path}/restore", json={"version": 3})) == (404, "version_not_found")
+
+
+def test_a_fork_goes_its_own_way_from_any_version(http: httpx.Client, read: str) -> None:
+    response = http.post(f"/v1/sessions/{read}/fork", json={"version": 2, "metadata": {"a": "fork"}})
+    assert response.status_code == 201
+    fork = response.json()
+    assert response.headers["Location"] == f"/v1/sessions/{fork['id']}"
+    assert (fork["version"], fork["parent"], fork["metadata"]) == (2, {"session": read, "version": 2}, {"a": "fork"})
+    assert are_close(state(http, fork["id"]), state(http, read, version=2))
+    before = state(http, read)
+    assert learn(http, fork["id"], "its own").json()["version"] == 3
+    assert are_close(state(http, read), before)
+    http.delete(f"/v1/sessions/{read}").raise_for_status()
+    again = http.post(f"/v1/sessions/{fork['id']}/fork").json()
+    assert are_close(state(http, again["id"]), state(http, fork["id"]))
+    assert code(http.post(f"/v1/sessions/{fork['id']}/fork", json={"version": 77})) == (404, "version_not_found")
+
+
+def test_a_state_file_makes_another_session_what_one_was(http: httpx.Client, read: str, session: str) -> None:
+    exported = http.get(f"/v1/sessions/{read}/state")
+    assert exported.headers["ETag"] == '"3"'
+    assert f"{read}-3.safetensors" in exported.headers["Content-Disposition"]
+    other = http.post("/v1/sessions").json()["id"]
+    imported = http.put(f"/v1/sessions/{other}/state", content=exported.content, headers={"If-Match": '"0"'})
+    assert (imported.status_code, imported.json()["version"]) == (200, 1)
+    assert imported.json()["tokens_seen"] == show(http, read)["tokens_seen"]
+    assert are_close(state(http, other), state(http, read))
+    answers = [http.post(f"/v1/sessions/{each}/completions", json=ASK).json()["text"] for each in (read, other)]
+    assert answers[0] == answers[1]
+    assert learn(http, other, "and on").json()["version"] == 2
+
+
+def test_a_state_file_that_is_not_whole_or_not_this_models_changes_nothing(http: httpx.Client, read: str) -> None:
+    path = f"/v1/sessions/{read}/state"
+    blob, before = http.get(path).content, show(http, read)
+    flipped = blob[:-5] + bytes([blob[-5] ^ 1]) + blob[-4:]
+    parts = safetensors.numpy.load(blob)
+    broken = parts | {"tail": parts["tail"] * float("nan")}
+    header = {"format": "titans-session", "format_version": "1", "fingerprint": before["fingerprint"]}
+    nan = safetensors.numpy.save(broken, metadata=header)
+    stranger = safetensors.numpy.save(parts, metadata=header | {"fingerprint": "another"})
+    reshaped = safetensors.numpy.save(parts | {"tail": parts["tail"][:, :1]}, metadata=header)
+    for content in (b"", b"not a state", blob[:-7], flipped, nan, reshaped):
+        assert code(http.put(path, content=content)) == (422, "invalid_state")
+    assert code(http.put(path, content=stranger)) == (409, "state_mismatch")
+    assert code(http.put(path, content=b"\0" * (8 << 20))) == (413, "document_too_large")
+    assert show(http, read)["version"] == before["version"]
+
+
+def test_sessions_are_listed_newest_first_page_by_page(http: httpx.Client) -> None:
+    made = [http.post("/v1/sessions").json()["id"] for _ in range(3)]
+    first = http.get("/v1/sessions", params={"limit": 2}).json()
+    assert ([x["id"] for x in first["data"]], first["has_more"]) == ([made[2], made[1]], True)
+    rest = http.get("/v1/sessions", params={"limit": 1, "after": made[1]}).json()
+    assert [x["id"] for x in rest["data"]] == [made[0]]
+    assert code(http.get("/v1/sessions", params={"after": "ses_none"})) == (404, "session_not_found")
+    assert http.get("/v1/sessions", params={"limit": 0}).status_code == 422
+
+
+def test_a_session_expires(http: httpx.Client) -> None:
+    made = http.post("/v1/sessions", json={"ttl_seconds": 1}).json()
+    assert made["expires_at"] == made["updated_at"] + 1
+    time.sleep(1.1)
+    assert http.get(f"/v1/sessions/{made['id']}").status_code == 404
