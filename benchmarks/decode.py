@@ -18,13 +18,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_024, 32_768, 1_000_000])
-    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens; theirs grows with them")
+    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens, 0: none; theirs grows with them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     args = parser.parse_args()
     print_machine()
     print(f"{1e3 * products(load().model, 1):.1f} ms a token of products alone")
-    book, others = Book(), peers(args.peers_up_to + args.tokens * args.repeats + 8)
+    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + args.tokens * args.repeats + 8)
     print(f"{'tokens':>9} {'ours, ms':>9} {'first':>7}" + "".join(f"{x.name:>14} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
         for length in args.lengths:

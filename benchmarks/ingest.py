@@ -18,11 +18,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2_048, 8_192, 32_768, 131_072])
-    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens; theirs grows with the square")
+    parser.add_argument("--peers-up-to", type=int, default=8_192, help="tokens, 0: none; theirs grows with the square")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print_machine()
-    book, others = Book(), peers(args.peers_up_to + 8)
+    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + 8)
     print(f"{'tokens':>8} {'ours, tokens/s':>15}" + "".join(f"{x.name:>15} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
         learn(client, book.text(512))

@@ -1,16 +1,12 @@
 """What a user would run instead, with the same weights: transformers in bfloat16, llama.cpp on the same GGUF."""
 
 import time
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from titans.backbone import find_default_body
 from transformers import AutoModelForCausalLM, GgufConfig
-
-try:
-    from llama_cpp import Llama
-except ImportError:  # it is built from source, which not every machine can
-    Llama = None
 
 
 class Peer(Protocol):
@@ -64,6 +60,8 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, context: int) -> None:
+        from llama_cpp import Llama  # noqa: PLC0415 — it is built from source, which not every machine can
+
         threads = torch.get_num_threads()
         self._model = Llama(
             str(find_default_body()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -87,5 +85,7 @@ class LlamaCpp:
 
 
 def peers(context: int) -> list[Peer]:
-    """Those that are installed; `context`: the most tokens that they will hold."""
-    return [Transformers(), *([LlamaCpp(context)] if Llama is not None else [])]
+    """Those that are installed; `context`: the most tokens that they will hold, and where it is 0 none is wanted."""
+    if not context:
+        return []
+    return [Transformers(), *([LlamaCpp(context)] if find_spec("llama_cpp") else [])]

@@ -78,8 +78,9 @@ class Answer:
 
 async def answer(http: httpx.AsyncClient, session: str, count: int, prompt: str = "The man said that") -> Answer:
     """`count` tokens of a session, greedily; the end of text is forbidden."""
+    models = (await http.get("/v1/models")).json()["data"]
     body = {
-        "model": "",
+        "model": models[0]["id"],
         "prompt": prompt,
         "session": session,
         "max_tokens": count,

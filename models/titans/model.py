@@ -71,6 +71,7 @@ class TitansModel(nn.Module):
         last = max(i for i, step in enumerate(steps) if step.memories)
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
         self.readout = Readout(body.hidden_size) if config.readout else None
+        self._step = self._read
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,11 +168,23 @@ class TitansModel(nn.Module):
     def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
         state = stream.state
         call = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
-        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
-        h_BTD, last, y_BTD = self._consult(h_BTD, call, state.layers[-1])
-        h_BTD, upper = self._walk(h_BTD, call, self.upper, stream.upper)
-        state = State(state.position + lengths_B, (*layers, last), state.tail)
-        return self.finish(h_BTD, y_BTD), Stream(state, upper, stream.write, stream.recall)
+        run = self._step if tokens_BT.numel() == 1 else self._read
+        h_BTD, layers, upper = run(self.embedding(tokens_BT), call, state.layers, stream.upper)
+        state = State(state.position + lengths_B, layers, state.tail)
+        return h_BTD, Stream(state, upper, stream.write, stream.recall)
+
+    def _read(
+        self, h_BTD: Tensor, call: Call, lower: tuple[Parts, ...], upper: tuple[Parts, ...]
+    ) -> tuple[Tensor, tuple[Parts, ...], tuple[Parts, ...]]:
+        """Embedded tokens through all layers: what `logits` scores, and what the layers then carry."""
+        h_BTD, layers = self._walk(h_BTD, call, self.lower[:-1], lower[:-1])
+        h_BTD, last, y_BTD = self._consult(h_BTD, call, lower[-1])
+        h_BTD, upper = self._walk(h_BTD, call, self.upper, upper)
+        return self.finish(h_BTD, y_BTD), (*layers, last), upper
+
+    def compile_step(self, backend: str = "inductor") -> None:
+        """From now on run a single stream's single token as torch.compile makes it. The first one takes a minute."""
+        self._step = torch.compile(self._read, dynamic=False, backend=backend)
 
     def _consult(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
         """The layer of the last memory: hidden states, parts and, where there is a readout, what the memory answers."""

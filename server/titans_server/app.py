@@ -107,8 +107,10 @@ async def _serve(
     """Load the model and put the service together; what has to be closed goes on the stack."""
     observer = Observers([metrics, Meter(), *([] if tracing is None else [tracing])])
     loaded = await asyncio.to_thread(_load, settings)
+    runner = Runner(loaded.model)
+    await asyncio.to_thread(runner.warm_up)
     engine = Engine(
-        Runner(loaded.model),
+        runner,
         eos_token=loaded.tokenizer.eos_token,
         max_running=settings.max_running,
         max_requests=settings.max_requests,
@@ -186,4 +188,7 @@ def _load(settings: Settings) -> checkpoint.Loaded:
         torch.set_num_threads(settings.threads)
     device = None if settings.device == "auto" else torch.device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)
+    loaded = checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)
+    if settings.compile:
+        loaded.model.compile_step()
+    return loaded

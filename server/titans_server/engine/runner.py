@@ -46,6 +46,15 @@ class Runner:
         """A session that has read nothing."""
         return self._model.new_state()
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Take the first steps, so that no request waits for what is only made once."""
+        pool, token = Pool(), self._padded([[0]])
+        for _ in range(2):
+            pool.join(self._model.open(self.new_state()))
+            pool.advance(self._model(token, pool.stream)[1])
+            pool.leave(0)
+
     def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
         """One chunk of each document, all in one batch; each request then holds its new state."""
         lengths = [size for _, size in chunks]
