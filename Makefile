@@ -26,6 +26,10 @@ test: setup redis
 chaos: setup redis strace
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos --timeout 3600
 
+# What `make test` does a little of, at length: schemathesis with other input each time, ten thousand cancelled streams.
+fuzz: setup
+	TITANS_TEST_EXAMPLES=100 TITANS_TEST_STREAMS=10000 $(BIN)/python -m pytest --timeout=3600 tests/api/test_openapi.py tests/api/test_sockets.py
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ from titans_server.api.handlers import add_handlers
 from titans_server.api.observed import Observed
 from titans_server.api.openai.responses.routes import router as responses_router
 from titans_server.api.openai.routes import router as openai_router
+from titans_server.api.openapi import describe
 from titans_server.api.operations import LIVE, METRICS, READY, health_router, metrics_router
 from titans_server.api.routes import router
 from titans_server.api.streams.registry import StreamLimits, Streams
@@ -83,6 +84,7 @@ def create_app(
         app.include_router(each)
     if settings.metrics != "off":
         app.include_router(metrics_router(metrics))
+    describe(app, of_openai=(openai_router, responses_router))
     add_handlers(app)
     app.add_middleware(
         Gate,

@@ -196,6 +196,10 @@ def test_a_bad_document_is_refused_and_nothing_is_lost(
         ({"prompt": "a", "top_k": -1}, "top_k"),
         ({"prompt": "a", "stop": ["x"] * 5}, "stop"),
         ({"prompt": "a", "memory": "maybe"}, "memory"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens"),
+        ({"prompt": "a", "seed": "7"}, "seed"),
+        ({"prompt": "a", "temperature": "1"}, "temperature"),
+        ({"prompt": "a", "stream": "yes"}, "stream"),
         ({"prompt": "a", "tempratur": 1}, "tempratur"),
     ],
 )

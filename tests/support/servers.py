@@ -1,5 +1,6 @@
 """Real servers for tests, on real sockets: in a process of their own, or in a thread of this one."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,7 +19,9 @@ import uvicorn
 from blockbuster import blockbuster_ctx
 from support.launcher import ForkedServer, Launcher
 from titans_client import Client, TitansError
+from titans_server.api.deps import AppContext
 from titans_server.app import create_app
+from titans_server.lifecycle import Lifecycle
 from titans_server.settings import Settings
 from titans_server.telemetry.traces import Tracing
 
@@ -183,7 +186,8 @@ class LiveServer:
 
     def __init__(self, settings: Settings, tracing: Tracing | None = None) -> None:
         self.url = f"http://127.0.0.1:{settings.port}"
-        app = create_app(settings, tracing=tracing)
+        self.lifecycle = Lifecycle[AppContext]()
+        app = create_app(settings, self.lifecycle, tracing=tracing)
         self.server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None))
         self._thread = threading.Thread(target=self._run)
 
@@ -212,6 +216,15 @@ class LiveServer:
         """Return when it takes work."""
         with Client(self.url) as client:
             client.wait_until_ready(is_alive=self._thread.is_alive)
+
+    @property
+    def context(self) -> AppContext:
+        """What the app is made of."""
+        return self.lifecycle.served
+
+    def num_tasks(self) -> int:
+        """Tasks on its event loop."""
+        return len(asyncio.all_tasks(self.server.servers[0].get_loop()))
 
     def stop(self) -> None:
         """Ask it to end, and wait until it has."""

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_server.api.handlers import answer
-from titans_server.errors import BodyTooLarge, HeadersTooLarge, InvalidAPIKey, TitansError
+from titans_server.errors import BodyTooLarge, HeadersTooLarge, InvalidAPIKey, TitansError, UnsupportedMediaType
 from titans_server.lifecycle import Lifecycle
 from titans_server.tenants.gatekeeper import Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
@@ -62,6 +62,8 @@ class Gate:
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._limits.max_header_bytes:
             raise HeadersTooLarge(f"the headers may have {self._limits.max_header_bytes} bytes")
         headers = Headers(scope=scope)
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("a body is read as it is: send it without Content-Encoding")
         shown = headers.getlist("Authorization")
         if len(shown) > 1:
             raise InvalidAPIKey("one header Authorization, not several")

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from titans_server.errors import InvalidRequest, TitansError
-from titans_server.telemetry import request
+from titans_server.telemetry import request as request_info
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def answer(error: TitansError, status: int | None = None) -> Response:
     """The response that an error leaves as, with its own status unless another is given."""
-    request.failed(error.code)
+    request_info.failed(error.code)
     headers = dict(error.headers)
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
@@ -37,6 +37,13 @@ def answer(error: TitansError, status: int | None = None) -> Response:
 async def _titans_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, TitansError)
     return answer(error)
+
+
+def unreadable(error: HTTPException) -> InvalidRequest | None:
+    """FastAPI's 400 for a body that it cannot read, as an error of ours; None where it is another one."""
+    if error.status_code != 400 or not isinstance(error.__cause__, ValueError):
+        return None
+    return InvalidRequest("the body is not JSON in UTF-8", code="invalid_json")
 
 
 def invalid_request(error: RequestValidationError) -> InvalidRequest:
@@ -53,14 +60,24 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     return answer(invalid_request(error))
 
 
-async def _http_exception(_: Request, error: Exception) -> Response:
+async def _http_exception(request: Request, error: Exception) -> Response:
     """The router's own: no such path (404), no such method (405)."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, TitansError):  # FastAPI's way to say that the body could not be read
         return answer(error.__cause__)
+    if (refused := unreadable(error)) is not None:
+        return answer(refused)
     response = answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["Allow"] = ", ".join(sorted(_methods(request))) or response.headers["Allow"]
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Of all the routes with the request's path: each of them knows its own alone."""
+    path = getattr(request.scope.get("route"), "path", "")
+    return [method.upper() for method in request.app.openapi()["paths"].get(path, {})]
 
 
 async def _client_left(_: Request, error: Exception) -> Response:

@@ -17,29 +17,29 @@ _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86_400)]
 
 
-class CreateSession(BaseModel):
-    """The body of POST /v1/sessions."""
+class Body(BaseModel):
+    """What a client sends: no field that is not known, no value that only looks like what it should be."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CreateSession(Body):
+    """The body of POST /v1/sessions."""
 
     metadata: Metadata = {}
     ttl_seconds: Seconds | None = None
 
 
-class ForkSession(BaseModel):
+class ForkSession(Body):
     """The body of POST /v1/sessions/{id}/fork."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: int | None = Field(default=None, ge=0)
     metadata: Metadata | None = None
     ttl_seconds: Seconds | None = None
 
 
-class RestoreSession(BaseModel):
+class RestoreSession(Body):
     """The body of POST /v1/sessions/{id}/restore."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: int = Field(ge=0)
 
@@ -106,10 +106,8 @@ class VersionList(BaseModel):
     data: list[KeptVersion]
 
 
-class CreateCompletion(BaseModel):
+class CreateCompletion(Body):
     """The body of POST /v1/sessions/{id}/completions."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: str
     max_tokens: int = Field(default=128, ge=1)

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from titans_server.api.deps import Context, Reply, Service
-from titans_server.api.handlers import answer, invalid_request
+from titans_server.api.handlers import answer, invalid_request, unreadable
 from titans_server.api.openai.answers import check_model, respond
 from titans_server.api.openai.convert import ChatForm, Json, TextForm, model_object
 from titans_server.api.openai.schemas import CreateChatCompletion, CreateCompletion
@@ -29,6 +30,10 @@ class OpenAIRoute(APIRoute):
                 return answer(invalid_request(error), 400)
             except InvalidRequest as error:
                 return answer(error, 400)
+            except HTTPException as error:
+                if (refused := unreadable(error)) is not None:
+                    return answer(refused, 400)
+                raise
 
         return handle_as_openai
 

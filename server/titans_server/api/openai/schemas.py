@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from titans.sampling import SamplingParams
 
+from titans_server.api.schemas import Body
 from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, CompletionRequest, Prompt
 
@@ -51,23 +52,32 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_Tokens = Annotated[list[int], Field(min_length=1)]
+_Prompt = str | _Tokens | Annotated[list[str] | list[_Tokens] | list[str | _Tokens], Field(min_length=1)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Memory = Literal["read", "write", "off"]
 _Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
 
-class StreamOptions(BaseModel):
-    """How to stream."""
+def _shown(schema: dict[str, Any]) -> None:
+    """A field that may be left out may be null; one that is not supported may ask for nothing."""
+    for name, shown in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [shown, {"type": "null"}]}
+    for name, values in _NOTHING.items():
+        schema["properties"].setdefault(name, {"enum": [None, *values], "description": "not supported"})
 
-    model_config = ConfigDict(extra="forbid")
+
+class StreamOptions(Body):
+    """How to stream."""
 
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class Asked(Body):
     """What every kind of answer is asked with."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(json_schema_extra=_shown)
 
     model: str
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
@@ -75,10 +85,10 @@ class Asked(BaseModel):
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[list[_Stop], BeforeValidator(_listed), Field(max_length=4)] = []
+    stop: Annotated[list[_Stop], BeforeValidator(_listed, str | list[_Stop]), Field(max_length=4)] = Field([])
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    logit_bias: Annotated[dict[int, _Bias], Field(max_length=1_024)] = {}
+    logit_bias: Annotated[dict[Annotated[int, Field(strict=False)], _Bias], Field(max_length=1_024)] = Field({})
     stream: bool = False
     user: str | None = None  # not looked at
     session: str | None = None
@@ -153,7 +163,7 @@ class CreateAnswer(Asked):
 class CreateCompletion(CreateAnswer):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, _Prompt)]
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
@@ -173,10 +183,8 @@ class CreateCompletion(CreateAnswer):
         return self.logprobs
 
 
-class Message(BaseModel):
+class Message(Body):
     """A message of a conversation: text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str

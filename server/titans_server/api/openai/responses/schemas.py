@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from titans_server.api.openai.schemas import Asked, Memory
-from titans_server.api.schemas import Metadata
+from titans_server.api.schemas import Body, Metadata
 from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, Prompt
 
@@ -15,10 +15,8 @@ _OF_ITEMS = {"id", "type", "status", "role", "content", "phase"}  # an answer is
 _OF_PARTS = {"type", "text", "annotations", "logprobs"}
 
 
-class InputItem(BaseModel):
+class InputItem(Body):
     """A message that goes into a model: text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
@@ -37,10 +35,8 @@ class InputItem(BaseModel):
         return {name: x for name, x in item.items() if name == "role"} | {"content": content}
 
 
-class Named(BaseModel):
+class Named(Body):
     """A conversation by its id."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: str
 
@@ -53,8 +49,8 @@ def _named(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
-def _known(values: list[str]) -> list[str]:
-    for value in values:
+def _known(values: Any) -> Any:
+    for value in values if isinstance(values, list) else []:
         if value != _LOGPROBS:
             raise InvalidRequest(f"{value} cannot be included", code="unsupported_parameter", param="include")
     return values
@@ -63,11 +59,11 @@ def _known(values: list[str]) -> list[str]:
 class CreateResponse(Asked):
     """The body of POST /v1/responses."""
 
-    input: Annotated[list[InputItem], BeforeValidator(_items), Field(min_length=1)]
+    input: Annotated[list[InputItem], BeforeValidator(_items, str | list[InputItem]), Field(min_length=1)]
     instructions: str | None = None
-    conversation: Annotated[Named, BeforeValidator(_named)] | None = None
+    conversation: Annotated[Named, BeforeValidator(_named, str | Named)] | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    include: Annotated[list[str], AfterValidator(_known)] = Field(default=[])
+    include: Annotated[list[Literal["message.output_text.logprobs"]], BeforeValidator(_known)] = Field(default=[])
     top_logprobs: int = Field(default=0, ge=0, le=20)
     metadata: Metadata = Field(default={})
     memory: Memory | None = None  # type: ignore[assignment]  # None: "write" in a conversation, else "read"
@@ -97,18 +93,14 @@ class CreateResponse(Asked):
         return self.top_logprobs if _LOGPROBS in self.include else None
 
 
-class AddItems(BaseModel):
+class AddItems(Body):
     """The body of POST /v1/conversations/{id}/items."""
-
-    model_config = ConfigDict(extra="forbid")
 
     items: list[InputItem] = Field(min_length=1, max_length=20)
 
 
-class CreateConversation(BaseModel):
+class CreateConversation(Body):
     """The body of POST /v1/conversations."""
-
-    model_config = ConfigDict(extra="forbid")
 
     items: list[InputItem] | None = Field(default=None, max_length=20)
     metadata: Metadata | None = None
