@@ -48,6 +48,9 @@ class Observer:
     def computed(self, kind: Computed, seconds: float) -> None:
         """The compute thread has done a part of a step."""
 
+    def surprised(self, by: float) -> None:
+        """A stride has moved its session's memories by so much a token; see `Runner.surprise`."""
+
 
 class Observers(Observer):
     """Tells several."""
@@ -73,6 +76,11 @@ class Observers(Observer):
         """See Observer."""
         for observer in self._observers:
             observer.computed(kind, seconds)
+
+    def surprised(self, by: float) -> None:
+        """See Observer."""
+        for observer in self._observers:
+            observer.surprised(by)
 
 
 class _All(Answering):

@@ -192,3 +192,27 @@ async def test_a_fault_ends_its_own_requests_and_not_the_engine(
             await engine.ingest(engine.new_state(), [5])
     assert "ZeroDivisionError" in caplog.text
     await engine.ingest(engine.new_state(), [5])
+
+
+class Surprised(Observer):
+    """Remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[float] = []
+
+    def surprised(self, by: float) -> None:
+        self.heard.append(by)
+
+
+async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
+    observer, read = Surprised(), tokens(40, seed=1)
+    engine = Engine(Runner(make_tiny()), eos_token=2, observer=observer)
+    engine.start()
+    before = engine.new_state()
+    after = await engine.ingest(before, read)
+    await engine.close()
+    weights = [(before.parts()[name], x) for name, x in after.parts().items() if name.endswith(".weights")]
+    assert weights
+    moved = sum(float((new - old).double().square().sum()) for old, new in weights) ** 0.5
+    assert observer.heard == [pytest.approx(moved / 40, rel=1e-5)]
+    assert moved > 0

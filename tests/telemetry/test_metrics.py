@@ -63,6 +63,12 @@ def test_a_document_and_its_commit_are_counted(http: httpx.Client, change: Chang
     assert change("titans_commit_seconds_sum") > 0
 
 
+def test_every_stride_has_its_surprise(http: httpx.Client, change: Change) -> None:
+    learn(http, create(http), "some words to learn " * 20).raise_for_status()
+    assert change("titans_surprise_count") == change("titans_ingest_seconds_count") > 1
+    assert change("titans_surprise_sum") > 0
+
+
 def test_answers_are_counted_token_by_token(http: httpx.Client, change: Change) -> None:
     usages = [ask(http, create(http)).raise_for_status().json()["usage"] for _ in range(2)]
     drawn = sum(usage["completion_tokens"] for usage in usages)

@@ -184,6 +184,7 @@ class Engine:
         self._runner.ingest(chunks)
         for request, _ in chunks:
             if request.num_done == len(request.tokens):
+                self._observer.surprised(self._runner.surprise(request))
                 self._end(request)
                 if request.done.set_running_or_notify_cancel():
                     request.done.set_result(request.state)

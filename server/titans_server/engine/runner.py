@@ -69,6 +69,16 @@ class Runner:
             request.num_done += size
 
     @torch.inference_mode()
+    def surprise(self, request: Ingestion) -> float:
+        """How far a token moved the memories' weights, on average: |M' - M| over all of them, by the tokens read.
+
+        Eq. 13 moves M by the surprise S, and by forgetting.
+        """
+        before, after = request.before.parts(), request.state.parts()
+        squares = [(after[x] - before[x]).square().sum() for x in after if x.endswith(".weights")]
+        return float(torch.stack(squares).sum().sqrt()) / len(request.tokens)
+
+    @torch.inference_mode()
     def prefill(self, request: Generation, size: int) -> Drawn | None:
         """The next `size` tokens of a prompt. Returns the answer's first token when the prompt is at its end."""
         stream = self._prefilling.pop(request, None) or self._open(request.state, recall=request.recall)

@@ -20,6 +20,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+_SURPRISES = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 _TOKENS = (1, 4, 16, 64, 256, 1_024, 4_096, 16_384, 65_536)
 
 
@@ -83,6 +84,7 @@ class Metrics(Observer):
         }
         self._failures = counter("work_failures", "Loads, strides and commits that failed", "work")
         self._conflicts = counter("commit_conflicts", "Commits refused because the session had moved on")
+        self._surprise = histogram("surprise", "How far a token moved its memories' weights, by stride", _SURPRISES)
         self._ingest_tokens = counter("ingest_tokens", "Tokens of documents learnt")
         self._computed = {
             kind: histogram(f"{name}_seconds", text, _STEPS)
@@ -156,6 +158,10 @@ class Metrics(Observer):
     def computed(self, kind: Computed, seconds: float) -> None:
         """See Observer."""
         self._computed[kind].observe(seconds)
+
+    def surprised(self, by: float) -> None:
+        """See Observer."""
+        self._surprise.observe(by)
 
 
 class _Timed(Answering):
