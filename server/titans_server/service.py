@@ -26,6 +26,7 @@ from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.log import pack
 from titans_server.sessions.record import Parent, SessionRecord, Version
 from titans_server.sessions.store import Commit, SessionStore
+from titans_server.sessions.store import Usage as Occupied
 from titans_server.states import SnapshotPolicy, States
 from titans_server.stopping import AnswerText
 from titans_server.writers import Writers
@@ -123,6 +124,10 @@ class SessionService:
     async def sessions_of(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first. Raises SessionNotFound where `after` is none of them."""
         return await self._store.list(owner, limit, after)
+
+    async def usage(self, owner: str) -> Occupied:
+        """What an owner's sessions take in the store."""
+        return await self._store.usage(owner)
 
     async def delete(self, session_id: str, if_match: int | None = None) -> None:
         """Forget a session. Raises SessionNotFound, VersionConflict."""

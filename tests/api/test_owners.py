@@ -16,6 +16,7 @@ from support.servers import LiveServer, free_port
 from titans_server.app import create_app
 from titans_server.settings import Settings
 from titans_server.tenants import keys
+from titans_server.tenants.quotas import Quotas
 from titans_server.tenants.store import open_keys
 
 STATIC = "a-static-key-of-the-operator"
@@ -35,9 +36,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
-def client_of(server: LiveServer, owner: str | None = None) -> httpx.Client:
+def client_of(server: LiveServer, owner: str | None = None, quotas: Quotas | None = None) -> httpx.Client:
     """A client with a new key of its own."""
-    key, text = keys.make("test", time.time(), owner=owner)
+    key, text = keys.make("test", time.time(), quotas, owner)
     asyncio.run(open_keys(server.store).put(key))  # type: ignore[attr-defined]
     return httpx.Client(
         base_url=server.url, headers={"Authorization": f"Bearer {text}", "X-Key-ID": key.id}, timeout=60
@@ -174,3 +175,54 @@ def test_keys_at_once_never_see_each_others_sessions(server: LiveServer) -> None
         list(pool.map(look, range(4)))
     for http in clients:
         http.close()
+
+
+def test_each_lists_only_their_own(alice: httpx.Client, mallory: httpx.Client, session: str) -> None:
+    own = mallory.post("/v1/sessions").json()["id"]
+    assert [x["id"] for x in mallory.get("/v1/sessions").json()["data"]] == [own]
+    assert [x["id"] for x in alice.get("/v1/sessions").json()["data"]] == [session]
+    foreign, unknown = (mallory.get("/v1/sessions", params={"after": name}) for name in (session, UNKNOWN))
+    assert foreign.status_code == unknown.status_code == 404
+    assert foreign.json() == json_with(unknown, UNKNOWN, session)
+
+
+def refused(response: httpx.Response) -> bool:
+    """Whether it is for want of room, which no client should try again by itself."""
+    if response.status_code != 429:
+        return False
+    assert response.json()["error"]["code"] == "quota_exceeded"
+    assert response.headers["x-should-retry"] == "false"
+    return True
+
+
+def test_a_key_has_no_more_sessions_than_it_may_have(server: LiveServer) -> None:
+    with client_of(server, quotas=Quotas(sessions=2)) as http:
+        first = http.post("/v1/sessions").json()["id"]
+        learn(http, first, "words").raise_for_status()
+        assert http.post("/v1/conversations").status_code == 200
+        for path in ("/v1/sessions", "/v1/conversations", f"/v1/sessions/{first}/fork"):
+            assert refused(http.post(path)), path
+        assert learn(http, first, "more words").status_code == 200
+        http.delete(f"/v1/sessions/{first}").raise_for_status()
+        assert http.post("/v1/sessions").status_code == 201
+
+
+def test_a_key_has_no_more_bytes_than_it_may_have(server: LiveServer) -> None:
+    with client_of(server, quotas=Quotas(bytes=1)) as http:
+        full, other = (http.post("/v1/sessions").json()["id"] for _ in range(2))
+        learn(http, full, "words").raise_for_status()
+        model = http.get("/v1/models").json()["data"][0]["id"]
+        path = f"/v1/sessions/{other}"
+        for response in (
+            learn(http, other, "words"),
+            http.post(f"{path}/documents", content="x", headers=PLAIN | {"Prefer": "respond-async"}),
+            http.post(f"{path}/completions", json=ASK | {"memory": "write"}),
+            http.post("/v1/completions", json=ASK | {"model": model, "session": other, "memory": "write"}),
+            http.post("/v1/responses", json={"model": model, "input": "x", "conversation": other}),
+            http.put(f"{path}/state", content=b"x"),
+            http.post("/v1/sessions"),
+        ):
+            assert refused(response), response.request.url
+        assert http.post(f"{path}/completions", json=ASK).status_code == 200, "reading takes no room"
+        http.delete(f"/v1/sessions/{full}").raise_for_status()
+        assert learn(http, other, "words").status_code == 200

@@ -10,7 +10,7 @@ from fastapi import Depends, Header, Request
 from titans_server.api.documents import DocumentReader
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
-from titans_server.errors import DocumentTooLarge, InvalidRequest
+from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
 from titans_server.sessions.record import not_found
@@ -63,6 +63,29 @@ async def own_session(session_id: str, caller: From, service: Service) -> str:
     return session_id
 
 
+async def room(caller: From, service: Service) -> None:
+    """Raises QuotaExceeded where the caller's sessions may take no more bytes."""
+    await _check_room(caller, service, num_new=0)
+
+
+async def room_for_another(caller: From, service: Service) -> None:
+    """Raises QuotaExceeded where the caller may have no more sessions, or no more bytes in them."""
+    await _check_room(caller, service, num_new=1)
+
+
+async def _check_room(caller: Caller, service: SessionService, num_new: int) -> None:
+    max_sessions, max_bytes = caller.quotas.sessions, caller.quotas.bytes
+    if max_sessions is None and max_bytes is None:
+        return
+    used = await service.usage(caller.owner)
+    if max_sessions is not None and num_new and used.sessions + num_new > max_sessions:
+        raise QuotaExceeded(f"this key may have {max_sessions} sessions: delete some")
+    if max_bytes is not None and used.num_bytes >= max_bytes:
+        raise QuotaExceeded(f"this key's sessions take {used.num_bytes} of {max_bytes} bytes: delete some")
+
+
+Room = Depends(room)  # of every route that has a session learn
+RoomForAnother = Depends(room_for_another)  # of every route that makes one
 OwnSession = Annotated[str, Depends(own_session)]  # what every route takes that has {session_id} in its path
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, Service, Upload
+from titans_server.api.deps import Context, From, OwnSession, Reply, Room, Service, Upload
 from titans_server.api.documents import reader_for
 from titans_server.api.preconditions import AskedTerms, wants_async
 from titans_server.api.routes import SESSION
@@ -20,7 +20,7 @@ router = APIRouter()
 INGESTION = "/v1/ingestions/{ingestion_id}"
 
 
-@router.post(SESSION + "/documents", response_model=None)
+@router.post(SESSION + "/documents", response_model=None, dependencies=[Room])
 async def post_document(
     session_id: OwnSession, *, request: Request, service: Service, context: Context, terms: AskedTerms, reply: Reply
 ) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, Service
+from titans_server.api.deps import Context, From, OwnSession, Reply, RoomForAnother, Service, room
 from titans_server.api.preconditions import IfMatch, show
 from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Session, SessionList
 from titans_server.errors import InvalidRequest
@@ -18,7 +18,7 @@ SESSION = "/v1/sessions/{session_id}"
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-@router.post("/v1/sessions", status_code=201)
+@router.post("/v1/sessions", status_code=201, dependencies=[RoomForAnother])
 async def create_session(
     service: Service, caller: From, response: Response, body: CreateSession | None = None
 ) -> Session:
@@ -54,6 +54,8 @@ async def create_completion(
     """Answer a prompt from what the session has read."""
     if body.max_tokens > (limit := context.settings.max_completion_tokens):
         raise InvalidRequest(f"max_tokens is at most {limit}", param="max_tokens")
+    if body.memory == "write":
+        await room(reply.caller, service)
     if body.stream:
         return reply.stream(service.complete(session_id, body.to_request()))
     return await reply.whole(_complete(service, session_id, body.to_request()))

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from titans_server.api.deps import OwnSession, Service
+from titans_server.api.deps import OwnSession, Room, RoomForAnother, Service
 from titans_server.api.preconditions import IfMatch, show
 from titans_server.api.routes import SESSION
 from titans_server.api.schemas import ForkSession, KeptVersion, RestoreSession, Session, VersionList
@@ -26,7 +26,7 @@ async def restore_version(
     return show(await service.restore(session_id, body.version, if_match), response)
 
 
-@router.post(SESSION + "/fork", status_code=201)
+@router.post(SESSION + "/fork", status_code=201, dependencies=[RoomForAnother])
 async def fork_session(
     session_id: OwnSession, service: Service, response: Response, body: ForkSession | None = None
 ) -> Session:
@@ -47,7 +47,7 @@ async def export_state(session_id: OwnSession, service: Service, version: int | 
     return Response(blob, headers=headers, media_type="application/octet-stream")
 
 
-@router.put(SESSION + "/state")
+@router.put(SESSION + "/state", dependencies=[Room])
 async def import_state(
     session_id: OwnSession, request: Request, service: Service, response: Response, if_match: IfMatch
 ) -> Session:

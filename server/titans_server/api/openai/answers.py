@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from titans_server.api.deps import AppContext, Replying, own_session
+from titans_server.api.deps import AppContext, Replying, own_session, room
 from titans_server.api.openai.convert import AnswerForm, Json, total
 from titans_server.api.openai.schemas import Asked, CreateAnswer, Memory
 from titans_server.errors import InvalidRequest, ModelNotFound
@@ -45,6 +45,8 @@ async def prepare(
     if session_id is None and memory == "write":
         raise InvalidRequest("there is no session that could learn this: name one", param="memory")
     memory = memory or ("read" if session_id is None else "write")
+    if memory == "write":
+        await room(caller, service)
     return session_id, [service.prepare(x) for x in body.to_requests(context.settings.max_completion_tokens, memory)]
 
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from fastapi import APIRouter
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, Service
+from titans_server.api.deps import Context, From, OwnSession, Reply, Room, RoomForAnother, Service
 from titans_server.api.openai.answers import prepare
 from titans_server.api.openai.convert import Json
 from titans_server.api.openai.responses.convert import ResponseForm, ResponseFraming, conversation_object, item_list
@@ -30,7 +30,7 @@ async def create_response(body: CreateResponse, reply: Reply, context: Context, 
     return await reply.whole(form.whole(pieces))
 
 
-@router.post("/v1/conversations")
+@router.post("/v1/conversations", dependencies=[RoomForAnother])
 async def create_conversation(service: Service, caller: From, body: CreateConversation | None = None) -> Json:
     """Create a session, under the name of a conversation; what its items say is learnt."""
     body = body or CreateConversation()
@@ -58,7 +58,7 @@ async def delete_conversation(session_id: OwnSession, service: Service) -> Json:
     return {"id": session_id, "object": "conversation.deleted", "deleted": True}
 
 
-@router.post(CONVERSATION + "/items")
+@router.post(CONVERSATION + "/items", dependencies=[Room])
 async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json | None:
     """Have a conversation learn what items say; the answer comes when that is durable."""
     await reply.whole(_learn(service, session_id, body.items))
