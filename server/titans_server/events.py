@@ -67,7 +67,7 @@ class TokenScore:
     """A token, and the logarithm of its probability."""
 
     text: bytes  # maybe a part of a character
-    logprob: float
+    logprob: float | None  # None: nothing stands before it
 
 
 @dataclass(frozen=True)

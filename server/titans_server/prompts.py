@@ -30,6 +30,7 @@ class CompletionRequest:
     sampling: SamplingParams
     stops: tuple[str, ...] = ()
     memory: Literal["read", "write", "off"] = "read"
+    echo: bool = False  # the answer begins with the prompt
 
 
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:

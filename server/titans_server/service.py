@@ -11,7 +11,7 @@ from titans.state import State
 from titans.tokenizer import Tokenizer
 
 from titans_server import failpoints
-from titans_server.engine import Engine, Finish
+from titans_server.engine import Engine, Finish, Read
 from titans_server.errors import InvalidRequest, InvalidState, SessionNotFound, StateCorrupted, VersionConflict
 from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, IngestionStatus, Progress, Usage
 from titans_server.ingesting import Ingestions, Terms
@@ -273,7 +273,7 @@ class SessionService:
         """Generate, and collect in `said` the tokens of prompt and answer."""
         prompt = encode(self.prepare(request).prompt, self.model.tokenizer)
         said.extend(prompt)
-        text = AnswerText(self.model.tokenizer, request.stops)
+        text = AnswerText(self.model.tokenizer, request.stops, with_tokens=request.sampling.num_logprobs is not None)
         finish: Finish = "stop"
         tokens = self._engine.generate(
             state,
@@ -281,12 +281,19 @@ class SessionService:
             max_tokens=request.max_tokens,
             sampling=request.sampling,
             recall=request.memory != "off",
+            echo=request.echo,
         )
         sampling = request.sampling
         asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)
         async with aclosing(tokens):
             with self._observer.answering(asked) as telling:
                 async for drawn in tokens:
+                    if isinstance(drawn, Read):
+                        if piece := text.echo(drawn.drawn):
+                            yield AnswerPiece(piece, text.take_tokens())
+                        continue
+                    if request.echo and len(said) == len(prompt) and (piece := text.echo_rest()):
+                        yield AnswerPiece(piece, text.take_tokens())
                     if isinstance(drawn, str):
                         finish = drawn
                         break

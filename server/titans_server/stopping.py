@@ -11,22 +11,33 @@ from titans_server.events import AnswerToken, TokenScore
 class AnswerText:
     """The text of an answer as it grows; a part that may become a stop string is held back until it is sure."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, with_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = stops
         self._held = ""
+        self._with_tokens = with_tokens
         self._num_released = 0  # characters
         self._tokens: list[AnswerToken] = []
         self.stopped = False
 
     def feed(self, drawn: Drawn) -> str:
         """Text that is certain now. Once `stopped`, the answer is complete."""
-        if drawn.logprob is not None:
-            top = tuple(self._score(token, logprob) for token, logprob in drawn.top)
-            offset = self._num_released + len(self._held)
-            self._tokens.append(AnswerToken(self._score(drawn.token, drawn.logprob), top, offset))
+        self._tell(drawn)
         return self._release(self._decoder.feed(drawn.token), last=False)
+
+    def echo(self, drawn: Drawn) -> str:
+        """The same of a token of the prompt, which no stop string ends."""
+        self._tell(drawn)
+        text = self._decoder.feed(drawn.token)
+        self._num_released += len(text)
+        return text
+
+    def echo_rest(self) -> str:
+        """What of the prompt was held back: its end. The answer begins."""
+        rest = self._decoder.finish()
+        self._num_released += len(rest)
+        return rest
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
@@ -38,7 +49,13 @@ class AnswerText:
         self._tokens = self._tokens[len(ready) :]
         return tuple(ready)
 
-    def _score(self, token: int, logprob: float) -> TokenScore:
+    def _tell(self, drawn: Drawn) -> None:
+        if self._with_tokens:
+            top = tuple(self._score(token, logprob) for token, logprob in drawn.top)
+            offset = self._num_released + len(self._held)
+            self._tokens.append(AnswerToken(self._score(drawn.token, drawn.logprob), top, offset))
+
+    def _score(self, token: int, logprob: float | None) -> TokenScore:
         return TokenScore(self._tokenizer.token_bytes(token), logprob)
 
     def _release(self, text: str, *, last: bool) -> str:

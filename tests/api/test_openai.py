@@ -240,6 +240,51 @@ async def test_a_conversation_tells_how_likely_its_tokens_were(ai: Driver) -> No
     assert all(x.top_logprobs == [] for x in parts)
 
 
+@pytest.mark.parametrize("prompt", ["what now", "a prompt of several windows. " * 4])
+async def test_an_echo_tells_of_the_prompt_what_was_told_of_it_as_an_answer(ai: Driver, prompt: str) -> None:
+    said = (await ai.text(prompt, logprobs=2, logit_bias={EOS: -100})).choices[0]
+    echoed = (await ai.text(prompt + said.text, logprobs=2, echo=True, max_tokens=0)).choices[0]
+    told = echoed.logprobs
+    assert echoed.text == prompt + said.text == "".join(told.tokens)
+    assert told.text_offset == list(range(len(echoed.text)))
+    assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+    assert told.token_logprobs[len(prompt) :] == pytest.approx(said.logprobs.token_logprobs, abs=1e-3)
+    for token, logprob, top in zip(told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+        assert top[token] == logprob
+        assert len(top) in {2, 3}
+
+
+async def test_an_echo_comes_before_the_answer_streamed_as_at_once(ai: Driver, told: str) -> None:
+    extra = {"extra_body": {"session": told}}
+    alone = (await ai.text("what now", logprobs=0, **extra)).choices[0]
+    whole = (await ai.text("what now", logprobs=0, echo=True, **extra)).choices[0]
+    assert whole.text == "what now" + alone.text
+    assert whole.logprobs.tokens == list("what now") + alone.logprobs.tokens
+    assert whole.logprobs.text_offset == list(range(len(whole.text)))
+    chunks = await ai.text("what now", logprobs=0, echo=True, stream=True, **extra)
+    assert text_of(chunks) == whole.text
+    assert [x for chunk in chunks for x in chunk.choices[0].logprobs.tokens] == whole.logprobs.tokens
+    plain = await ai.text("wie schön € 🙂", echo=True, max_tokens=1)
+    assert plain.choices[0].text.startswith("wie schön € 🙂")
+    assert plain.choices[0].logprobs is None
+    several = await ai.text(["a", "bc"], echo=True, n=2)
+    assert [choice.text[:2].rstrip() for choice in several.choices][2:] == ["bc", "bc"]
+    assert (await ai.text("abc", echo=True, stop="b", max_tokens=1)).choices[0].text.startswith("abc")
+
+
+async def test_an_echo_tells_of_the_end_of_text_too(ai: Driver) -> None:
+    """lm-eval takes the last token for the one that was generated, whatever it is."""
+    ended = (await ai.text("what now", logprobs=1, echo=True, max_tokens=1, logit_bias={EOS: 100})).choices[0]
+    assert (ended.text, ended.finish_reason) == ("what now", "stop")
+    assert len(ended.logprobs.tokens) == len("what now") + 1
+
+
+async def test_no_tokens_are_for_an_echo_alone(ai: Driver) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await ai.text("a", max_tokens=0)
+    assert caught.value.param == "max_tokens"
+
+
 async def test_bias_forbids_and_forces(ai: Driver) -> None:
     free = (await ai.text("what now")).choices[0].text
     forced = (await ai.text("what now", logit_bias={token_of("x"): 100}, logprobs=0)).choices[0]
@@ -334,7 +379,6 @@ async def test_an_unknown_session_is_not_found(ai: Driver, session: str, stream:
         ({"extra_body": {"tempratur": 1}}, "tempratur", "unsupported_parameter"),
         ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format", "unsupported_parameter"),
         ({"extra_body": {"best_of": 2}}, "best_of", "unsupported_parameter"),
-        ({"extra_body": {"echo": True}}, "echo", "unsupported_parameter"),
         ({"extra_body": {"tools": [{"type": "function"}]}}, "tools", "unsupported_parameter"),
     ],
 )

@@ -11,7 +11,7 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State, Stream
-from titans_server.engine import Engine
+from titans_server.engine import Engine, Read
 from titans_server.engine.runner import Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
 from titans_server.observer import Computed, Observer
@@ -36,7 +36,7 @@ async def answer(
     engine: Engine, state: State, prompt: list[int], *, recall: bool = True, count: int = 12
 ) -> list[Drawn | str]:
     stream = engine.generate(state, prompt, max_tokens=count, sampling=GREEDY, recall=recall)
-    return [token async for token in stream]
+    return [token async for token in stream if not isinstance(token, Read)]
 
 
 def assert_same(ours: State, theirs: State) -> None:
@@ -104,7 +104,7 @@ async def test_a_seed_repeats_its_answer(engine: Engine) -> None:
     async def draw(seed: int | None) -> list[Drawn | str]:
         params = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, seed=seed)
         stream = engine.generate(engine.new_state(), tokens(3, seed=1), max_tokens=20, sampling=params)
-        return [token async for token in stream]
+        return [token async for token in stream if not isinstance(token, Read)]
 
     assert await draw(7) == await draw(7)
     assert await draw(7) != await draw(8)

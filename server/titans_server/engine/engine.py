@@ -14,7 +14,7 @@ from functools import partial
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State
 
-from titans_server.engine.request import Finish, Generation, Ingestion
+from titans_server.engine.request import Finish, Generation, Ingestion, Read
 from titans_server.engine.runner import Runner
 from titans_server.engine.scheduler import Scheduler
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
@@ -107,20 +107,28 @@ class Engine:
         return await asyncio.wrap_future(request.done)
 
     async def generate(
-        self, state: State, prompt: list[int], *, max_tokens: int, sampling: SamplingParams, recall: bool = True
-    ) -> AsyncGenerator[Drawn | Finish, None]:
+        self,
+        state: State,
+        prompt: list[int],
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        recall: bool = True,
+        echo: bool = False,
+    ) -> AsyncGenerator[Read | Drawn | Finish, None]:
         """Tokens that follow `prompt`, then how it ended. Closing the iterator stops it within a step.
 
-        The end-of-text token is not among them. Raises Overloaded, ShuttingDown.
+        The end-of-text token is not among them. `echo`: the prompt's tokens come before, and
+        the end-of-text token as one of them at the end. Raises Overloaded, ShuttingDown.
         """
         loop = asyncio.get_running_loop()
-        answers: asyncio.Queue[Drawn | Finish | BaseException] = asyncio.Queue()
+        answers: asyncio.Queue[Read | Drawn | Finish | BaseException] = asyncio.Queue()
 
-        def emit(answer: Drawn | Finish | BaseException) -> None:
+        def emit(answer: Read | Drawn | Finish | BaseException) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        request = Generation(state, prompt, max_tokens, sampling, recall, emit)
+        request = Generation(state, prompt, max_tokens, sampling, recall, emit, echo)
         self._submit(request)
         try:
             while True:
@@ -190,10 +198,15 @@ class Engine:
                     request.done.set_result(request.state)
 
     def _prefill(self, request: Generation, size: int) -> None:
-        drawn = self._runner.prefill(request, size)
+        read, drawn = self._runner.prefill(request, size)
+        for token in read:
+            request.emit(Read(token))
         if drawn is not None:
             self._scheduler.prompt_read(request)
-            self._record(request, drawn)
+            if request.max_tokens:
+                self._record(request, drawn)
+            else:
+                self._finish(request, "length")
 
     def _decode(self, requests: list[Generation]) -> None:
         for request, drawn in self._runner.decode(requests).items():
@@ -202,6 +215,8 @@ class Engine:
     def _record(self, request: Generation, drawn: Drawn) -> None:
         request.num_generated += 1
         if drawn.token == self._eos_token:
+            if request.echo:
+                request.emit(Read(drawn))
             self._finish(request, "stop")
             return
         request.emit(drawn)

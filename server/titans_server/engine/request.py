@@ -16,6 +16,16 @@ if TYPE_CHECKING:  # the scheduler, which imports this, is torch-free
 Finish = Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class Read:
+    """A token that is no part of the answer, and how likely the model found it: of the prompt, or the end-of-text.
+
+    The first one of a prompt has no probability: nothing stands before it.
+    """
+
+    drawn: "Drawn"
+
+
 @dataclass(eq=False)
 class Ingestion:
     """Tokens for a session's memory. The state given stays as it is; the result is another."""
@@ -50,7 +60,8 @@ class Generation:
     max_tokens: int
     sampling: "SamplingParams"
     recall: bool  # False: the memory answers nothing
-    emit: "Callable[[Drawn | Finish | BaseException], None]"  # tokens, then how it ended; called on the compute thread
+    emit: "Callable[[Read | Drawn | Finish | BaseException], None]"  # called on the compute thread; how it ended last
+    echo: bool = False  # tell of the prompt's tokens, too
     num_read: int = 0  # tokens of the prompt that have been read
     num_generated: int = 0
     cancelled: bool = False

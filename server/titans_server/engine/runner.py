@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import torch
 from titans.model import TitansModel
-from titans.sampling import Drawn, Sampler
+from titans.sampling import Drawn, Sampler, told
 from titans.state import State, Stream
 
 from titans_server.engine.pool import Pool
@@ -22,6 +22,7 @@ class Runner:
         self._opened: OrderedDict[tuple[int, bool], tuple[State, Stream]] = (
             OrderedDict()
         )  # as first opened, the last few
+        self._last_hidden: dict[Generation, torch.Tensor] = {}  # [D], of prompts that are told of
         self._samplers: dict[Generation, Sampler] = {}
         self._last_token: dict[Generation, int] = {}
         self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the pool
@@ -79,19 +80,31 @@ class Runner:
         return float(torch.stack(squares).sum().sqrt()) / len(request.tokens)
 
     @torch.inference_mode()
-    def prefill(self, request: Generation, size: int) -> Drawn | None:
-        """The next `size` tokens of a prompt. Returns the answer's first token when the prompt is at its end."""
+    def prefill(self, request: Generation, size: int) -> tuple[list[Drawn], Drawn | None]:
+        """The next `size` tokens of a prompt: what is to be told of them, and the answer's first token at its end."""
         stream = self._prefilling.pop(request, None) or self._open(request.state, recall=request.recall)
-        tokens = self._padded([request.prompt[request.num_read : request.num_read + size]])
-        hidden, stream = self._model(tokens, stream)
+        tokens = request.prompt[request.num_read : request.num_read + size]
+        hidden, stream = self._model(self._padded([tokens]), stream)
+        read = self._told(request, tokens, hidden[0]) if request.echo else []
         request.num_read += size
         if request.num_read < len(request.prompt):
             self._prefilling[request] = stream
-            return None
+            return read, None
         self._samplers[request] = Sampler(request.sampling)
         self._pools[request.recall].join(stream)
         self._members[request.recall].append(request)
-        return self._sample(request, self._model.logits(hidden[0, -1]).cpu())
+        return read, self._sample(request, self._model.logits(hidden[0, -1]).cpu())
+
+    def _told(self, request: Generation, tokens: list[int], hidden_TD: torch.Tensor) -> list[Drawn]:
+        """A prompt's tokens, each with its probability after those before it."""
+        num_top, before_D = request.sampling.num_logprobs, self._last_hidden.pop(request, None)
+        if num_top is None:
+            return [Drawn(token) for token in tokens]
+        self._last_hidden[request] = hidden_TD[-1]
+        first = [Drawn(tokens[0])] if before_D is None else []
+        rows = hidden_TD[:-1] if before_D is None else torch.cat([before_D[None], hidden_TD[:-1]])
+        scored = zip(rows, tokens[len(first) :], strict=True)  # a row at a time: the vocabulary is large
+        return first + [told(self._model.logits(row).cpu(), token, num_top) for row, token in scored]
 
     @torch.inference_mode()
     def decode(self, requests: list[Generation]) -> dict[Generation, Drawn]:
@@ -112,6 +125,7 @@ class Runner:
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
         self._prefilling.pop(request, None)
+        self._last_hidden.pop(request, None)
         self._samplers.pop(request, None)
         self._last_token.pop(request, None)
         members = self._members[request.recall]

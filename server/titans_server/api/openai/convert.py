@@ -71,7 +71,7 @@ class TextForm(AnswerForm):
         return {
             "tokens": [_text(token.score) for token in tokens],
             "token_logprobs": [token.score.logprob for token in tokens],
-            "top_logprobs": [{_text(x): x.logprob for x in (*token.top, token.score)} for token in tokens],
+            "top_logprobs": [_top(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 
@@ -112,6 +112,12 @@ def total(usages: Mapping[int, Usage], num_answers_each: int) -> Json:
 def scored(score: TokenScore) -> Json:
     """A token with its probability, as chats tell it."""
     return {"token": _text(score), "logprob": score.logprob, "bytes": list(score.text)}
+
+
+def _top(token: AnswerToken) -> Json | None:
+    if token.score.logprob is None:
+        return None
+    return {_text(x): x.logprob for x in (*token.top, token.score)}
 
 
 def _text(score: TokenScore) -> str:

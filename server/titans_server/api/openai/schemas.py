@@ -15,7 +15,6 @@ _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields
     "audio": (),
     "background": (False,),
     "best_of": (1,),
-    "echo": (False,),
     "functions": ([],),
     "include": ([],),
     "modalities": (["text"],),
@@ -121,6 +120,11 @@ class Asked(Body):
         """How many of the likeliest tokens to tell of at each place; None: of no probability at all."""
         raise NotImplementedError
 
+    @property
+    def is_echoed(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
+
     def to_requests(self, max_tokens: int, memory: Memory) -> list[CompletionRequest]:
         """What the service is asked for, one a prompt. `max_tokens`: the most that the server gives."""
         limit = max_tokens if self.token_limit is None else self.token_limit
@@ -139,7 +143,8 @@ class Asked(Body):
             logit_bias=tuple(self.logit_bias.items()),
             num_logprobs=self.num_logprobs,
         )
-        return [CompletionRequest(prompt, limit, sampling, tuple(self.stop), memory) for prompt in self.prompts]
+        stops, echo = tuple(self.stop), self.is_echoed
+        return [CompletionRequest(prompt, limit, sampling, stops, memory, echo) for prompt in self.prompts]
 
 
 class CreateAnswer(Asked):
@@ -164,8 +169,20 @@ class CreateCompletion(CreateAnswer):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, _Prompt)]
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int = Field(default=16, ge=0)
+    echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "CreateCompletion":
+        if not self.max_tokens and not self.echo:
+            raise InvalidRequest("max_tokens is at least 1, but with echo: true", param="max_tokens")
+        return self
+
+    @property
+    def is_echoed(self) -> bool:
+        """As asked."""
+        return self.echo
 
     @property
     def prompts(self) -> Sequence[Prompt]:
