@@ -2,20 +2,18 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
-
 from titans_server.errors import StoreUnavailable
+from titans_server.sessions import redis_client
 from titans_server.sessions.uncancelled import Uncancelled
 from titans_server.tenants.keys import Key
 
 _BUSY_SECONDS = 10.0
-_ANSWER_SECONDS = 10.0
+_CONNECTIONS = 4
 _TABLE = "CREATE TABLE IF NOT EXISTS api_keys (id TEXT PRIMARY KEY, record TEXT NOT NULL)"
 _HASH = "titans:api-keys"  # in Redis: a hash of records, as JSON, by their keys' ids
 
@@ -120,7 +118,8 @@ class RedisKeys:
 
     def __init__(self, url: str) -> None:
         """Raises ValueError where the URL makes no sense."""
-        self._client = Redis.from_url(url, socket_connect_timeout=_ANSWER_SECONDS, socket_timeout=_ANSWER_SECONDS)
+        self._client = redis_client.connect(url, max_connections=_CONNECTIONS)
+        self._turns = asyncio.Semaphore(_CONNECTIONS)  # so that no operation finds all connections taken
         self._uncancelled = Uncancelled()
 
     async def get(self, key_id: str) -> Key | None:
@@ -146,14 +145,11 @@ class RedisKeys:
         await self._client.aclose()
 
     async def _run(self, operation: Any) -> Any:
-        return await self._uncancelled(self._translated(operation))
+        return await self._uncancelled(self._in_turn(operation))
 
-    @staticmethod
-    async def _translated(operation: Awaitable[Any]) -> Any:
-        try:
-            return await operation
-        except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"the Redis store cannot be asked for keys: {type(error).__name__}") from error
+    async def _in_turn(self, operation: Any) -> Any:
+        async with self._turns:
+            return await redis_client.translated(operation)
 
 
 def open_keys(url: str) -> KeyStore:
