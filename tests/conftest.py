@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.redis_server import RedisServer
+from support.redis_server import RedisServer, redis_cluster, redis_sentinel
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another
 
@@ -18,6 +18,20 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.start()
     yield server.url
     server.kill(signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, as a cluster of two."""
+    with redis_cluster(tmp_path_factory.mktemp("redis-cluster")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, behind a Sentinel."""
+    with redis_sentinel(tmp_path_factory.mktemp("redis-sentinel")) as url:
+        yield url
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from titans_server.sessions.record import Draft, Outcome, Parent
 from titans_server.sessions.store import Commit, SessionStore, Usage
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "redis_sentinel"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SessionStore]:
     url = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/deep/er/sessions.db"}.get(request.param)
-    store = open_store(url or request.getfixturevalue("redis_url"))
-    assert store.name == request.param
+    store = open_store(url or request.getfixturevalue(f"{request.param}_url"))
+    assert store.name == request.param.partition("_")[0]
     await store.open()
     yield store
     await store.close()

@@ -1,4 +1,4 @@
-"""A real Redis for tests."""
+"""A real Redis for tests: alone, as a cluster, behind a Sentinel."""
 
 import contextlib
 import shutil
@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,14 @@ import redis
 class RedisServer:
     """A real redis-server in a folder of its own. What it acknowledges is in the append-only file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *words: str, **settings: object) -> None:
+        """`words` come first on its command line; `settings` go before those that are set here."""
         binary = shutil.which("redis-server")
         if binary is None:
             pytest.fail("these tests need the `redis-server` binary: apt-get install redis-server")
-        self._binary, self._folder = binary, folder
+        self._binary, self._folder, self._words, self.settings = binary, folder, words, settings
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
 
     @property
     def url(self) -> str:
@@ -38,10 +38,14 @@ class RedisServer:
             "appendonly": "yes",
             "appendfsync": "always",
             "maxmemory-policy": "noeviction",
+            "save": "",
         }
-        options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        if "--sentinel" in self._words:  # which keeps nothing
+            settings = {name: settings[name] for name in ("bind", "port", "dir")}
+        given = settings | {name.replace("_", "-"): value for name, value in self.settings.items()}
+        options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen([self._binary, *options, "--save", ""], stdout=log, stderr=log)
+            self._process = subprocess.Popen([self._binary, *self._words, *options], stdout=log, stderr=log)
         self._wait()
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -75,3 +79,57 @@ class RedisServer:
                 return
             time.sleep(0.05)
         pytest.fail("redis-server does not start:\n" + (self._folder / "redis.log").read_text())
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def redis_cluster(folder: Path) -> Iterator[str]:
+    """A cluster of two, each with half of the slots: its URL."""
+    nodes = []
+    for name in ("low", "high"):
+        (folder / name).mkdir()
+        nodes.append(RedisServer(folder / name, cluster_enabled="yes", cluster_port=free_port()))
+        nodes[-1].start()
+    low, high = nodes
+    try:
+        low.command("CLUSTER", "ADDSLOTSRANGE", 0, 8_191)
+        high.command("CLUSTER", "ADDSLOTSRANGE", 8_192, 16_383)
+        low.command("CLUSTER", "MEET", "127.0.0.1", high.port, str(high.settings["cluster_port"]))
+        _wait_for(lambda: all(b"cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
+        yield f"redis+cluster://127.0.0.1:{low.port}"
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+@contextlib.contextmanager
+def redis_sentinel(folder: Path) -> Iterator[str]:
+    """A Redis, and a Sentinel that watches it: the URL of what it watches."""
+    for name in ("master", "sentinel"):
+        (folder / name).mkdir()
+    master = RedisServer(folder / "master")
+    master.start()
+    config = folder / "sentinel.conf"
+    config.write_text(f"sentinel monitor titans 127.0.0.1 {master.port} 1\n")
+    sentinel = RedisServer(folder / "sentinel", str(config), "--sentinel")
+    sentinel.start()
+    try:
+        yield f"redis+sentinel://127.0.0.1:{sentinel.port}/titans/0"
+    finally:
+        sentinel.kill()
+        master.kill()
+
+
+def _wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        if time.monotonic() > deadline:
+            pytest.fail("Redis does not come to where it should")
+        time.sleep(0.05)

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import redis
 from titans_server.errors import StoreUnavailable
+from titans_server.sessions import redis_client
 from titans_server.tenants import keys
 from titans_server.tenants.quotas import Quotas
 from titans_server.tenants.store import KeyStore, open_keys
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "redis":
-        found = str(request.getfixturevalue("redis_url"))
-        with redis.Redis.from_url(found) as client:
-            client.delete("titans:api-keys")
+@pytest.fixture(params=["memory", "sqlite", "redis", "redis_cluster", "redis_sentinel"])
+async def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param.startswith("redis"):
+        found = str(request.getfixturevalue(f"{request.param}_url"))
+        client = redis_client.connect(found, max_connections=1)
+        await client.delete("titans:api-keys")
+        await client.aclose()
         return found
     return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/new/folder/titans.db"
 

@@ -1,7 +1,7 @@
 """The way to a Redis: one server, one behind Sentinel, or a cluster; if it can be trusted; what its errors mean."""
 
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -76,7 +76,21 @@ def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
         given["ssl"] = True
     timeouts = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout")}
     sentinel = Sentinel(sentinels, sentinel_kwargs=timeouts)  # type: ignore[no-untyped-call]
-    return sentinel.master_for(unquote(service), **options | given)
+    client = sentinel.master_for(unquote(service), redis_class=_Watched, **options | given)
+    client.watchers = sentinel.sentinels
+    return client
+
+
+class _Watched(Redis):
+    """A client of what Sentinels watch. It lets go of its connections to them too, which redis-py forgets."""
+
+    watchers: Sequence[Redis] = ()
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """See Redis."""
+        await super().aclose(close_connection_pool)
+        for watcher in self.watchers:
+            await watcher.aclose()
 
 
 async def check(client: Any) -> None:
