@@ -92,6 +92,7 @@ def test_an_answer_follows_the_conventions_for_generative_ai(
     cold, warm = create(http), create(http)
     for session in (cold, warm):
         http.post(f"/v1/sessions/{session}/documents", content="words", headers=PLAIN)
+    spans(http, exporter)  # all have ended
     exporter.clear()
     model = http.get("/v1/models").json()["data"][0]["id"]
     body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "session": cold}
