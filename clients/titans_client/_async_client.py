@@ -13,7 +13,19 @@ from . import _core
 from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import AsyncDocumentSource, opened_async
 from ._errors import APIConnectionError, ServerUnavailableError, TitansError
-from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
+from ._models import (
+    Completion,
+    CompletionChunk,
+    CompletionOptions,
+    Document,
+    Health,
+    IngestEvent,
+    Ingestion,
+    Session,
+    SessionList,
+    VersionList,
+    Wire,
+)
 from ._settings import Settings
 from ._streams import AsyncStream
 
@@ -48,19 +60,51 @@ class AsyncClient:
         return AsyncSessions(self)
 
     async def ingest(
-        self, session_id: str, document: AsyncDocumentSource, *, content_type: str = _core.PLAIN_TEXT
+        self,
+        session_id: str,
+        document: AsyncDocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
     ) -> Document:
         """As `Client.ingest`; the document may be an asynchronous iterator too.
 
         Files and plain iterators are read in a thread, so that the event loop is never held up.
         """
-        return await self._send(_core.ingest(session_id, document, content_type))
+        return await self._send(_core.ingest(session_id, document, content_type, key, if_version))
 
     def ingest_stream(
-        self, session_id: str, document: AsyncDocumentSource, *, content_type: str = _core.PLAIN_TEXT
+        self,
+        session_id: str,
+        document: AsyncDocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
     ) -> AsyncStream[IngestEvent]:
         """As `Client.ingest_stream`."""
-        return AsyncStream(self._events(_core.ingest_stream(session_id, document, content_type)))
+        return AsyncStream(self._events(_core.ingest_stream(session_id, document, content_type, key, if_version)))
+
+    async def ingest_later(
+        self,
+        session_id: str,
+        document: AsyncDocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
+    ) -> Ingestion:
+        """As `Client.ingest_later`."""
+        return await self._send(_core.ingest_later(session_id, document, content_type, key, if_version))
+
+    async def ingestion(self, ingestion_id: str) -> Ingestion:
+        """As `Client.ingestion`."""
+        return await self._send(_core.get_ingestion(ingestion_id))
+
+    async def cancel_ingestion(self, ingestion_id: str) -> Ingestion:
+        """As `Client.cancel_ingestion`."""
+        return await self._send(_core.cancel_ingestion(ingestion_id))
 
     async def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
         """As `Client.complete`."""
@@ -163,9 +207,9 @@ class AsyncSessions:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def create(self, metadata: Mapping[str, str] | None = None) -> Session:
+    async def create(self, metadata: Mapping[str, str] | None = None, *, ttl_seconds: int | None = None) -> Session:
         """As `Sessions.create`."""
-        return await self._client._send(_core.create_session(metadata))
+        return await self._client._send(_core.create_session(metadata, ttl_seconds))
 
     async def get(self, session_id: str) -> Session:
         """As `Sessions.get`."""
@@ -174,3 +218,36 @@ class AsyncSessions:
     async def delete(self, session_id: str) -> None:
         """As `Sessions.delete`."""
         await self._client._send(_core.delete_session(session_id))
+
+    async def list(self, limit: int = 20, after: str | None = None) -> SessionList:
+        """As `Sessions.list`."""
+        return await self._client._send(_core.list_sessions(limit, after))
+
+    async def versions(self, session_id: str) -> VersionList:
+        """As `Sessions.versions`."""
+        return await self._client._send(_core.list_versions(session_id))
+
+    async def restore(self, session_id: str, version: int, *, if_version: int | None = None) -> Session:
+        """As `Sessions.restore`."""
+        return await self._client._send(_core.restore(session_id, version, if_version))
+
+    async def fork(
+        self,
+        session_id: str,
+        version: int | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        ttl_seconds: int | None = None,
+    ) -> Session:
+        """As `Sessions.fork`."""
+        return await self._client._send(_core.fork(session_id, version, metadata, ttl_seconds))
+
+    async def export_state(self, session_id: str, version: int | None = None) -> bytes:
+        """As `Sessions.export_state`."""
+        return await self._client._send(_core.export_state(session_id, version))
+
+    async def import_state(
+        self, session_id: str, state: AsyncDocumentSource, *, if_version: int | None = None
+    ) -> Session:
+        """As `Sessions.import_state`."""
+        return await self._client._send(_core.import_state(session_id, state, if_version))

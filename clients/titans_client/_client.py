@@ -13,7 +13,19 @@ from . import _core
 from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import DocumentSource, opened
 from ._errors import APIConnectionError, ServerUnavailableError, TitansError
-from ._models import Completion, CompletionChunk, CompletionOptions, Document, Health, IngestEvent, Session, Wire
+from ._models import (
+    Completion,
+    CompletionChunk,
+    CompletionOptions,
+    Document,
+    Health,
+    IngestEvent,
+    Ingestion,
+    Session,
+    SessionList,
+    VersionList,
+    Wire,
+)
 from ._settings import Settings
 from ._streams import Stream
 
@@ -60,25 +72,61 @@ class Client:
         """The server's sessions."""
         return Sessions(self)
 
-    def ingest(self, session_id: str, document: DocumentSource, *, content_type: str = _core.PLAIN_TEXT) -> Document:
+    def ingest(
+        self,
+        session_id: str,
+        document: DocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
+    ) -> Document:
         """Have the session learn a document; return when its new state is durable.
 
         The document is text (a `str` is the text itself, not a path), its bytes, or where to read them: a `Path`,
         an open binary file, an iterator of bytes; these are sent as they are read, in pieces.
         On an error the session stays as it was; only after an APIConnectionError the document may have been learnt
-        (its version tells). Raises also OSError for a path that cannot be read, TypeError for what is not bytes.
+        (its version tells). With a `key`, sent as Idempotency-Key, it may be sent again: it is learnt once, and goes on
+        from what was durable. `if_version`: the version that the session has to be at, else VersionConflictError.
+        Raises also OSError for a path that cannot be read, TypeError for what is not bytes.
         """
-        return self._send(_core.ingest(session_id, document, content_type))
+        return self._send(_core.ingest(session_id, document, content_type, key, if_version))
 
     def ingest_stream(
-        self, session_id: str, document: DocumentSource, *, content_type: str = _core.PLAIN_TEXT
+        self,
+        session_id: str,
+        document: DocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
     ) -> Stream[IngestEvent]:
         """As `ingest`, told as it goes: any number of `Progress`, then one `Document`.
 
         The document is sent before the first progress is read. Giving the stream up before its end leaves the
         session as it was.
         """
-        return Stream(self._events(_core.ingest_stream(session_id, document, content_type)))
+        return Stream(self._events(_core.ingest_stream(session_id, document, content_type, key, if_version)))
+
+    def ingest_later(
+        self,
+        session_id: str,
+        document: DocumentSource,
+        *,
+        content_type: str = _core.PLAIN_TEXT,
+        key: str | None = None,
+        if_version: int | None = None,
+    ) -> Ingestion:
+        """As `ingest`, but return when all of the document is durable: it is learnt afterwards, whatever happens."""
+        return self._send(_core.ingest_later(session_id, document, content_type, key, if_version))
+
+    def ingestion(self, ingestion_id: str) -> Ingestion:
+        """How far a document has come. Raises IngestionNotFoundError."""
+        return self._send(_core.get_ingestion(ingestion_id))
+
+    def cancel_ingestion(self, ingestion_id: str) -> Ingestion:
+        """Stop a document before it is learnt; one that is done stays. Raises IngestionNotFoundError."""
+        return self._send(_core.cancel_ingestion(ingestion_id))
 
     def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
         """What follows the prompt, after all that the session has read. `CompletionOptions` says how."""
@@ -174,9 +222,9 @@ class Sessions:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def create(self, metadata: Mapping[str, str] | None = None) -> Session:
+    def create(self, metadata: Mapping[str, str] | None = None, *, ttl_seconds: int | None = None) -> Session:
         """A new session, which has read nothing. The metadata is kept and given back, never looked at."""
-        return self._client._send(_core.create_session(metadata))
+        return self._client._send(_core.create_session(metadata, ttl_seconds))
 
     def get(self, session_id: str) -> Session:
         """The session as it is now. Raises SessionNotFoundError."""
@@ -188,3 +236,34 @@ class Sessions:
         Also when the first try has done it but its answer was lost.
         """
         self._client._send(_core.delete_session(session_id))
+
+    def list(self, limit: int = 20, after: str | None = None) -> SessionList:
+        """Your sessions, newest first: at most `limit`, those that come after the session `after`."""
+        return self._client._send(_core.list_sessions(limit, after))
+
+    def versions(self, session_id: str) -> VersionList:
+        """The versions that are kept, newest first."""
+        return self._client._send(_core.list_versions(session_id))
+
+    def restore(self, session_id: str, version: int, *, if_version: int | None = None) -> Session:
+        """Make what an older version was the newest. Raises VersionNotFoundError, VersionConflictError."""
+        return self._client._send(_core.restore(session_id, version, if_version))
+
+    def fork(
+        self,
+        session_id: str,
+        version: int | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        ttl_seconds: int | None = None,
+    ) -> Session:
+        """A new session that goes on from a version of another one. Raises VersionNotFoundError."""
+        return self._client._send(_core.fork(session_id, version, metadata, ttl_seconds))
+
+    def export_state(self, session_id: str, version: int | None = None) -> bytes:
+        """A version as a safetensors file, which `import_state` reads."""
+        return self._client._send(_core.export_state(session_id, version))
+
+    def import_state(self, session_id: str, state: DocumentSource, *, if_version: int | None = None) -> Session:
+        """Make an exported state the newest version. Raises StateMismatchError, InvalidStateError."""
+        return self._client._send(_core.import_state(session_id, state, if_version))

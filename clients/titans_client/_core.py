@@ -32,8 +32,11 @@ from ._models import (
     Document,
     Health,
     IngestEvent,
+    Ingestion,
     Progress,
     Session,
+    SessionList,
+    VersionList,
     Wire,
 )
 from ._settings import Settings
@@ -244,10 +247,84 @@ def parse_as(model: type[M], data: bytes | str) -> M:
         raise APIResponseError(f"the answer is not a {model.__name__}: {reason}") from error
 
 
-def create_session(metadata: Mapping[str, str] | None) -> Call[Session]:
+def create_session(metadata: Mapping[str, str] | None, ttl_seconds: int | None = None) -> Call[Session]:
     """POST /v1/sessions."""
-    body = None if metadata is None else {"metadata": dict(metadata)}
-    return Call(method="POST", path="/v1/sessions", json=body, parse=_parser(Session))
+    given = {"metadata": metadata and dict(metadata), "ttl_seconds": ttl_seconds}
+    return Call(method="POST", path="/v1/sessions", json=_given(given) or None, parse=_parser(Session))
+
+
+def list_sessions(limit: int, after: str | None) -> Call[SessionList]:
+    """GET /v1/sessions."""
+    path = f"/v1/sessions?limit={limit}" + (f"&after={quote(after, safe='')}" if after else "")
+    return Call(method="GET", path=path, is_repeatable=True, parse=_parser(SessionList))
+
+
+def list_versions(session_id: str) -> Call[VersionList]:
+    """GET /v1/sessions/{id}/versions."""
+    return Call(method="GET", path=_path(session_id, "versions"), is_repeatable=True, parse=_parser(VersionList))
+
+
+def restore(session_id: str, version: int, if_version: int | None) -> Call[Session]:
+    """POST /v1/sessions/{id}/restore."""
+    return Call(
+        method="POST",
+        path=_path(session_id, "restore"),
+        headers=_headers(if_version=if_version),
+        json={"version": version},
+        parse=_parser(Session),
+    )
+
+
+def fork(
+    session_id: str, version: int | None, metadata: Mapping[str, str] | None, ttl_seconds: int | None
+) -> Call[Session]:
+    """POST /v1/sessions/{id}/fork."""
+    given = {"version": version, "metadata": metadata and dict(metadata), "ttl_seconds": ttl_seconds}
+    return Call(method="POST", path=_path(session_id, "fork"), json=_given(given), parse=_parser(Session))
+
+
+def export_state(session_id: str, version: int | None) -> Call[bytes]:
+    """GET /v1/sessions/{id}/state."""
+    path = _path(session_id, "state") + ("" if version is None else f"?version={version}")
+    return Call(method="GET", path=path, is_repeatable=True, is_work=True, parse=lambda body: body)
+
+
+def import_state(session_id: str, state: AsyncDocumentSource, if_version: int | None) -> Call[Session]:
+    """PUT /v1/sessions/{id}/state."""
+    return Call(
+        method="PUT",
+        path=_path(session_id, "state"),
+        headers=_headers(if_version=if_version) | {"Content-Type": "application/octet-stream"},
+        document=state,
+        is_work=True,
+        parse=_parser(Session),
+    )
+
+
+def ingest_later(
+    session_id: str, document: AsyncDocumentSource, content_type: str, key: str | None, if_version: int | None
+) -> Call[Ingestion]:
+    """POST /v1/sessions/{id}/documents, answered once it is durable and before it is learnt."""
+    return Call(
+        method="POST",
+        path=_path(session_id, "documents"),
+        headers=_headers(key, if_version) | {"Content-Type": content_type, "Prefer": "respond-async"},
+        document=document,
+        is_work=True,
+        parse=_parser(Ingestion),
+    )
+
+
+def get_ingestion(ingestion_id: str) -> Call[Ingestion]:
+    """GET /v1/ingestions/{id}."""
+    path = f"/v1/ingestions/{quote(ingestion_id, safe='')}"
+    return Call(method="GET", path=path, is_repeatable=True, parse=_parser(Ingestion))
+
+
+def cancel_ingestion(ingestion_id: str) -> Call[Ingestion]:
+    """DELETE /v1/ingestions/{id}."""
+    path = f"/v1/ingestions/{quote(ingestion_id, safe='')}"
+    return Call(method="DELETE", path=path, is_repeatable=True, parse=_parser(Ingestion))
 
 
 def get_session(session_id: str) -> Call[Session]:
@@ -260,24 +337,36 @@ def delete_session(session_id: str) -> Call[None]:
     return Call(method="DELETE", path=_path(session_id), is_repeatable=True, parse=lambda _: None)
 
 
-def ingest(session_id: str, document: AsyncDocumentSource, content_type: str) -> Call[Document]:
+def ingest(
+    session_id: str,
+    document: AsyncDocumentSource,
+    content_type: str,
+    key: str | None = None,
+    if_version: int | None = None,
+) -> Call[Document]:
     """POST /v1/sessions/{id}/documents, one answer."""
     return Call(
         method="POST",
         path=_path(session_id, "documents"),
-        headers={"Content-Type": content_type},
+        headers=_headers(key, if_version) | {"Content-Type": content_type},
         document=document,
         is_work=True,
         parse=_parser(Document),
     )
 
 
-def ingest_stream(session_id: str, document: AsyncDocumentSource, content_type: str) -> StreamCall[IngestEvent]:
+def ingest_stream(
+    session_id: str,
+    document: AsyncDocumentSource,
+    content_type: str,
+    key: str | None = None,
+    if_version: int | None = None,
+) -> StreamCall[IngestEvent]:
     """The same, with progress. `done` is the end: it says that the document is durable."""
     return StreamCall(
         method="POST",
         path=_path(session_id, "documents"),
-        headers={"Content-Type": content_type, "Accept": EVENT_STREAM},
+        headers=_headers(key, if_version) | {"Content-Type": content_type, "Accept": EVENT_STREAM},
         document=document,
         is_work=True,
         events=cast(Mapping[str, type[IngestEvent]], {"progress": Progress, "done": Document}),
@@ -312,6 +401,15 @@ def stream(session_id: str, prompt: str, options: CompletionOptions) -> StreamCa
 def health() -> Call[Health]:
     """GET /health/ready. Asked once: "not now" is an answer."""
     return Call(method="GET", path="/health/ready", parse=_parser(Health))
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _headers(key: str | None = None, if_version: int | None = None) -> dict[str, str]:
+    version = None if if_version is None else f'"{if_version}"'
+    return _given({"Idempotency-Key": key, "If-Match": version})
 
 
 def _parser(model: type[M]) -> Callable[[bytes], M]:

@@ -18,6 +18,13 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
+class ForkedFrom(Wire):
+    """The session and the version that a session was forked from."""
+
+    session: str
+    version: int
+
+
 class Session(Wire):
     """A memory with a name: what it is made of and how far it has come."""
 
@@ -25,12 +32,59 @@ class Session(Wire):
     object: Literal["session"]
     version: int  # grows by one with every document learnt
     tokens_seen: int
-    state_bytes: int
+    state_bytes: int  # in memory, however much it has read
     model: str
     fingerprint: str  # of the weights that made the state
     created_at: float  # seconds since the epoch
     updated_at: float
+    stored_bytes: int = 0  # in the store, now
+    expires_at: float | None = None
+    parent: ForkedFrom | None = None
+    ingestions: list[str] = []  # documents under way
     metadata: dict[str, str]
+
+
+class SessionList(Wire):
+    """Some of the caller's sessions, newest first."""
+
+    data: tuple[Session, ...]
+    has_more: bool
+
+
+class Version(Wire):
+    """A version that can be forked, restored or exported."""
+
+    version: int
+    tokens_seen: int
+    created_at: float
+
+
+class VersionList(Wire):
+    """The versions that are kept, newest first."""
+
+    data: tuple[Version, ...]
+
+
+class Fault(Wire):
+    """Why something has failed."""
+
+    code: str
+    message: str
+
+
+class Ingestion(Wire):
+    """How far a document has come."""
+
+    id: str
+    object: Literal["ingestion"]
+    session: str
+    status: Literal["receiving", "interrupted", "learning", "done", "failed", "cancelled"]
+    committed_bytes: int  # durable; sent again under its key, it is learnt from here on
+    tokens: int
+    tokens_learnt: int
+    version: int | None  # that it made
+    created_at: float
+    error: Fault | None = None
 
 
 class Progress(Wire):
@@ -51,6 +105,8 @@ class Document(Wire):
     bytes: int
     tokens_seen: int  # by the session, in all
     seconds: float
+    ingestion: str = ""
+    replayed: bool = False  # it had been learnt before, under the same key
 
 
 IngestEvent = Progress | Document

@@ -59,7 +59,8 @@ def _build_parser(argv: Sequence[str]) -> _extensions.Parser:
         prog="titans", description="Sessions whose memory learns what they read.", parents=[url], allow_abbrev=False
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_sessions(commands.add_parser("sessions", help="make, show or delete a session"), url)
+    _add_sessions(commands.add_parser("sessions", help="make, list, fork, rewind, export, delete sessions"), url)
+    _add_ingestions(commands.add_parser("ingestions", help="show or cancel a document under way"), url)
     _add_ingest(commands.add_parser("ingest", parents=[url], help="have a session learn a document"))
     _add_ask(commands.add_parser("ask", parents=[url], help="ask a session about what it has learnt"))
     _set_command(commands.add_parser("health", parents=[url], help="whether the server is ready"), _health)
@@ -84,18 +85,38 @@ def _command_name(argv: Sequence[str]) -> str | None:
 def _add_sessions(parser: _extensions.Parser, url: _extensions.Parser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     create = actions.add_parser("create", parents=[url], help="make a session, print its id")
+    create.add_argument("--ttl", type=int, metavar="SECONDS", help="forget it so long after its last change")
     _set_command(create, _create)
-    show = actions.add_parser("show", parents=[url], help="print what the server knows about a session, as JSON")
-    show.add_argument("session", metavar="ID", type=_session_id)
-    _set_command(show, _show)
-    delete = actions.add_parser("delete", parents=[url], help="forget a session")
-    delete.add_argument("session", metavar="ID", type=_session_id)
-    _set_command(delete, _delete)
+    listing = actions.add_parser("list", parents=[url], help="print your sessions, newest first")
+    listing.add_argument("--limit", type=int, default=20, metavar="N", help="(default: 20)")
+    listing.add_argument("--after", metavar="ID", type=_session_id, help="those that come after this one")
+    _set_command(listing, _list)
+    for name, summary, command in _OF_ONE_SESSION:
+        action = actions.add_parser(name, parents=[url], help=summary)
+        action.add_argument("session", metavar="ID", type=_session_id)
+        if name in {"restore", "fork", "export"}:
+            action.add_argument("--version", type=int, metavar="N", required=name == "restore")
+        if name in {"export", "import"}:
+            action.add_argument("file", metavar="FILE", type=Path)
+        _set_command(action, command)
+
+
+def _add_ingestions(parser: _extensions.Parser, url: _extensions.Parser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, summary, command in (
+        ("show", "print how far a document has come, as JSON", _show_ingestion),
+        ("cancel", "stop a document before it is learnt", _cancel_ingestion),
+    ):
+        action = actions.add_parser(name, parents=[url], help=summary)
+        action.add_argument("ingestion", metavar="ID")
+        _set_command(action, command)
 
 
 def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a text in UTF-8; -: standard input")
     parser.add_argument("--session", metavar="ID", type=_session_id, help="(default: a new one; its id is printed)")
+    parser.add_argument("--key", help="an Idempotency-Key: what is sent again under it is learnt once")
+    parser.add_argument("--later", action="store_true", help="return once it is durable; print its ingestion's id")
     _set_command(parser, _ingest)
 
 
@@ -123,7 +144,43 @@ def _set_command(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def _create(client: Client, args: argparse.Namespace) -> None:
-    _print(client.sessions.create().id)
+    _print(client.sessions.create(ttl_seconds=args.ttl).id)
+
+
+def _list(client: Client, args: argparse.Namespace) -> None:
+    for session in client.sessions.list(args.limit, args.after).data:
+        _print(f"{session.id} version {session.version}: {session.tokens_seen:,} tokens")
+
+
+def _versions(client: Client, args: argparse.Namespace) -> None:
+    for version in client.sessions.versions(args.session).data:
+        _print(f"{version.version}: {version.tokens_seen:,} tokens")
+
+
+def _restore(client: Client, args: argparse.Namespace) -> None:
+    session = client.sessions.restore(args.session, args.version)
+    _print(f"{session.id} version {session.version} is what version {args.version} was")
+
+
+def _fork(client: Client, args: argparse.Namespace) -> None:
+    _print(client.sessions.fork(args.session, args.version).id)
+
+
+def _export(client: Client, args: argparse.Namespace) -> None:
+    args.file.write_bytes(client.sessions.export_state(args.session, args.version))
+
+
+def _import(client: Client, args: argparse.Namespace) -> None:
+    session = client.sessions.import_state(args.session, args.file)
+    _print(f"{session.id} version {session.version}: {session.tokens_seen:,} tokens")
+
+
+def _show_ingestion(client: Client, args: argparse.Namespace) -> None:
+    _print_json(client.ingestion(args.ingestion))
+
+
+def _cancel_ingestion(client: Client, args: argparse.Namespace) -> None:
+    _print(f"{args.ingestion} {client.cancel_ingestion(args.ingestion).status}")
 
 
 def _show(client: Client, args: argparse.Namespace) -> None:
@@ -145,7 +202,11 @@ def _ingest(client: Client, args: argparse.Namespace) -> None:
         if session_id is None:
             session_id = client.sessions.create().id
             _print(session_id)
-        with IngestBar(_size(file)) as bar, client.ingest_stream(session_id, bar.sending(file)) as events:
+        if args.later:
+            _print(client.ingest_later(session_id, file, key=args.key).id)
+            return
+        sent = IngestBar(_size(file))
+        with sent as bar, client.ingest_stream(session_id, bar.sending(file), key=args.key) as events:
             for event in events:
                 bar.show(event)
     assert isinstance(event, Document), "a stream that ends without its document raises"
@@ -174,6 +235,17 @@ def _ask(client: Client, args: argparse.Namespace) -> None:
                 ends_line = text.endswith("\n")
     if not ends_line:
         _print("")
+
+
+_OF_ONE_SESSION: Sequence[tuple[str, str, Command]] = (
+    ("show", "print what the server knows about a session, as JSON", _show),
+    ("delete", "forget a session", _delete),
+    ("versions", "print the versions that are kept, newest first", _versions),
+    ("restore", "make what an older version was the newest", _restore),
+    ("fork", "make a session that goes on from another one, print its id", _fork),
+    ("export", "write a session's state to a file", _export),
+    ("import", "make a state from a file a session's newest version", _import),
+)
 
 
 @contextlib.contextmanager

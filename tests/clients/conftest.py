@@ -104,6 +104,10 @@ SESSION: dict[str, Any] = {
     "fingerprint": "f00d",
     "created_at": 1760000000.0,
     "updated_at": 1760000000.0,
+    "stored_bytes": 0,
+    "expires_at": None,
+    "parent": None,
+    "ingestions": [],
     "metadata": {},
 }
 DOCUMENT: dict[str, Any] = {
@@ -114,6 +118,8 @@ DOCUMENT: dict[str, Any] = {
     "bytes": 400,
     "tokens_seen": 100,
     "seconds": 0.5,
+    "ingestion": "ing_1_a",
+    "replayed": False,
 }
 COMPLETION: dict[str, Any] = {
     "id": "cmpl_1",

@@ -89,6 +89,54 @@ async def test_a_session_from_birth_to_death(titans: Driver) -> None:
     assert (caught.value.status, caught.value.code) == (404, "session_not_found")
 
 
+async def test_versions_forks_and_state_files(titans: Driver) -> None:
+    sessions, settle = titans.client.sessions, titans.settle
+    session = (await titans.create()).id
+    for i in range(2):
+        await titans.ingest(session, f"{i} {TEXT}", key=f"part-{i}")
+    assert (await titans.ingest(session, f"1 {TEXT}", key="part-1")).replayed
+    assert [x.version for x in (await settle(sessions.versions(session))).data] == [2, 1, 0]
+    fork = await settle(sessions.fork(session, 1, metadata={"a": "fork"}))
+    assert (fork.version, fork.parent.session, fork.metadata) == (1, session, {"a": "fork"})
+    assert (await settle(sessions.restore(session, 1, if_version=2))).version == 3
+    with pytest.raises(titans_client.VersionConflictError):
+        await settle(sessions.restore(session, 1, if_version=2))
+    with pytest.raises(titans_client.VersionNotFoundError):
+        await settle(sessions.fork(session, 9))
+    other = await settle(sessions.create(ttl_seconds=1000))
+    imported = await settle(sessions.import_state(other.id, await settle(sessions.export_state(session))))
+    assert (imported.version, imported.tokens_seen) == (1, fork.tokens_seen)
+    with pytest.raises(titans_client.InvalidStateError):
+        await settle(sessions.import_state(other.id, b"no state"))
+    assert other.id in {x.id for x in (await settle(sessions.list(100))).data}
+    later = await settle(titans.client.ingest_later(other.id, TEXT))
+    assert (await settle(titans.client.ingestion(later.id))).session == other.id
+    assert (await settle(titans.client.cancel_ingestion(later.id))).status in {"cancelled", "done"}
+    with pytest.raises(titans_client.IngestionNotFoundError):
+        await settle(titans.client.ingestion("ing_none_0"))
+
+
+def test_the_command_line_forks_rewinds_and_moves_sessions(server: ServerProcess, tmp_path: Path) -> None:
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "titans_client.cli", *words, "--url", server.url]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
+
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    session = run("sessions", "create")
+    ingestion = run("ingest", str(tmp_path / "text"), "--session", session, "--key", "k", "--later")
+    shown = {"status": ""}
+    while shown["status"] != "done":
+        shown = json.loads(run("ingestions", "show", ingestion))
+        assert shown["status"] in {"learning", "done"}
+    assert run("ingestions", "cancel", ingestion) == f"{ingestion} done"
+    assert run("sessions", "versions", session).startswith("1: ")
+    fork = run("sessions", "fork", session, "--version", "1")
+    assert run("sessions", "restore", fork, "--version", "1") == f"{fork} version 2 is what version 1 was"
+    run("sessions", "export", fork, str(tmp_path / "state"))
+    assert run("sessions", "import", session, str(tmp_path / "state")).startswith(f"{session} version 2: ")
+    assert run("sessions", "list", "--limit", "1").startswith(f"{fork} version 2: ")
+
+
 async def test_a_document_may_be_given_in_any_form(titans: Driver, tmp_path: Path) -> None:
     data = TEXT.encode()
     path = tmp_path / "book.txt"
@@ -284,6 +332,8 @@ def test_the_command_line_lists_what_is_installed() -> None:
         (schemas.Completion, titans_client.Completion),
         (schemas.Health, titans_client.Health),
         (events.DocumentLearnt, titans_client.Document),
+        (events.IngestionStatus, titans_client.Ingestion),
+        (schemas.KeptVersion, titans_client.Version),
         (events.Progress, titans_client.Progress),
         (events.CompletionChunk, titans_client.CompletionChunk),
         (events.Usage, titans_client.Usage),
