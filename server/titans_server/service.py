@@ -164,9 +164,7 @@ class SessionService:
 
     async def export_state(self, session_id: str, number: int | None) -> tuple[SessionRecord, Version, bytes]:
         """A version's state as a file that `import_state` reads, anywhere. Raises VersionNotFound."""
-        record = await self.get(session_id)
-        version = record.head if number is None else record.kept(number)
-        state = await self._states.at(record, version)
+        record, version, state = await self._states.read(session_id, number)
         return record, version, await asyncio.to_thread(codec.encode, state, self.model.fingerprint)
 
     async def import_state(self, session_id: str, blob: bytes, if_match: int | None) -> SessionRecord:

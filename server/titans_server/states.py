@@ -73,10 +73,16 @@ class States:
 
     async def newest(self, session_id: str) -> tuple[SessionRecord, State]:
         """A session's record and its state. Raises StateMismatch, SessionNotFound, StateCorrupted."""
+        record, _, state = await self.read(session_id, None)
+        return record, state
+
+    async def read(self, session_id: str, number: int | None) -> tuple[SessionRecord, Version, State]:
+        """A session's record, one of its versions (None: the newest) and that one's state. Raises VersionNotFound."""
         for _ in range(_ATTEMPTS):
             record = await self._ledger.store.get(session_id)
+            version = record.head if number is None else record.kept(number)
             with suppress(VersionConflict):  # a commit came between record and snapshot
-                return record, await self.at(record, record.head)
+                return record, version, await self.at(record, version)
         raise VersionConflict(f"session {session_id} moves on faster than it can be read")
 
     async def at(self, record: SessionRecord, version: Version) -> State:

@@ -1,0 +1,87 @@
+"""A version's state while other servers' commits come between: its record, its snapshot, its log."""
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from support.models import make_tiny
+from support.records import made
+from titans_server.engine import Engine
+from titans_server.engine.runner import Runner
+from titans_server.errors import StateCorrupted
+from titans_server.observer import Observer
+from titans_server.sessions import history
+from titans_server.sessions.cache import StateCache
+from titans_server.sessions.history import Writing
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.record import SessionRecord
+from titans_server.states import SnapshotPolicy, States
+
+TOKENS = list(range(3, 90))
+
+
+class Overtaken(MemoryStore):
+    """Before the log is read the first time, another server writes the newest version down: its log goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other: States | None = None
+        self.ledger: Ledger | None = None
+
+    async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        if self.other is not None and self.ledger is not None:
+            other, self.other = self.other, None
+            _, state = await other.newest(session_id)
+            snapshot = await other.store(session_id, state)
+            await self.ledger.change(session_id, lambda record: history.attach(record, record.head, snapshot))
+        return await super().read_log(session_id, numbers)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    engine = Engine(Runner(make_tiny()), eos_token=0)
+    engine.start()
+    yield engine
+    await engine.close()
+
+
+def states_on(store: MemoryStore, engine: Engine) -> States:
+    policy = SnapshotPolicy(tokens=10_000, idle_seconds=1000)
+    return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
+
+
+async def written(store: MemoryStore, engine: Engine) -> SessionRecord:
+    record = await made(store)
+    state = await engine.ingest(engine.new_state(), TOKENS)
+    writing = Writing(record.head, "w1", TOKENS, state.num_bytes, 8)
+    return await Ledger(store).change(record.id, lambda record: history.write(record, writing))
+
+
+async def test_a_replay_gives_the_state_that_was_learnt(engine: Engine) -> None:
+    store = MemoryStore()
+    record = await written(store, engine)
+    _, state = await states_on(store, engine).newest(record.id)
+    learnt = await engine.ingest(engine.new_state(), TOKENS)
+    assert int(state.position) == len(TOKENS)
+    for name, x in learnt.parts().items():
+        assert x.allclose(state.parts()[name], rtol=1e-3, atol=1e-4), name
+
+
+async def test_a_log_that_became_a_snapshot_meanwhile_is_read_as_that(engine: Engine) -> None:
+    store = Overtaken()
+    record = await written(store, engine)
+    store.other, store.ledger = states_on(store, engine), Ledger(store)
+    now, version, state = await states_on(store, engine).read(record.id, 1)
+    assert (now.revision, version.num_to_replay, int(state.position)) == (2, 0, len(TOKENS))
+
+
+async def test_a_version_that_lost_its_log_is_corrupted(engine: Engine) -> None:
+    store = MemoryStore()
+    record = await written(store, engine)
+    store._sessions[record.id].log.clear()
+    with pytest.raises(StateCorrupted, match="missing"):
+        await states_on(store, engine).newest(record.id)
+    store._sessions[record.id].log[0] = b"torn"
+    with pytest.raises(StateCorrupted, match="altered or torn"):
+        await states_on(store, engine).newest(record.id)
+    assert await store.get(record.id) == record
