@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo serve test chaos check format bench redis strace clean
+.PHONY: setup demo serve test chaos fuzz interop check format bench redis strace clean
 
 setup: .venv/ready
 
@@ -28,7 +28,16 @@ chaos: setup redis strace
 
 # What `make test` does a little of, at length: schemathesis with other input each time, ten thousand cancelled streams.
 fuzz: setup
-	TITANS_TEST_EXAMPLES=100 TITANS_TEST_STREAMS=10000 $(BIN)/python -m pytest --timeout=3600 tests/api/test_openapi.py tests/api/test_sockets.py
+	TITANS_TEST_EXAMPLES=100 TITANS_TEST_STREAMS=10000 $(BIN)/python -m pytest tests/api/test_openapi.py tests/api/test_sockets.py --timeout 3600
+
+# lm-eval and LangChain against a real server; they are heavy, and have an environment of their own.
+interop: setup .venv-interop/ready
+	$(BIN)/python -m pytest tests/interop
+
+.venv-interop/ready: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet --requirement $<
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
@@ -59,4 +68,4 @@ strace:
 	  || (echo 'make chaos needs strace: install it with your package manager' >&2; exit 1)
 
 clean:
-	rm -rf .venv .titans .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-interop .titans .mypy_cache .ruff_cache .pytest_cache .hypothesis
