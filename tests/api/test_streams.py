@@ -273,7 +273,10 @@ def test_our_own_client_gives_up_a_stream_by_stopping_it(server: LiveServer, htt
 
 
 class CuttingProxy:
-    """Passes connections on to a server, and cuts each when it has brought so many bytes of the answer."""
+    """Passes connections on to a server, and cuts each when it has brought so many bytes of the answer.
+
+    And when the request has arrived whole: a document that is cut has broken off, which is another thing.
+    """
 
     def __init__(self, server: LiveServer, num_bytes: int) -> None:
         self._target = ("127.0.0.1", int(server.url.rpartition(":")[2]))
@@ -301,22 +304,30 @@ class CuttingProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
-            sending = threading.Thread(target=self._pass_on, args=[client, server])
+            whole = threading.Event()
+            sending = threading.Thread(target=self._pass_on, args=[client, server, whole])
             self._threads.append(sending)
             sending.start()
             left = self._num_bytes
             while left and (data := server.recv(left)):
                 client.sendall(data)
                 left -= len(data)
-            self.num_cut += not left
+            if not left:
+                assert whole.wait(30)
+                self.num_cut += 1
             client.shutdown(socket.SHUT_RDWR)
             server.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    def _pass_on(source: socket.socket, target: socket.socket, whole: threading.Event) -> None:
+        """A connection has one request; the body of one that is streamed ends with an empty chunk (RFC 9112, 7.1)."""
+        request = b""
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
+                request += data
                 target.sendall(data)
+                if b"chunked" not in request or request.endswith(b"0\r\n\r\n"):
+                    whole.set()
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
