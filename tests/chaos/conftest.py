@@ -1,6 +1,5 @@
-"""What the proofs share. CHAOS=whole, as in `make chaos`, tries every position; otherwise some of them are tried."""
+"""What the proofs share."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -31,13 +30,8 @@ def table(request: pytest.FixtureRequest) -> Table:
 
 
 @pytest.fixture(scope="session")
-def is_whole() -> bool:
-    return os.environ.get("CHAOS") == "whole"
-
-
-@pytest.fixture(scope="session")
-def sweep(table: Table, is_whole: bool, uninterrupted: Outcome) -> Sweep:
-    return Sweep(range(1_000) if is_whole else (0, 5), uninterrupted, table)
+def sweep(table: Table, uninterrupted: list[Outcome]) -> Sweep:
+    return Sweep(uninterrupted, table)
 
 
 @pytest.fixture(scope="session")
@@ -87,8 +81,14 @@ def redis(make_world: Callable[[StoreKind], World]) -> World:
     return make_world("redis")
 
 
+@pytest.fixture
+def world(request: pytest.FixtureRequest, make_world: Callable[[StoreKind], World]) -> World:
+    """Either of them, by the parameter."""
+    return make_world(request.param)
+
+
 @pytest.fixture(scope="session")
-def uninterrupted(make_world: Callable[[StoreKind], World]) -> Outcome:
+def uninterrupted(make_world: Callable[[StoreKind], World]) -> list[Outcome]:
     """How a life goes to which nothing happens."""
     world = make_world("sqlite")
     return world.new_life().run()

@@ -1,8 +1,11 @@
 """No acknowledgement leaves before what it speaks of is synced to the disk: what SIGKILL cannot show, a trace can."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.launcher import Launcher
+from support.models import TinyCheckpoint
 from support.tracing import can_trace, recorded, unsynced_at_replies
 from support.world import World
 
@@ -25,15 +28,26 @@ def test_the_trace_is_read_right() -> None:
     assert unsynced_at_replies(TRACE, "/s/db") == [{"/s/db-wal"}, {"/s/db-wal"}, {"/s/db.blobs"}, set()]
 
 
-def test_what_is_acknowledged_is_synced_before(sqlite: World, tmp_path: Path) -> None:
-    if not can_trace(sqlite.server.pid):
+@pytest.fixture
+def world(checkpoint: TinyCheckpoint, launcher: Launcher, tmp_path: Path) -> Iterator[World]:
+    """A server that writes nothing but what somebody asks for: it has room, and nobody is idle for long."""
+    with World("sqlite", tmp_path, checkpoint.environment, launcher) as world:
+        yield world
+
+
+def test_what_is_acknowledged_is_synced_before(world: World, tmp_path: Path) -> None:
+    if not can_trace(world.server.pid):
         pytest.skip("needs strace, and leave to use it")
-    life, trace = sqlite.new_life(), tmp_path / "trace"
-    with recorded(sqlite.server.pid, trace):
+    life, trace, http = world.new_life(), tmp_path / "trace", world.server.http
+    with recorded(world.server.pid, trace):
         life.run()
-    database = sqlite.store.removeprefix("sqlite:///")
+        exported = http.get(f"/v1/sessions/{life.session}/state").raise_for_status().content
+        session = http.post("/v1/sessions").raise_for_status().json()["id"]
+        http.put(f"/v1/sessions/{session}/state", content=exported).raise_for_status()
+    database = world.store.removeprefix("sqlite:///")
     text = trace.read_text()
-    assert f"{database}-wal" in text, "it is seen writing"
+    assert f"{database}-wal" in text, "it is seen writing its log"
+    assert f"{database}.states/{session}" in text, "it is seen writing a snapshot"
     at_replies = unsynced_at_replies(text, database)
-    assert len(at_replies) > 5
+    assert len(at_replies) > 10
     assert set().union(*at_replies) == set()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.extent import first
 from support.launcher import Launcher
 from support.life import ASK, FIRST, SECOND, LostError
 from support.servers import ServerProcess
@@ -80,7 +81,7 @@ def check_refusals(refused: list[httpx.Response]) -> None:
         assert response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("num_bytes", [0, 4_096])
+@pytest.mark.parametrize("num_bytes", first(1, [4_096, 0]))
 def test_a_disk_that_takes_no_more(sqlite: World, table: Table, num_bytes: int) -> None:
     sessions = Sessions(sqlite.server, 2)
     assert sessions.write_all(FIRST) == []

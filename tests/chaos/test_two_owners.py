@@ -1,24 +1,22 @@
 """Two servers on one store write to one session at once: every acknowledged write is there, once, in one order."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
+from support.extent import whole_or
 from support.life import ASK, LostError
 from support.servers import ServerProcess, Upload
 from support.table import Table
-from support.world import StoreKind, World
+from support.world import World
 
 REFUSED = {(412, "version_conflict"), (429, "session_busy"), (409, "version_conflict")}
+each_store = pytest.mark.parametrize("world", ["sqlite", "redis"], indirect=True)
 TAKEOVER_SECONDS = 10.0  # on a machine that has other things to do
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def world(request: pytest.FixtureRequest, make_world: Callable[[StoreKind], World]) -> World:
-    return make_world(request.param)
 
 
 @pytest.fixture
@@ -60,11 +58,10 @@ def write(server: ServerProcess, session: str, text: str) -> Written | None:
     return None
 
 
-def test_of_writes_through_two_servers_none_is_lost(
-    world: World, twin: ServerProcess, table: Table, is_whole: bool
-) -> None:
+@each_store
+def test_of_writes_through_two_servers_none_is_lost(world: World, twin: ServerProcess, table: Table) -> None:
     session = create(world.server)
-    texts = [f"Line {i} is {'very ' * (i % 5)}short. " for i in range(120 if is_whole else 24)]
+    texts = [f"Line {i} is {'very ' * (i % 5)}short. " for i in range(whole_or(16, 120))]
     servers = [(world.server, twin)[i % 2] for i in range(len(texts))]
     with table.attempt(world.kind, "two servers", "writes to one session"):
         with ThreadPoolExecutor(6) as pool:
@@ -84,6 +81,7 @@ def test_of_writes_through_two_servers_none_is_lost(
             raise LostError(f"the same documents in the same order are answered from differently: {answers_of_all}")
 
 
+@each_store
 def test_another_server_takes_over_at_once_when_one_is_killed(world: World, twin: ServerProcess, table: Table) -> None:
     session = create(twin)
     assert write(twin, session, "The first document. ")
@@ -97,3 +95,25 @@ def test_another_server_takes_over_at_once_when_one_is_killed(world: World, twin
             assert time.monotonic() - began < TAKEOVER_SECONDS
         if (answer.version, show(world.server, session)["version"]) != (2, 2):
             raise LostError(f"{answer} after version 1")
+
+
+@each_store
+@pytest.mark.parametrize("same", [True, False])
+def test_a_key_is_good_for_one_document_through_two_servers(
+    world: World, twin: ServerProcess, table: Table, same: bool
+) -> None:
+    """Whoever is told that a document was learnt under a key is told of his own document."""
+    texts = ["The document. " * 9, "The document. " * 9 if same else "Another document. " * 9]
+    for i in range(whole_or(3, 20)):
+        session, headers = create(world.server), {"Idempotency-Key": f"key-{i}"}
+
+        def learn(server: ServerProcess, text: str) -> httpx.Response:
+            path = f"/v1/sessions/{session}/documents"  # noqa: B023
+            return server.http.post(path, json={"text": text}, headers=headers)  # noqa: B023
+
+        with table.attempt(world.kind, "two servers", "one Idempotency-Key"), ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(learn, (world.server, twin), texts))
+            acknowledged = [text for text, response in zip(texts, both, strict=True) if response.is_success]
+            assert acknowledged, [response.text for response in both]
+            if len(set(acknowledged)) > 1 or show(world.server, session)["version"] != 1:
+                raise LostError(f"{[response.text for response in both]}, shown is {show(world.server, session)}")

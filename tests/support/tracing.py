@@ -1,11 +1,13 @@
 """System calls of running processes: written down, or the n-th of them failed or its caller killed. By strace."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,6 +24,29 @@ def inject(pid: int, calls: str, what: str, when: int = 1) -> Iterator["subproce
     """Within the context, `what` befalls a thread's `when`-th of these system calls, as `strace --inject` puts it."""
     with _attached(["-p", str(pid), f"--trace={calls}", f"--inject={calls}:{what}:when={when}"]) as tracer:
         yield tracer
+
+
+@contextmanager
+def when_stopped(pid: int, do: Callable[[], object]) -> Iterator[None]:
+    """Within the context, when a process stops itself, `do` is called, once, and the process goes on."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                if state == "T":
+                    do()
+                    os.kill(pid, signal.SIGCONT)
+                    return
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 @contextmanager
