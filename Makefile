@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo serve test chaos fuzz interop check format bench redis strace clean
+.PHONY: setup demo serve test chaos soak fuzz interop check format bench redis strace clean
 
 setup: .venv/ready
 
@@ -25,6 +25,9 @@ test: setup redis
 
 chaos: setup redis strace
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos --timeout 3600
+
+soak: setup redis
+	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py
 
 # What `make test` does a little of, at length: schemathesis with other input each time, ten thousand cancelled streams.
 fuzz: setup
