@@ -98,7 +98,7 @@ def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = L
 
 def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot) -> Edit:
     """Remember the state of a draft that is half learnt. Raises Overtaken, IngestionCancelled."""
-    _check_base(record, base)
+    base = _standing(record, base)
     draft = record.draft(ingestion)
     if draft is None:
         raise _cancelled(ingestion)
@@ -121,9 +121,8 @@ def write(record: SessionRecord, writing: Writing) -> Edit:
     """A version that has read some more tokens. Raises Overtaken."""
     if record.made_by(writing.write_id):
         return Edit(record)
-    _check_base(record, writing.base)
+    base = _standing(record, writing.base)
     log, entries = _entry(record, writing.tokens)
-    base = writing.base
     version = _next(record, writing.write_id, base.tokens + len(writing.tokens), base.snapshot, base.entries + entries)
     return Edit(_advanced(record, version, writing), log)
 
@@ -141,8 +140,7 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
     found = record.draft(draft.ingestion)
     if found is None and draft.entries:
         raise _cancelled(draft.ingestion)
-    base = writing.base
-    _check_base(record, base)
+    base = _standing(record, writing.base)
     ours = found.entries if found else ()
     num_tokens = (found.tokens if found else 0) + len(writing.tokens)
     unlogged = list(writing.tokens)
@@ -201,7 +199,7 @@ def replace_state(record: SessionRecord, writing: Writing, snapshot: Snapshot) -
     """A new version whose state came from outside. Raises Overtaken."""
     if record.made_by(writing.write_id):
         return Edit(record)
-    _check_base(record, writing.base)
+    _standing(record, writing.base)
     return Edit(_advanced(record, _next(record, writing.write_id, snapshot.tokens, snapshot, ()), writing))
 
 
@@ -248,9 +246,11 @@ def _with(drafts: tuple[Draft, ...], changed: Draft) -> tuple[Draft, ...]:
     return tuple(changed if x.ingestion == changed.ingestion else x for x in drafts)
 
 
-def _check_base(record: SessionRecord, base: Version) -> None:
+def _standing(record: SessionRecord, base: Version) -> Version:
+    """The newest version, where it still is `base`, as it is now: it may have got a snapshot, and its log be gone."""
     if record.head.write_id != base.write_id:
         raise Overtaken
+    return record.head
 
 
 def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> None:
