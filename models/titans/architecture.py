@@ -25,14 +25,20 @@ from titans.state import Parts
 
 
 @dataclass(frozen=True)
-class Call:
-    """What all layers know of one run of tokens: where they stand, and what is wanted of the memories."""
+class Run:
+    """What a memory knows of one run of tokens: where it stands, and what is wanted."""
 
-    place: Placement
     position_B: Tensor  # [B]: tokens before
     lengths_B: Tensor  # [B]: tokens that count
     write: bool  # True: each token is learnt before it is answered
     recall: bool  # False: the memories answer nothing
+
+
+@dataclass(frozen=True)
+class Call(Run):
+    """What all layers know of it."""
+
+    place: Placement
 
 
 class Layer(nn.Module):
@@ -105,16 +111,16 @@ class MemoryLayer(Layer):
         """A memory that has read nothing."""
         return _parts_of(self.memory.new_state(batch, dtype))
 
-    def forward(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+    def forward(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
         """h + M(h)."""
         y_BTD, parts = self.answer(h_BTD, call, parts)
         return h_BTD + y_BTD, parts
 
-    def answer(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+    def answer(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
         """M(h) by itself."""
         return _consult(self.memory, h_BTD, call, parts)
 
-    def learn(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+    def learn(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
         """Write alone: the layers above are given the last window later as the layers below left it."""
         state = self.memory.write(h_BTD, _state_of(parts, call.position_B), call.lengths_B)
         return h_BTD, _parts_of(state)
@@ -128,12 +134,12 @@ class MemoryAloneLayer(MemoryLayer):
         self.mlp_norm = RMSNorm(config.backbone.hidden_size, config.backbone.norm_eps)
         self.mlp = SwiGLU(config.backbone.hidden_size, config.backbone.intermediate_size)
 
-    def forward(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+    def forward(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
         """h + M(h), then the feed-forward."""
         h_BTD, parts = super().forward(h_BTD, call, parts)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), parts
 
-    def learn(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+    def learn(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
         """All of it."""
         return self(h_BTD, call, parts)  # type: ignore[no-any-return]
 
@@ -221,7 +227,7 @@ def _parts_of(state: MemoryState) -> Parts:
     return {"weights": state.weights, "momentum": state.momentum, "recent": state.recent}
 
 
-def _consult(memory: NeuralMemory, x_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts]:
+def _consult(memory: NeuralMemory, x_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:
     """What a memory answers to each token [B, T, D], and the parts after it."""
     if call.write:
         y_BTD, state = memory(x_BTD, _state_of(parts, call.position_B), call.lengths_B)

@@ -84,7 +84,7 @@ def load(
         module.cast_projections(model.dtype)
     if model.readout is not None:
         model.readout.to(model.dtype)
-    pack(model)
+    pack(model, backbone.tensors)
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
 
 

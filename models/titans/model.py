@@ -9,7 +9,7 @@ Reading (`open`, then `forward`) runs all, and leaves the session's own state al
 Shapes: B sessions · T tokens · D hidden · N vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -26,12 +26,17 @@ from titans.architecture import (
     Layer,
     MemoryAloneLayer,
     MemoryLayer,
+    Run,
 )
 from titans.attention import Placement
 from titans.config import TitansConfig
 from titans.layers import RMSNorm
 from titans.memory.neural import NeuralMemory
 from titans.state import Parts, State, Stream
+
+# some of the layers: hidden states [B, 1, D] and what the layers carry, to the same
+Walk = Callable[[Tensor, Run, Sequence[Parts]], tuple[Tensor, tuple[Parts, ...]]]
+Walks = tuple[Walk, Walk]
 
 _WITH_MEMORY: dict[str, type[Layer]] = {
     "mac": ContextLayer,
@@ -71,7 +76,9 @@ class TitansModel(nn.Module):
         last = max(i for i, step in enumerate(steps) if step.memories)
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
         self.readout = Readout(body.hidden_size) if config.readout else None
-        self._step = self._read
+        # below the last memory and above it, for tokens that come alone, where something is faster than the layers
+        # themselves (`titans.packed`)
+        self.walks: Walks | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,6 +162,8 @@ class TitansModel(nn.Module):
         """
         batch, num_tokens = tokens_BT.shape
         lengths = [num_tokens] * batch if lengths is None else lengths
+        if self.walks is not None and num_tokens == 1 and all(lengths):
+            return self._read_alone(tokens_BT, stream, self.walks)
         if self.config.architecture != "mac":
             return self._read_run(tokens_BT, stream, torch.tensor(lengths, device=self.device))
         h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
@@ -168,25 +177,23 @@ class TitansModel(nn.Module):
     def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
         state = stream.state
         call = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
-        run = self._step if tokens_BT.numel() == 1 else self._read
-        h_BTD, layers, upper = run(self.embedding(tokens_BT), call, state.layers, stream.upper)
-        state = State(state.position + lengths_B, layers, state.tail)
-        return h_BTD, Stream(state, upper, stream.write, stream.recall)
+        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
+        h_BTD, last, y_BTD = self._consult(h_BTD, call, state.layers[-1])
+        h_BTD, upper = self._walk(h_BTD, call, self.upper, stream.upper)
+        state = State(state.position + lengths_B, (*layers, last), state.tail)
+        return self.finish(h_BTD, y_BTD), Stream(state, upper, stream.write, stream.recall)
 
-    def _read(
-        self, h_BTD: Tensor, call: Call, lower: tuple[Parts, ...], upper: tuple[Parts, ...]
-    ) -> tuple[Tensor, tuple[Parts, ...], tuple[Parts, ...]]:
-        """Embedded tokens through all layers: what `logits` scores, and what the layers then carry."""
-        h_BTD, layers = self._walk(h_BTD, call, self.lower[:-1], lower[:-1])
-        h_BTD, last, y_BTD = self._consult(h_BTD, call, lower[-1])
-        h_BTD, upper = self._walk(h_BTD, call, self.upper, upper)
-        return self.finish(h_BTD, y_BTD), (*layers, last), upper
+    def _read_alone(self, tokens_B1: Tensor, stream: Stream, walks: Walks) -> tuple[Tensor, Stream]:
+        """`_read_run` where each row has one token."""
+        state, ones_B = stream.state, torch.ones_like(stream.state.position)
+        run, (below, above) = Run(state.position, ones_B, stream.write, stream.recall), walks
+        h_B1D, layers = below(self.embedding(tokens_B1), run, state.layers[:-1])
+        h_B1D, last, y_B1D = self._consult(h_B1D, run, state.layers[-1])
+        h_B1D, upper = above(h_B1D, run, stream.upper)
+        state = State(state.position + ones_B, (*layers, last), state.tail)
+        return self.finish(h_B1D, y_B1D), Stream(state, upper, stream.write, stream.recall)
 
-    def compile_step(self, backend: str = "inductor") -> None:
-        """From now on run a single stream's single token as torch.compile makes it. The first one takes a minute."""
-        self._step = torch.compile(self._read, dynamic=False, backend=backend)
-
-    def _consult(self, h_BTD: Tensor, call: Call, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
+    def _consult(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
         """The layer of the last memory: hidden states, parts and, where there is a readout, what the memory answers."""
         if self.readout is None:
             h_BTD, (last,) = self._walk(h_BTD, call, self.lower[-1:], (parts,))
@@ -221,7 +228,7 @@ class TitansModel(nn.Module):
             theta=body.rope_theta,
             segmented=self.config.architecture == "mac",
         )
-        return Call(place, position_B, lengths_B, write, recall)
+        return Call(position_B, lengths_B, write, recall, place)
 
     @torch.no_grad()
     def set_sinks(self) -> None:
@@ -252,7 +259,7 @@ class TitansModel(nn.Module):
             yield layer
 
     def _walk(
-        self, h_BTD: Tensor, call: Call, steps: Sequence[Layer], parts: Sequence[Parts]
+        self, h_BTD: Tensor, call: Run, steps: Sequence[Layer], parts: Sequence[Parts]
     ) -> tuple[Tensor, tuple[Parts, ...]]:
         """Hidden states through some of the layers, and what the layers then carry."""
         after = []
@@ -279,15 +286,15 @@ class TitansModel(nn.Module):
             starts = [start + count for start, count in zip(starts, counts, strict=True)]
 
 
-class Readout(nn.Module):
+class Readout(nn.Linear):
     """From a memory's answer to the head, past the layers between, which were never shown an answer of a memory.
 
     It starts with nothing.
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size, size))
+        super().__init__(size, size, bias=False)
+        nn.init.zeros_(self.weight)
 
     def forward(self, y: Tensor) -> Tensor:
         """[..., D] to [..., D], in y's dtype."""

@@ -2,9 +2,9 @@
 
 At batch 1 every token reads every weight once, so bytes are time. Two layouts, kept side by side:
 
-    blocks      the weights as they are, in the order in which oneDNN's kernels read them, for many rows
-    four bits   for a few rows, where the weights are four-bit already: a body from a Q4 GGUF, which is 16 levels a
-                group of 32. That is found out from the weights, and others are never rounded to it
+    many rows   bfloat16, in the order in which oneDNN's kernels read them
+    few rows    the codes that the weights are where they are on a grid (a GGUF's four or eight bits), else bfloat16, as
+                the project's own kernels read them (`titans.native`); where there are none, four bits as torch's do
 
 CPU and bfloat16 only: elsewhere nothing is changed.
 
@@ -16,73 +16,75 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titans.grid import GROUP, four_bits
 from titans.model import TitansModel
+from titans.native.build import library
+from titans.native.matrix import NativeMatrix, Team
+from titans.native.walk import walk_of
 
-_GROUP = 32  # weights that share a step and a lowest level
-_ROUNDING = 2**-8  # of a weight: bfloat16's
-_OFF_GRID = 0.1  # of a step: how far rounding may have moved a level (seen in all: 0.04; at random: 0.5)
-_FEW = 5  # rows: with more, reading the weights is no longer what takes the time (measured)
+_FEW = {4: 8, 8: 4, 16: 2}  # rows by bits a weight: with more, oneDNN is faster (measured)
+_FEW_OF_TORCH = 5
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without bias, for inference alone: it has no parameters, and stays where it is."""
+
+    def __init__(self, weight_NK: Tensor, team: Team | None = None) -> None:
+        """`weight_NK`: float32. Few rows are the team's."""
+        super().__init__()
+        self.num_outputs, self.num_inputs = weight_NK.shape
+        self._many = torch.ops.mkldnn._reorder_linear_weight(weight_NK.bfloat16(), None)
+        self.native = NativeMatrix.pack(weight_NK, team) if team else None
+        self._four_bits = None if self.native else FourBits.pack(weight_NK)
+        self.few = _FEW[self.native.kind] if self.native else _FEW_OF_TORCH if self._four_bits else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N], bfloat16."""
+        if x.numel() > self.few * self.num_inputs:
+            many: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._many, None, "none", [], "")
+            return many
+        return self.native(x) if self.native else self._by_torch(x)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        assert self._four_bits is not None
+        rows, (codes, levels) = x.reshape(-1, self.num_inputs), self._four_bits
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, GROUP, levels)
+        return y.view(*x.shape[:-1], self.num_outputs)
 
 
 class FourBits(NamedTuple):
     """W = (code - 8) * step + middle, as torch's int4 kernel for CPUs reads it."""
 
     codes: Tensor  # [N, K / 2] uint8, in the kernel's own order
-    steps_and_middles: Tensor  # [G, N, 2] bfloat16
+    levels: Tensor  # [G, N, 2] bfloat16: steps and middles
 
-
-class PackedLinear(nn.Module):
-    """A linear layer without bias, for inference alone: it has no parameters, and stays where it is."""
-
-    def __init__(self, weight_NK: Tensor) -> None:
-        super().__init__()
-        self.num_outputs, self.num_inputs = weight_NK.shape
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight_NK, None)
-        self._four_bits = four_bits(weight_NK)
-
-    @property
-    def is_four_bit(self) -> bool:
-        """Whether few rows read four bits a weight."""
-        return self._four_bits is not None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], bfloat16."""
-        if self._four_bits is not None and x.numel() <= _FEW * self.num_inputs:
-            codes, steps_and_middles = self._four_bits
-            rows = x.reshape(-1, self.num_inputs)
-            few: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, _GROUP, steps_and_middles)
-            return few.view(*x.shape[:-1], self.num_outputs)
-        many: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocks, None, "none", [], "")
-        return many
+    @classmethod
+    def pack(cls, weight_NK: Tensor) -> "FourBits | None":
+        """None for weights off the grid, and where the kernel cannot take the shape."""
+        if weight_NK.shape[0] % 16 or (grid := four_bits(weight_NK)) is None:
+            return None
+        levels = torch.cat((grid.step, grid.lowest + 8 * grid.step), dim=-1).transpose(0, 1)
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(grid.codes.flatten(1).int(), 1)
+        return cls(codes, levels.contiguous().to(torch.bfloat16))
 
 
 @torch.no_grad()
-def pack(model: TitansModel) -> None:
+def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
     """Replace the body's linear layers, in place, where this machine gains by it. The last thing to do to a model.
 
-    Its weights can no longer be trained, saved or moved.
+    `exact`: tensors in float32, by name, as they were before the model was moved to bfloat16; where one is missing the
+    model's own is taken. Its weights can no longer be trained, saved or moved.
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
+    team = Team(torch.get_num_threads()) if library() is not None else None
     memories = {child for memory in model.memories for child in memory.modules()}  # they read their weights themselves
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child not in memories:
-                setattr(parent, name, PackedLinear(child.weight.detach()))
-
-
-def four_bits(weight_NK: Tensor) -> FourBits | None:
-    """Weights that are on 16 levels a group, up to bfloat16's rounding, as codes and levels; None for all others."""
-    num_outputs, num_inputs = weight_NK.shape
-    if num_outputs % 16 or num_inputs % _GROUP:  # the kernel's own limits
-        return None
-    groups = weight_NK.float().unflatten(-1, (-1, _GROUP))
-    lowest = groups.amin(-1, keepdim=True)
-    step = ((groups.amax(-1, keepdim=True) - lowest) / 15).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((groups - lowest) / step).round()
-    moved = (lowest + codes * step - groups).abs()
-    if (moved > _OFF_GRID * step + _ROUNDING * groups.abs()).any():
-        return None
-    levels = torch.cat((step, lowest + 8 * step), dim=-1).transpose(0, 1)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
-    return FourBits(packed, levels.contiguous().to(torch.bfloat16))
+    tied = {"head.weight": "embedding.weight"} if model.config.backbone.tie_embeddings else {}
+    for name, child in list(model.named_modules()):
+        if isinstance(child, nn.Linear) and child not in memories:
+            own = f"{name}.weight"
+            weight = exact.get(tied.get(own, own), child.weight.detach().float())
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team))
+    if team is not None:
+        model.walks = walk_of(model, team)

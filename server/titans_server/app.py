@@ -190,7 +190,4 @@ def _load(settings: Settings) -> checkpoint.Loaded:
         torch.set_num_threads(settings.threads)
     device = None if settings.device == "auto" else torch.device(settings.device)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    loaded = checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)
-    if settings.compile:
-        loaded.model.compile_step()
-    return loaded
+    return checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)

@@ -25,7 +25,6 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    compile: bool = False
     max_running: int = Field(default=64, ge=1)
     max_requests: int = Field(default=256, ge=1)
     max_prompt_tokens: int = Field(default=4_096, ge=1)

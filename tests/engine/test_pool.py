@@ -9,7 +9,6 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.state import Stream
 from titans_server.engine.pool import Pool
-from titans_server.engine.runner import Runner
 
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, Any] = {
@@ -57,23 +56,6 @@ def parts(stream: Stream) -> dict[str, torch.Tensor]:
     found = dict[str, torch.Tensor]()
     stream.map(found.setdefault)
     return found
-
-
-@torch.inference_mode()
-def test_a_compiled_step_is_the_step() -> None:
-    model, compiled = make_tiny(), make_tiny()
-    compiled.compile_step(backend="eager")  # what is traced, without what a compiler makes of it
-    Runner(compiled).warm_up()
-    pools = Pool(), Pool()
-    for pool in pools:
-        pool.join(opened(model, 40))
-    for token in range(5, 30):
-        hs = []
-        for each, pool in zip((model, compiled), pools, strict=True):
-            h, after = each(torch.tensor([[token]]), pool.stream)
-            pool.advance(after)
-            hs.append(h)
-        torch.testing.assert_close(*hs, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

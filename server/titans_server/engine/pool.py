@@ -18,6 +18,7 @@ class Pool:
         self._form: Stream | None = None  # any of its streams: what parts there are
         self._room: dict[str, Tensor] = {}  # [capacity, ...] each
         self._num_rows = 0
+        self._views = dict[str, Tensor]()  # of the rows in use, as they were last asked for
 
     def __len__(self) -> int:
         """Rows in use."""
@@ -27,11 +28,14 @@ class Pool:
     def stream(self) -> Stream:
         """All the streams, one at least: views, good until the next one joins or leaves."""
         assert self._form is not None and self._num_rows
-        return self._form.map(lambda name, _: self._room[name][: self._num_rows])
+        if not self._views:
+            self._views = {name: room[: self._num_rows] for name, room in self._room.items()}
+        return self._form.map(lambda name, _: self._views[name])
 
     def join(self, stream: Stream) -> int:
         """Copy a single stream in. Returns its row, the one after the last."""
         self._form = stream
+        self._views.clear()
         row, self._num_rows = self._num_rows, self._num_rows + 1
         stream.map(lambda name, x: self._write(name, row, x))
         return row
@@ -40,6 +44,7 @@ class Pool:
         """Give a row up; the last one takes its place. With the last one all the room is given back."""
         assert row < self._num_rows
         self._num_rows -= 1
+        self._views.clear()
         if not self._num_rows:
             self._room.clear()
         if row < self._num_rows:
@@ -48,9 +53,8 @@ class Pool:
 
     def advance(self, after: Stream) -> None:
         """Take over what the model has made of `stream`: most of it is in its place already."""
-        before = dict[str, Tensor]()
-        self.stream.map(before.setdefault)
-        after.map(lambda name, x: x if x.data_ptr() == before[name].data_ptr() else before[name].copy_(x))
+        before = self._views
+        after.map(lambda name, x: x if x is before[name] else before[name].copy_(x))
 
     def _write(self, name: str, row: int, x: Tensor) -> Tensor:
         room = self._room.get(name)

@@ -1,0 +1,57 @@
+"""The kernels as a shared library: compiled once a machine, where its processor has what they are written for."""
+
+import ctypes
+import hashlib
+import logging
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SETS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512bf16".split()
+_FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-m{x}" for x in _SETS)]
+_COMPILERS = "c++", "g++", "clang++"
+_SECONDS = 300
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None on another processor, and where there is neither a compiler nor what one has made before.
+
+    They are looked for beside their source, where `python -m titans.native` puts them, and in `~/.cache/titans`.
+    """
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    kept = Path.home() / ".cache" / "titans"
+    path = next((path for folder in (_SOURCE.parent, kept) if (path := folder / _name()).exists()), None)
+    try:
+        return ctypes.CDLL(str(path or compile_into(kept)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("answers are slower than they need be: no compiled kernels (%s)", error)
+        return None
+
+
+def compile_into(folder: Path) -> Path:
+    """Compile, whatever there is; atomic. Returns the library's path. Raises OSError, subprocess.SubprocessError."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own) / "kernels.so"
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler}: {done.stderr.strip()[-500:]}")
+        return made.replace(folder / _name())
+
+
+def _name() -> str:
+    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
+    return f"kernels-{digest[:16]}.so"

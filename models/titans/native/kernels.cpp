@@ -1,0 +1,526 @@
+// What one token costs in arithmetic, without what it costs to call an operation: products of a few rows with large
+// matrices, and whole runs of a body's layers. For x86-64 processors that multiply bfloat16 (AVX-512 BF16).
+//
+// Weights lie in blocks of 16 outputs, and in a block in groups of 32 inputs, so that a product reads them from the
+// first byte to the last. Three kinds:
+//
+//     FOUR     256 bytes of codes, then 16 steps and 16 lowest levels in half precision: w = code * step + lowest
+//     EIGHT    512 bytes, an int8 code each, input by input, then 16 steps in float32: w = code * step
+//     SIXTEEN  1024 bytes: pairs of inputs in bfloat16
+//
+// A product's rows are computed each as it would be alone: how many there are changes no bit.
+//
+// Threads: a team's workers sleep between calls; inside one they meet at barriers, where they spin, since a phase
+// takes microseconds, and after a while yield, since a core may be shared. A team runs one call at a time.
+//
+// Shapes: R rows · N outputs · K inputs · D hidden · H query heads · G kv heads · E head dim · W window · P persistent.
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int BLOCK = 16;
+constexpr int GROUP = 32;
+constexpr int SPINS = 4'000;
+
+enum Kind : int64_t { FOUR = 4, EIGHT = 8, SIXTEEN = 16 };
+
+struct Matrix {
+    int64_t kind, num_outputs, num_inputs;
+    const uint8_t *data;
+
+    int64_t group_bytes() const { return kind == FOUR ? 320 : kind == EIGHT ? 576 : 1024; }
+    const uint8_t *block(int64_t b) const { return data + b * (num_inputs / GROUP) * group_bytes(); }
+};
+
+struct Layer {
+    const float *attention_norm, *mlp_norm;         // [D]
+    Matrix qkv, out, gate_up, down;
+    const uint16_t *persistent_keys, *persistent_values;  // [P, G, E] bfloat16
+};
+
+struct Body {
+    int64_t num_layers, size, num_heads, num_kv_heads, head_dim, inner, window, num_persistent;
+    double theta, eps;
+};
+
+// ---- threads
+
+class Barrier {
+  public:
+    explicit Barrier(int count) : count_(count) {}
+
+    void wait() {
+        if (count_ == 1) return;
+        const unsigned phase = phase_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+            if (spins < SPINS) _mm_pause();
+            else sched_yield();
+        }
+    }
+
+  private:
+    const int count_;
+    std::atomic<int> arrived_{0};
+    std::atomic<unsigned> phase_{0};
+};
+
+struct Share {  // of a range that a team splits
+    int64_t begin, end;
+};
+
+class Team {
+  public:
+    explicit Team(int size) : size(size), barrier(size) {
+        for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Team() {
+        call_ = nullptr;
+        wake();
+        for (auto &worker : workers_) worker.join();
+    }
+
+    template <class F> void run(F &&call) {
+        const std::lock_guard<std::mutex> one(mutex_);
+        call_ = [](void *context, int index) { (*static_cast<F *>(context))(index); };
+        context_ = &call;
+        wake();
+        call(0);
+        barrier.wait();  // nobody is inside any more
+    }
+
+    Share share(int64_t count, int index) const { return {count * index / size, count * (index + 1) / size}; }
+
+    const int size;
+    Barrier barrier;
+
+  private:
+    void wake() {
+        if (size == 1) return;
+        turn_.fetch_add(1, std::memory_order_release);
+        turn_.notify_all();
+    }
+
+    void work(int index) {
+        for (unsigned seen = 0;; ) {
+            turn_.wait(seen, std::memory_order_acquire);
+            ++seen;
+            if (call_ == nullptr) return;
+            call_(context_, index);
+            barrier.wait();
+        }
+    }
+
+    std::mutex mutex_;
+    std::atomic<unsigned> turn_{0};
+    void (*call_)(void *, int) = nullptr;
+    void *context_ = nullptr;
+    std::vector<std::thread> workers_;
+};
+
+// ---- numbers
+
+__m512 widen(const uint16_t *x) {  // 16 bfloat16
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+void narrow(__m512 x, uint16_t *to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+__m512bh pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
+
+__m512 half(const uint8_t *x) {  // 16 of half precision
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+}
+
+__m512 exponential(__m512 x) {  // e^x within 2e-7: 2^n 2^f, |f| <= 1/2
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    const __m512 y = _mm512_mul_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(y, n);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);
+    for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+// ---- products
+
+struct Inputs {  // rows of a product: as they are, in bfloat16 pairs, and their sums group by group
+    int64_t num_inputs;
+    std::vector<float> exact;
+    std::vector<uint16_t> rounded;
+    std::vector<float> sums;
+
+    void resize(int64_t rows, int64_t k) {
+        num_inputs = k;
+        exact.resize(rows * k);
+        rounded.resize(rows * k);
+        sums.resize(rows * (k / GROUP));
+    }
+
+    void round(int64_t row) {
+        const float *x = exact.data() + row * num_inputs;
+        uint16_t *r = rounded.data() + row * num_inputs;
+        float *sum = sums.data() + row * (num_inputs / GROUP);
+        for (int64_t k = 0; k < num_inputs; k += GROUP) {
+            narrow(_mm512_loadu_ps(x + k), r + k);
+            narrow(_mm512_loadu_ps(x + k + 16), r + k + 16);
+            sum[k / GROUP] = _mm512_reduce_add_ps(_mm512_add_ps(widen(r + k), widen(r + k + 16)));
+        }
+    }
+};
+
+__m512i broadcast_pair(const uint16_t *x) {
+    int pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+// bfloat16 of 0 to 15, twice: the permutation looks at five bits, of which the fifth belongs to the next code
+__m512i levels() {
+    alignas(64) static const uint16_t table[32] = {
+        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
+        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
+        0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    return _mm512_load_si512(table);
+}
+
+template <int R, int B>
+void four(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
+    const __m512i table = levels();
+    const int64_t num_groups = m.num_inputs / GROUP;
+    for (int64_t g = 0; g < num_groups; ++g) {
+        __m512 odd[R][B], even[R][B];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) odd[r][b] = even[r][b] = _mm512_setzero_ps();
+        const uint8_t *at[B];
+        for (int b = 0; b < B; ++b) at[b] = m.block(block + b) + g * 320;
+        for (int i = 0; i < 4; ++i) {
+            __m512i codes[B];
+            for (int b = 0; b < B; ++b) codes[b] = _mm512_loadu_si512(at[b] + 64 * i);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                __m512bh w[B];
+                for (int b = 0; b < B; ++b)
+                    w[b] = pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[b], 4 * j), table));
+                for (int r = 0; r < R; ++r) {
+                    const uint16_t *pair = x.rounded.data() + (row + r) * m.num_inputs + g * GROUP + 8 * i + 2 * j;
+                    const __m512bh v = pairs(broadcast_pair(pair));
+                    for (int b = 0; b < B; ++b) {
+                        __m512 &sum = j % 2 ? odd[r][b] : even[r][b];
+                        sum = _mm512_dpbf16_ps(sum, w[b], v);
+                    }
+                }
+            }
+        }
+        for (int b = 0; b < B; ++b) {
+            const __m512 step = half(at[b] + 256), lowest = half(at[b] + 288);
+            for (int r = 0; r < R; ++r) {
+                const __m512 sum = _mm512_set1_ps(x.sums[(row + r) * num_groups + g]);
+                total[r][b] = _mm512_fmadd_ps(_mm512_add_ps(odd[r][b], even[r][b]), step, total[r][b]);
+                total[r][b] = _mm512_fmadd_ps(lowest, sum, total[r][b]);
+            }
+        }
+    }
+}
+
+template <int R, int B>
+void eight(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
+    for (int64_t g = 0; g < m.num_inputs / GROUP; ++g) {
+        __m512 sum[R][B];
+        const uint8_t *at[B];
+        for (int b = 0; b < B; ++b) {
+            at[b] = m.block(block + b) + g * 576;
+            for (int r = 0; r < R; ++r) sum[r][b] = _mm512_setzero_ps();
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < GROUP; ++k) {
+            __m512 w[B];
+            for (int b = 0; b < B; ++b) {
+                const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at[b] + 16 * k));
+                w[b] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+            }
+            for (int r = 0; r < R; ++r) {
+                const __m512 v = _mm512_set1_ps(x.exact[(row + r) * m.num_inputs + g * GROUP + k]);
+                for (int b = 0; b < B; ++b) sum[r][b] = _mm512_fmadd_ps(w[b], v, sum[r][b]);
+            }
+        }
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r)
+                total[r][b] = _mm512_fmadd_ps(sum[r][b], _mm512_loadu_ps(at[b] + 512), total[r][b]);
+    }
+}
+
+template <int R, int B>
+void sixteen(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
+    const uint8_t *at[B];
+    for (int b = 0; b < B; ++b) at[b] = m.block(block + b);
+    for (int64_t k = 0; k < m.num_inputs; k += 2)
+        for (int r = 0; r < R; ++r) {
+            const __m512bh v = pairs(broadcast_pair(x.rounded.data() + (row + r) * m.num_inputs + k));
+            for (int b = 0; b < B; ++b)
+                total[r][b] = _mm512_dpbf16_ps(total[r][b], pairs(_mm512_loadu_si512(at[b] + 32 * k)), v);
+        }
+}
+
+template <int R, int B, class Take>
+void tile(const Matrix &m, int64_t block, const Inputs &x, int64_t row, Take &&take) {
+    __m512 total[R][B];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
+    if (m.kind == FOUR) four<R, B>(m, block, x, row, total);
+    else if (m.kind == EIGHT) eight<R, B>(m, block, x, row, total);
+    else sixteen<R, B>(m, block, x, row, total);
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) take(row + r, (block + b) * BLOCK, total[r][b]);
+}
+
+// The outputs of some blocks for all rows; `take` is given a row, the first of 16 outputs and these.
+template <int B, class Take>
+void some_blocks(const Matrix &m, int64_t block, const Inputs &x, int64_t rows, Take &&take) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+        if constexpr (B == 4) {
+            tile<4, 2>(m, block, x, row, take);
+            tile<4, 2>(m, block + 2, x, row, take);
+        } else {
+            tile<4, B>(m, block, x, row, take);
+        }
+    }
+    for (; row + 2 <= rows; row += 2) tile<2, B>(m, block, x, row, take);
+    for (; row < rows; ++row) tile<1, B>(m, block, x, row, take);
+}
+
+template <class Take>
+void multiply(const Matrix &m, Share blocks, const Inputs &x, int64_t rows, Take &&take) {
+    int64_t block = blocks.begin;
+    for (; block + 4 <= blocks.end; block += 4) some_blocks<4>(m, block, x, rows, take);
+    for (; block + 2 <= blocks.end; block += 2) some_blocks<2>(m, block, x, rows, take);
+    for (; block < blocks.end; ++block) some_blocks<1>(m, block, x, rows, take);
+}
+
+// ---- layers
+
+void norm(const float *h, const float *weight, double eps, int64_t size, float *to) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_loadu_ps(h + i);
+        squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    const float scale = static_cast<float>(1.0 / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(h + i), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(x, _mm512_loadu_ps(weight + i)));
+    }
+}
+
+struct Turn {  // of one row: by its position, and by its distance from the persistent tokens
+    std::vector<float> cos, sin, far_cos, far_sin;  // [E / 2]
+
+    Turn(int64_t position, const Body &body) {
+        const int64_t half_dim = body.head_dim / 2, back = std::min(position + 1, body.window);
+        for (int64_t i = 0; i < half_dim; ++i) {
+            const double step = std::pow(body.theta, -2.0 * i / body.head_dim);
+            cos.push_back(static_cast<float>(std::cos(position * step)));
+            sin.push_back(static_cast<float>(std::sin(position * step)));
+            far_cos.push_back(static_cast<float>(std::cos(back * step)));
+            far_sin.push_back(static_cast<float>(std::sin(back * step)));
+        }
+    }
+
+    static void apply(const float *x, const std::vector<float> &cos, const std::vector<float> &sin, float *to) {
+        const size_t n = cos.size();
+        for (size_t i = 0; i < n; ++i) {
+            to[i] = x[i] * cos[i] - x[i + n] * sin[i];
+            to[i + n] = x[i + n] * cos[i] + x[i] * sin[i];
+        }
+    }
+};
+
+struct Scratch {  // of a call
+    std::vector<float> h, qkv, mixed, inner;  // [R, ...]
+    std::vector<Turn> turns;
+};
+
+struct Own {  // of a thread in a call
+    Inputs inputs;
+    std::vector<float> scores;      // [W + P]
+    std::vector<uint16_t> rounded;  // [E]
+    std::vector<float> turned;      // [E]
+};
+
+// One row, one kv head: its key and value into the ring, and what its queries see there.
+void attend(const Body &body, const Layer &layer, int64_t head, int64_t position, const Turn &turn, const float *qkv,
+            uint16_t *keys, uint16_t *values, float *mixed, Own &own) {
+    const int64_t dim = body.head_dim, slot = position % body.window, shared = body.num_heads / body.num_kv_heads;
+    const int64_t seen = std::min(position + 1, body.window), lasting = body.num_persistent;
+    const float *k = qkv + (body.num_heads + head) * dim, *v = k + body.num_kv_heads * dim;
+    Turn::apply(k, turn.cos, turn.sin, own.turned.data());
+    for (int64_t e = 0; e < dim; e += 16) {
+        narrow(_mm512_loadu_ps(own.turned.data() + e), keys + slot * dim + e);
+        narrow(_mm512_loadu_ps(v + e), values + slot * dim + e);
+    }
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    float *scores = own.scores.data();
+    for (int64_t i = head * shared; i < (head + 1) * shared; ++i) {
+        Turn::apply(qkv + i * dim, turn.far_cos, turn.far_sin, own.turned.data());
+        for (int64_t p = 0; p < lasting; ++p) {
+            const uint16_t *key = layer.persistent_keys + (p * body.num_kv_heads + head) * dim;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t e = 0; e < dim; e += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own.turned.data() + e), widen(key + e), sum);
+            scores[seen + p] = scale * _mm512_reduce_add_ps(sum);
+        }
+        Turn::apply(qkv + i * dim, turn.cos, turn.sin, own.turned.data());
+        for (int64_t e = 0; e < dim; e += 16) narrow(_mm512_loadu_ps(own.turned.data() + e), own.rounded.data() + e);
+        for (int64_t s = 0; s < seen; ++s) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t e = 0; e < dim; e += 32)
+                sum = _mm512_dpbf16_ps(sum, pairs(_mm512_loadu_si512(keys + s * dim + e)),
+                                       pairs(_mm512_loadu_si512(own.rounded.data() + e)));
+            scores[s] = scale * _mm512_reduce_add_ps(sum);
+        }
+        const int64_t count = seen + lasting;
+        const float top = *std::max_element(scores, scores + count);
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t s = 0; s < count; s += 16) {
+            const __mmask16 in = static_cast<__mmask16>(count - s >= 16 ? 0xFFFF : (1u << (count - s)) - 1);
+            const __m512 raised = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, scores + s), _mm512_set1_ps(top)));
+            _mm512_mask_storeu_ps(scores + s, in, raised);
+            total = _mm512_add_ps(total, _mm512_maskz_mov_ps(in, raised));
+        }
+        const float whole = 1.0f / _mm512_reduce_add_ps(total);
+        for (int64_t e = 0; e < dim; e += 32) {
+            __m512 left = _mm512_setzero_ps(), right = left;
+            for (int64_t s = 0; s < count; ++s) {
+                const uint16_t *value = s < seen ? values + s * dim
+                                                 : layer.persistent_values + ((s - seen) * body.num_kv_heads + head) * dim;
+                const __m512 share = _mm512_set1_ps(scores[s]);
+                left = _mm512_fmadd_ps(share, widen(value + e), left);
+                right = _mm512_fmadd_ps(share, widen(value + e + 16), right);
+            }
+            _mm512_storeu_ps(mixed + i * dim + e, _mm512_mul_ps(left, _mm512_set1_ps(whole)));
+            _mm512_storeu_ps(mixed + i * dim + e + 16, _mm512_mul_ps(right, _mm512_set1_ps(whole)));
+        }
+    }
+}
+
+// One layer, as one of a team's threads computes it.
+void run_layer(const Body &body, const Layer &layer, int64_t rows, const int64_t *positions, uint16_t *keys,
+               uint16_t *values, Scratch &all, Own &own, Team &team, int index) {
+    const int64_t size = body.size, heads_size = body.num_heads * body.head_dim, inner = body.inner;
+    const int64_t qkv_size = layer.qkv.num_outputs, ring = body.window * body.head_dim;
+    const auto normed = [&](const float *weight) {
+        own.inputs.resize(rows, size);
+        for (int64_t r = 0; r < rows; ++r) {
+            norm(all.h.data() + r * size, weight, body.eps, size, own.inputs.exact.data() + r * size);
+            own.inputs.round(r);
+        }
+    };
+    const auto whole = [&](const std::vector<float> &from, int64_t width) {
+        own.inputs.resize(rows, width);
+        std::copy_n(from.data(), rows * width, own.inputs.exact.data());
+        for (int64_t r = 0; r < rows; ++r) own.inputs.round(r);
+    };
+    const auto add = [&](int64_t row, int64_t n, __m512 x) {
+        float *h = all.h.data() + row * size + n;
+        _mm512_storeu_ps(h, _mm512_add_ps(_mm512_loadu_ps(h), x));
+    };
+
+    normed(layer.attention_norm);
+    multiply(layer.qkv, team.share(qkv_size / BLOCK, index), own.inputs, rows,
+             [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(all.qkv.data() + r * qkv_size + n, x); });
+    team.barrier.wait();
+
+    const Share units = team.share(rows * body.num_kv_heads, index);
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+        const int64_t r = unit / body.num_kv_heads, head = unit % body.num_kv_heads;
+        attend(body, layer, head, positions[r], all.turns[r], all.qkv.data() + r * qkv_size, keys + unit * ring,
+               values + unit * ring, all.mixed.data() + r * heads_size, own);
+    }
+    team.barrier.wait();
+
+    whole(all.mixed, heads_size);
+    multiply(layer.out, team.share(size / BLOCK, index), own.inputs, rows, add);
+    team.barrier.wait();
+
+    normed(layer.mlp_norm);
+    const Share gates = team.share(inner / BLOCK, index), ups = {gates.begin + inner / BLOCK, gates.end + inner / BLOCK};
+    multiply(layer.gate_up, gates, own.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
+        const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
+        _mm512_storeu_ps(all.inner.data() + r * inner + n, _mm512_div_ps(x, _mm512_add_ps(one, exponential(minus))));
+    });
+    multiply(layer.gate_up, ups, own.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
+        float *to = all.inner.data() + r * inner + n - inner;
+        _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), x));
+    });
+    team.barrier.wait();
+
+    whole(all.inner, inner);
+    multiply(layer.down, team.share(size / BLOCK, index), own.inputs, rows, add);
+    team.barrier.wait();
+}
+
+}  // namespace
+
+extern "C" {
+
+Team *titans_team(int size) { return new Team(size); }
+
+void titans_end(Team *team) { delete team; }
+
+// x [R, K] bfloat16 to y [R, N] bfloat16.
+void titans_multiply(Team *team, const Matrix *matrix, int64_t rows, const uint16_t *x, uint16_t *y) {
+    Inputs inputs;
+    inputs.resize(rows, matrix->num_inputs);
+    for (int64_t i = 0; i < rows * matrix->num_inputs; i += 16)
+        _mm512_storeu_ps(inputs.exact.data() + i, widen(x + i));
+    for (int64_t r = 0; r < rows; ++r) inputs.round(r);
+    team->run([&](int index) {
+        multiply(*matrix, team->share(matrix->num_outputs / BLOCK, index), inputs, rows,
+                 [&](int64_t r, int64_t n, __m512 total) { narrow(total, y + r * matrix->num_outputs + n); });
+    });
+}
+
+// h [R, D] bfloat16 through layers that follow one another, in place; so are their rings, each row's token at its
+// position. keys and values: of each layer, [R, G, W, E] bfloat16.
+void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t rows, const int64_t *positions,
+                   uint16_t *h, uint16_t *const *keys, uint16_t *const *values) {
+    Scratch all;
+    const int64_t size = body->size, heads_size = body->num_heads * body->head_dim;
+    all.h.resize(rows * size);
+    all.qkv.resize(rows * layers[0].qkv.num_outputs);
+    all.mixed.resize(rows * heads_size);
+    all.inner.resize(rows * body->inner);
+    for (int64_t r = 0; r < rows; ++r) all.turns.emplace_back(positions[r], *body);
+    for (int64_t i = 0; i < rows * size; i += 16) _mm512_storeu_ps(all.h.data() + i, widen(h + i));
+    team->run([&](int index) {
+        Own own;
+        own.scores.resize(body->window + body->num_persistent);
+        own.rounded.resize(body->head_dim);
+        own.turned.resize(body->head_dim);
+        for (int64_t i = 0; i < body->num_layers; ++i)
+            run_layer(*body, layers[i], rows, positions, keys[i], values[i], all, own, *team, index);
+    });
+    for (int64_t i = 0; i < rows * size; i += 16) narrow(_mm512_loadu_ps(all.h.data() + i), h + i);
+}
+}

@@ -1,0 +1,104 @@
+"""Large matrices as the kernels read them, and a few rows' products with them.
+
+Weights that are on a grid (`titans.grid`) are kept as the codes that they are, others in bfloat16. `kernels.cpp` says
+how they lie.
+
+Shapes: R rows · N outputs · K inputs · G = K / 32 groups.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from titans.grid import GROUP, Grid, eight_bits, four_bits
+from titans.native.build import library
+
+_BLOCK = 16  # outputs that are computed together
+_FOUR, _EIGHT, _SIXTEEN = 4, 8, 16
+
+
+class Team:
+    """Threads that compute together; they sleep between calls. It is None's where there are no kernels."""
+
+    def __init__(self, size: int) -> None:
+        """`size`: threads, the caller's among them."""
+        kernels = library()
+        assert kernels is not None
+        self.kernels = kernels
+        kernels.titans_team.restype = ctypes.c_void_p
+        self.handle = ctypes.c_void_p(kernels.titans_team(size))
+
+    def __del__(self) -> None:
+        self.kernels.titans_end(self.handle)
+
+
+class MatrixStruct(ctypes.Structure):
+    """kernels.cpp's Matrix."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int64),
+        ("num_outputs", ctypes.c_int64),
+        ("num_inputs", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+    )
+
+
+class NativeMatrix:
+    """A matrix [N, K] as the kernels read it."""
+
+    def __init__(self, kind: int, shape: torch.Size, data: Tensor, team: Team) -> None:
+        self.kind, self.team, self._data = kind, team, data
+        self.num_outputs, self.num_inputs = shape
+        self.struct = MatrixStruct(kind, *shape, data.data_ptr())
+
+    @classmethod
+    def pack(cls, weight_NK: Tensor, team: Team) -> "NativeMatrix | None":
+        """A float32 matrix; None where the kernels cannot take its shape."""
+        if weight_NK.shape[0] % _BLOCK or weight_NK.shape[1] % GROUP:
+            return None
+        if (grid := four_bits(weight_NK)) is not None:
+            return cls(_FOUR, weight_NK.shape, _four(grid), team)
+        if (grid := eight_bits(weight_NK)) is not None:
+            return cls(_EIGHT, weight_NK.shape, _eight(grid), team)
+        return cls(_SIXTEEN, weight_NK.shape, _sixteen(weight_NK), team)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N], bfloat16."""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.num_outputs)
+        rows = ctypes.c_int64(x.numel() // self.num_inputs)
+        multiply, pointer = self.team.kernels.titans_multiply, ctypes.c_void_p
+        multiply(self.team.handle, ctypes.byref(self.struct), rows, pointer(x.data_ptr()), pointer(y.data_ptr()))
+        return y
+
+
+def _four(grid: Grid) -> Tensor:
+    """[N / 16, G, 320] bytes: codes, steps, lowest levels."""
+    codes = grid.codes.int().unflatten(0, (-1, _BLOCK)).unflatten(-1, (4, 4, 2))  # [N / 16, 16, G, 4, 4, 2]
+    words = (codes << (4 * torch.arange(4))[:, None]).sum(-2).permute(0, 2, 3, 1, 4)  # [N / 16, G, 4, 16, 2]
+    levels = _by_block(grid.step), _by_block(grid.lowest)
+    parts = [words.to(torch.uint16).flatten(2), *(x.to(torch.float16) for x in levels)]
+    return torch.cat([_bytes(part) for part in parts], dim=-1)
+
+
+def _eight(grid: Grid) -> Tensor:
+    """[N / 16, G, 576] bytes: codes, steps."""
+    codes = grid.codes.to(torch.int8).unflatten(0, (-1, _BLOCK)).permute(0, 2, 3, 1).flatten(2)
+    return torch.cat((_bytes(codes), _bytes(_by_block(grid.step))), dim=-1)
+
+
+def _sixteen(weight_NK: Tensor) -> Tensor:
+    """[N / 16, K / 2, 16, 2] bfloat16."""
+    blocks: Tensor = weight_NK.bfloat16().unflatten(0, (-1, _BLOCK)).unflatten(-1, (-1, 2))
+    return blocks.transpose(1, 2).contiguous()
+
+
+def _by_block(x_NG1: Tensor) -> Tensor:
+    """[N / 16, G, 16]."""
+    blocks: Tensor = x_NG1.squeeze(-1).unflatten(0, (-1, _BLOCK))
+    return blocks.transpose(1, 2)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)

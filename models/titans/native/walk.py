@@ -1,0 +1,49 @@
+"""Tokens that come alone, through all that stands below a model's last memory, and through what stands above it."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from torch import Tensor
+
+from titans.architecture import AttentionLayer, Layer, MemoryLayer, Run
+from titans.model import TitansModel, Walks
+from titans.native.layers import NativeLayers
+from titans.native.matrix import Team
+from titans.state import Parts
+
+_ALIGNED = 32  # what the kernels take at once of a head, and of all other widths
+
+
+def walk_of(model: TitansModel, team: Team) -> Walks | None:
+    """The two walks of a model whose linear layers are packed; None where the kernels do not know its layers."""
+    body = model.config.backbone
+    widths = body.head_dim, body.hidden_size, body.num_heads * body.head_dim, body.intermediate_size
+    steps = *model.lower, *model.upper
+    known = all(type(step) in {AttentionLayer, MemoryLayer} for step in steps) and type(model.lower[-1]) is MemoryLayer
+    if not known or any(width % _ALIGNED for width in widths):
+        return None
+    return TokenWalk(model, model.lower[:-1], team), TokenWalk(model, model.upper, team)
+
+
+class TokenWalk:
+    """Some of a model's steps: layers that follow one another are one call, memories are themselves."""
+
+    def __init__(self, model: TitansModel, steps: Sequence[Layer], team: Team) -> None:
+        self._parts: list[tuple[NativeLayers | MemoryLayer, int]] = []  # and how many steps it is
+        for is_memory, group in groupby(steps, key=lambda step: isinstance(step, MemoryLayer)):
+            if is_memory:
+                self._parts += [(step, 1) for step in group if isinstance(step, MemoryLayer)]
+            else:
+                layers = [step for step in group if isinstance(step, AttentionLayer)]
+                self._parts.append((NativeLayers(model.config, layers, team), len(layers)))
+
+    def __call__(self, h_B1D: Tensor, run: Run, parts: Sequence[Parts]) -> tuple[Tensor, tuple[Parts, ...]]:
+        """Hidden states through the steps, and what these then carry."""
+        after, start = list(parts), 0
+        for step, count in self._parts:
+            if isinstance(step, NativeLayers):
+                h_B1D = step(h_B1D, run.position_B, parts[start : start + count])
+            else:
+                h_B1D, after[start] = step(h_B1D, run, parts[start])
+            start += count
+        return h_B1D, tuple(after)
