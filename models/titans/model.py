@@ -135,19 +135,27 @@ class TitansModel(nn.Module):
         `state` comes from `new_state` or `ingest`, not from a stream, and is not changed.
         `write`: the stream learns what it reads. `recall=False`: the memories answer nothing from here on.
         """
+        *_, stream = self.opening(state, recall=recall, write=write)
+        assert stream is not None
+        return stream
+
+    def opening(self, state: State, *, recall: bool = True, write: bool = False) -> Iterator[Stream | None]:
+        """`open` bit by bit, a layer at a time, for those who have other things to do meanwhile; the stream is last."""
         state = state.clone()
         if not write:
             layers = (step.settle(parts, state.position) for step, parts in zip(self.lower, state.layers, strict=True))
             state = State(state.position, tuple(layers), state.tail)
-        upper = tuple(step.new_parts(state.batch_size, self.dtype) for step in self.upper)
+        upper = [step.new_parts(state.batch_size, self.dtype) for step in self.upper]
         length = int(state.position.max().clamp(max=self.config.window)) if self.upper else 0
         if length:  # oldest first; columns before a session's first token are masked by their position
             start_B = state.position - length
             slots = (start_B[:, None] + torch.arange(length, device=self.device)) % self.config.window
-            tail = state.tail.take_along_dim(slots[..., None], dim=1)
+            h_BTD = state.tail.take_along_dim(slots[..., None], dim=1)
             call = self.place(start_B, torch.full_like(start_B, length), length)
-            _, upper = self._walk(tail, call, self.upper, upper)
-        return Stream(state, upper, write, recall)
+            for i in range(len(upper)):
+                h_BTD, upper[i : i + 1] = self._walk(h_BTD, call, self.upper[i : i + 1], upper[i : i + 1])
+                yield None
+        yield Stream(state, tuple(upper), write, recall)
 
     def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Sequence[int] | None = None) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] of tokens that follow a stream, normed, and the stream after them.

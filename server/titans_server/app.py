@@ -116,6 +116,7 @@ async def _serve(
         eos_token=loaded.tokenizer.eos_token,
         max_running=settings.max_running,
         max_requests=settings.max_requests,
+        portion_seconds=settings.portion_seconds,
         observer=observer,
     )
     stack.push_async_callback(engine.close)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Work = Literal["load", "ingest", "commit"]  # a state read from the store · a stride learnt · a state made durable
-Computed = Literal["prefill", "decode", "ingest"]  # a block of a prompt · a token of every answer · chunks of documents
+Computed = Literal[
+    "prefill", "decode", "ingest"
+]  # a portion of a prompt · a token of every answer · portions of documents
 
 
 @dataclass(frozen=True)

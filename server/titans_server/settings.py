@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(default=None, ge=1)
     max_running: int = Field(default=64, ge=1)
     max_requests: int = Field(default=256, ge=1)
+    portion_seconds: float = Field(default=0.1, gt=0)
     max_prompt_tokens: int = Field(default=4_096, ge=1)
     max_completion_tokens: int = Field(default=4_096, ge=1)
     max_document_bytes: int | None = Field(default=None, ge=1)

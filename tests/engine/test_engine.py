@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
 import pytest
@@ -70,13 +70,13 @@ async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> No
 async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, opening = list[State](), TitansModel.open
+    opened, opening = list[State](), TitansModel.opening
 
-    def noted(self: TitansModel, state: State, *, recall: bool) -> Stream:
+    def noted(self: TitansModel, state: State, *, recall: bool) -> Iterator[Stream | None]:
         opened.append(state)
-        return opening(self, state, recall=recall)
+        yield from opening(self, state, recall=recall)
 
-    monkeypatch.setattr(TitansModel, "open", noted)
+    monkeypatch.setattr(TitansModel, "opening", noted)
     states = [await engine.ingest(engine.new_state(), tokens(40, seed=i)) for i in range(12)]
     first = [await answer(engine, state, [5, 6]) for state in states[:3]]
     assert [await answer(engine, state, [5, 6]) for state in states[:3]] == first
@@ -165,7 +165,7 @@ class Diary(Observer):
         self.did.append(kind)
 
 
-async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_block_of_documents() -> None:
+async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_portion_of_documents() -> None:
     diary = Diary()
     engine = Engine(Runner(make_tiny()), eos_token=2, observer=diary)
     engine.start()
@@ -180,7 +180,7 @@ async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_block_of_
     await engine.close()
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(during)]
     assert all(count == 1 for kind, count in runs if kind == "ingest")
-    assert during.count("ingest") >= sum(sizes) / engine._runner.chunk
+    assert during.count("ingest") >= sum(sizes) / engine.window
 
 
 async def test_a_fault_ends_its_own_requests_and_not_the_engine(
@@ -216,3 +216,23 @@ async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
     moved = sum(float((new - old).double().square().sum()) for old, new in weights) ** 0.5
     assert observer.heard == [pytest.approx(moved / 40, rel=1e-5)]
     assert moved > 0
+
+
+async def test_a_session_is_opened_between_the_tokens_of_others() -> None:
+    """A layer a step where no step has time for two; and what is said does not change by it."""
+    diary = Diary()
+    engine = Engine(Runner(make_tiny()), eos_token=2, observer=diary, portion_seconds=1e-6)
+    engine.start()
+    state = await engine.ingest(engine.new_state(), tokens(60, seed=1))
+    other = await engine.ingest(engine.new_state(), tokens(60, seed=1))
+    alone = await answer(engine, state, [5, 6])
+    async with aclosing(engine.generate(engine.new_state(), [5], max_tokens=10**6, sampling=GREEDY)) as stream:
+        await anext(stream)
+        await anext(stream)
+        before = len(diary.did)
+        assert await answer(engine, other, [5, 6]) == alone
+        during = diary.did[before:]
+    await engine.close()
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(during)]
+    steps = [count for kind, count in runs if kind == "prefill"]
+    assert steps == [1] * (len(make_tiny().upper) + 2), "layers, the stream, the prompt"

@@ -3,14 +3,16 @@
 from typing import Any
 
 from titans_server.engine.request import Generation, Ingestion
-from titans_server.engine.scheduler import Scheduler
+from titans_server.engine.scheduler import Portion, Scheduler
 
 WINDOW = 16
 CHUNK = 4
 
 
-def make_scheduler(**limits: int) -> Scheduler:
-    return Scheduler(window=WINDOW, chunk=CHUNK, **({"max_running": 8, "ingest_budget": 4 * WINDOW} | limits))
+def make_scheduler(max_running: int = 8, ingest_budget: int = 4 * WINDOW, seconds: float = 0.1) -> Scheduler:
+    return Scheduler(
+        window=WINDOW, chunk=CHUNK, max_running=max_running, ingest_budget=ingest_budget, portion_seconds=seconds
+    )
 
 
 def document(num_tokens: int, position: int = 0, *, urgent: bool = False) -> Ingestion:
@@ -34,9 +36,11 @@ def run_step(scheduler: Scheduler) -> list[Generation | Ingestion]:
         part.num_done += size
         if part.num_done == len(part.tokens):
             scheduler.finish(part)
-    for on_documents, did in ((False, step.decode), (False, step.prefill), (True, step.ingest)):
-        if did:
-            scheduler.spent(on_documents=on_documents, seconds=1.0)
+    if step.decode:
+        scheduler.spent("decode", len(step.decode), 1.0)
+    for kind, parts in (("prefill", step.prefill), ("ingest", step.ingest)):
+        if parts:
+            scheduler.spent(kind, len(parts) * max(size for _, size in parts), 1.0)  # type: ignore[arg-type]
     return [*step.decode, *(r for r, _ in step.prefill), *(r for r, _ in step.ingest)]
 
 
@@ -88,8 +92,8 @@ def test_every_answer_gets_a_token_a_step_whatever_else_waits() -> None:
     for _ in range(20):
         step = scheduler.next_step()
         assert step.decode == running
-        assert sum(size for _, size in step.prefill) <= CHUNK
-        assert sum(size for _, size in step.ingest) <= CHUNK
+        assert len(step.prefill) + len(step.ingest) <= 1, "one thing beside them"
+        assert sum(size for _, size in [*step.prefill, *step.ingest]) <= CHUNK
         run_step(scheduler)
 
 
@@ -98,13 +102,40 @@ def test_documents_have_half_of_the_time_and_no_more_while_answers_run() -> None
     scheduler.add(answer())
     run_step(scheduler)
     scheduler.add(document(1_000 * WINDOW))
-    seconds = {True: 0.0, False: 0.0}
+    answering = documents = 0.0
     for _ in range(400):
         step = scheduler.next_step()
-        for on_documents, cost in ((False, 1.0), (True, 3.5 if step.ingest else 0.0)):
-            scheduler.spent(on_documents=on_documents, seconds=cost)
-            seconds[on_documents] += cost
-    assert 0.4 < seconds[True] / sum(seconds.values()) <= 0.5
+        scheduler.spent("decode", 1, 1.0)
+        answering += 1.0
+        if step.ingest:
+            scheduler.spent("ingest", CHUNK, 3.5)
+            documents += 3.5
+    assert 0.4 < documents / (documents + answering) <= 0.5
+
+
+def test_portions_are_as_large_as_their_time_allows() -> None:
+    """From one chunk on a slow machine to a window on a fast one."""
+    for seconds_a_token, expected in ((1.0, CHUNK), (0.012, 2 * CHUNK), (0.0001, WINDOW)):
+        scheduler = make_scheduler()
+        scheduler.add(answer())
+        run_step(scheduler)
+        scheduler.add(document(1_000 * WINDOW))
+        sizes = []
+        for _ in range(60):
+            step = scheduler.next_step()
+            scheduler.spent("decode", 1, 1.0)
+            for part, size in step.ingest:
+                part.num_done += size
+                scheduler.spent("ingest", size, size * seconds_a_token)
+                sizes.append(size)
+        assert sizes[-1] == max(sizes) == expected
+
+
+def test_a_few_tokens_of_a_prompt_tell_nothing_of_many() -> None:
+    portion = Portion(64, 16, 256, 0.1)
+    for _ in range(50):
+        portion.took(4, 0.08)
+    assert portion.size == 64
 
 
 def test_what_an_answer_waits_for_goes_before_other_documents() -> None:

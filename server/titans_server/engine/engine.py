@@ -33,9 +33,13 @@ class Engine:
         eos_token: int,
         max_running: int = 64,
         max_requests: int = 256,
+        portion_seconds: float = 0.1,
         observer: Observer | None = None,
     ) -> None:
-        """`max_running`: answers decoded together; `max_requests`: admitted at once, others are refused."""
+        """`max_running`: answers decoded together; `max_requests`: admitted at once, others are refused.
+
+        `portion_seconds`: how long reading is to hold up the answers under way, as far as it comes in portions.
+        """
         self._runner = runner
         self._observer = observer or Observer()
         self._eos_token = eos_token
@@ -45,6 +49,7 @@ class Engine:
             chunk=runner.chunk,
             max_running=max_running,
             ingest_budget=runner.ingest_budget,
+            portion_seconds=portion_seconds,
         )
         self._inbox: list[Generation | Ingestion] = []
         self._num_admitted = 0
@@ -158,7 +163,7 @@ class Engine:
             step = self._scheduler.next_step()
             self._guard("decode", step.decode, partial(self._decode, step.decode))
             for request, size in step.prefill:
-                self._guard("prefill", [request], partial(self._prefill, request, size))
+                self._guard("prefill", [request], partial(self._prefill, request, size, step.seconds))
             self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
         for request in self._scheduler.all_requests():
             self._fail(request, ShuttingDown("the server is shutting down"))
@@ -173,22 +178,22 @@ class Engine:
             self._inbox.clear()
             return not self._closing
 
-    def _guard(self, kind: Computed, requests: Sequence[Ingestion | Generation], compute: Callable[[], None]) -> None:
-        """A fault in a batch ends the batch's requests, not the engine."""
+    def _guard(self, kind: Computed, requests: Sequence[Ingestion | Generation], compute: Callable[[], int]) -> None:
+        """A fault in a batch ends the batch's requests, not the engine. `compute` returns how many tokens it was."""
         if not requests:
             return
         started = time.perf_counter()
         try:
-            compute()
+            num_tokens = compute()
             seconds = time.perf_counter() - started
-            self._scheduler.spent(on_documents=kind == "ingest", seconds=seconds)
+            self._scheduler.spent(kind, num_tokens, seconds)
             self._observer.computed(kind, seconds)
         except Exception:
             log.exception("a step failed")
             for request in requests:
                 self._fail(request, TitansError("the model failed on this request"))
 
-    def _ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
+    def _ingest(self, chunks: list[tuple[Ingestion, int]]) -> int:
         self._runner.ingest(chunks)
         for request, _ in chunks:
             if request.num_done == len(request.tokens):
@@ -196,9 +201,11 @@ class Engine:
                 self._end(request)
                 if request.done.set_running_or_notify_cancel():
                     request.done.set_result(request.state)
+        return len(chunks) * max(size for _, size in chunks)
 
-    def _prefill(self, request: Generation, size: int) -> None:
-        read, drawn = self._runner.prefill(request, size)
+    def _prefill(self, request: Generation, size: int, seconds: float) -> int:
+        before = request.num_read
+        read, drawn = self._runner.prefill(request, size, seconds)
         for token in read:
             request.emit(Read(token))
         if drawn is not None:
@@ -207,10 +214,12 @@ class Engine:
                 self._record(request, drawn)
             else:
                 self._finish(request, "length")
+        return request.num_read - before
 
-    def _decode(self, requests: list[Generation]) -> None:
+    def _decode(self, requests: list[Generation]) -> int:
         for request, drawn in self._runner.decode(requests).items():
             self._record(request, drawn)
+        return len(requests)
 
     def _record(self, request: Generation, drawn: Drawn) -> None:
         request.num_generated += 1

@@ -1,6 +1,8 @@
 """Runs a step on the model. Owned by the compute thread; knows nothing of queues or clients."""
 
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from titans.model import TitansModel
@@ -18,6 +20,7 @@ class Runner:
 
     def __init__(self, model: TitansModel) -> None:
         self._model = model
+        self._opening: dict[Generation, Iterator[Stream | None]] = {}
         self._prefilling: dict[Generation, Stream] = {}
         self._opened: OrderedDict[tuple[int, bool], tuple[State, Stream]] = (
             OrderedDict()
@@ -80,9 +83,14 @@ class Runner:
         return float(torch.stack(squares).sum().sqrt()) / len(request.tokens)
 
     @torch.inference_mode()
-    def prefill(self, request: Generation, size: int) -> tuple[list[Drawn], Drawn | None]:
-        """The next `size` tokens of a prompt: what is to be told of them, and the answer's first token at its end."""
-        stream = self._prefilling.pop(request, None) or self._open(request.state, recall=request.recall)
+    def prefill(self, request: Generation, size: int, seconds: float) -> tuple[list[Drawn], Drawn | None]:
+        """Open the session, for so many seconds; or where it is open, read the next `size` tokens of the prompt.
+
+        Returns what is to be told of these tokens, and the answer's first token at the prompt's end.
+        """
+        stream = self._prefilling.pop(request, None) or self._open(request, seconds)
+        if stream is None:
+            return [], None
         tokens = request.prompt[request.num_read : request.num_read + size]
         hidden, stream = self._model(self._padded([tokens]), stream)
         read = self._told(request, tokens, hidden[0]) if request.echo else []
@@ -124,6 +132,7 @@ class Runner:
     @torch.inference_mode()
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
+        self._opening.pop(request, None)
         self._prefilling.pop(request, None)
         self._last_hidden.pop(request, None)
         self._samplers.pop(request, None)
@@ -136,16 +145,25 @@ class Runner:
             if last is not request:
                 members[row] = last
 
-    def _open(self, state: State, *, recall: bool) -> Stream:
-        """A stream of its own on a state. Whoever asks the same state again does not wait for its last window again."""
-        key = id(state), recall  # (the state is kept beside, so that no other has its id)
-        if key not in self._opened:
-            self._opened[key] = state, self._model.open(state, recall=recall)
-        self._opened.move_to_end(key)
+    def _open(self, request: Generation, seconds: float) -> Stream | None:
+        """A stream of its own on a state; None where that takes longer, or has taken a part of the time already.
+
+        Whoever asks the same state again does not wait for its last window again.
+        """
+        key = id(request.state), request.recall  # (the state is kept beside, so that no other has its id)
+        if key in self._opened:
+            self._opened.move_to_end(key)
+            return self._opened[key][1].map(lambda _, x: x.clone())
+        until = time.perf_counter() + seconds
+        for stream in self._opening.setdefault(request, self._model.opening(request.state, recall=request.recall)):
+            if stream is not None:
+                del self._opening[request]
+                self._opened[key] = request.state, stream
+            if stream is not None or time.perf_counter() >= until:
+                break
         if len(self._opened) > _OPENED:
             self._opened.popitem(last=False)
-        stream = self._opened[key][1]
-        return stream.map(lambda _, x: x.clone())
+        return None
 
     def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
         drawn = self._samplers[request].draw(scores)

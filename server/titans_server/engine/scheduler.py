@@ -1,21 +1,27 @@
 """What the next step computes. No torch here: decisions can be tested without a model.
 
-Answers come first. Every running one gets a token a step, and one waiting prompt a block. Documents take what is left:
+Answers come first: every running one gets a token a step. Beside them a step does one thing more, and for no longer
+than they may be held up, as far as that can be foretold from how long the last ones took:
 
-- While answers are made, one small block a step, and only when answers have had as much time since as documents last
-  took. So a document costs an answer no more than a block between two tokens and half of its speed, however long the
-  document is and however many there are; and the documents have the other half.
-- While none is made, whole windows of several documents at once.
+- read a portion of a waiting prompt, or open its session; or
+- read a portion of a document, but only when answers have had as much time since as documents last took. So a document
+  takes half of an answer's speed, however long it is and however many there are; and documents have the other half.
 
-Whoever had a block goes to the back of the line; what an answer waits for goes before all other documents. Blocks end
-on the boundaries of the memory's chunks, or with the document: a chunk is never split.
+While no answer is made, documents get whole windows, several at once.
+
+Whoever had a portion of a document goes to the back of the line; what an answer waits for goes before all others.
+Portions end on the boundaries of the memory's chunks, or with the document: a chunk is never split.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from titans_server.engine.request import Generation, Ingestion
+from titans_server.observer import Computed
+
+_LEAST_OF_PROMPT = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -23,25 +29,47 @@ class Step:
     """The work of one step."""
 
     decode: list[Generation]  # one token each
-    prefill: list[tuple[Generation, int]]  # and how many tokens of its prompt
+    prefill: list[tuple[Generation, int]]  # one at most, and how many tokens of its prompt
     ingest: list[tuple[Ingestion, int]]  # and how many tokens of its document
+    seconds: float  # that prefill may take, where it has a choice
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill or self.ingest)
 
 
+class Portion:
+    """How many tokens are read at once where others wait: as many as the time allows, going by the last ones."""
+
+    def __init__(self, size: int, least: int, most: int, seconds: float) -> None:
+        """`size`: to begin with; `least` and `most`: tokens, whatever they take; `seconds`: the aim."""
+        self.size = size
+        self._least, self._most, self._seconds = least, most, seconds
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        """So many tokens took so long. A few tell nothing of many: a call has its own price."""
+        if num_tokens >= self.size // 2 and seconds > 0:
+            fitting = int(num_tokens * self._seconds / seconds)
+            self.size = max(self._least, min((self.size + fitting + 1) // 2, self._most))
+
+
 class Scheduler:
     """Holds every request from submission to its end. Owned by the compute thread."""
 
-    def __init__(self, *, window: int, chunk: int, max_running: int, ingest_budget: int) -> None:
-        """`window` and `chunk`: tokens of a block where nobody waits for it and where somebody does.
+    def __init__(
+        self, *, window: int, chunk: int, max_running: int, ingest_budget: int, portion_seconds: float
+    ) -> None:
+        """`window` and `chunk`: the most tokens of a portion, and what one of a document is a multiple of.
 
         `ingest_budget`: tokens of documents a step, padding counted, while no answer is made; a window or more.
+        `portion_seconds`: how long a portion is to take at most where answers wait for their next tokens meanwhile.
         """
         self._window = window
         self._chunk = chunk
         self._max_running = max_running
         self._ingest_budget = ingest_budget
+        self._portion_seconds = portion_seconds
+        self._of_prompt = Portion(chunk, min(_LEAST_OF_PROMPT, chunk), window, portion_seconds)
+        self._of_document = Portion(chunk, chunk, window, portion_seconds)
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._ingesting: tuple[deque[Ingestion], deque[Ingestion]] = (deque(), deque())  # urgent ones, others
@@ -78,20 +106,22 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Decide."""
-        block = self._chunk if self._running else self._window
-        prefill = []
-        if self._waiting and len(self._running) < self._max_running:
-            request = self._waiting[0]
-            prefill.append((request, min(block, len(request.prompt) - request.num_read)))
-        if not self._running and not prefill:
+        reader = self._waiting[0] if self._waiting and len(self._running) < self._max_running else None
+        if reader is None and not self._running:
             self._owed = 0.0
-            return Step([], [], self._blocks(self._window, self._ingest_budget))
-        ingest = self._blocks(self._chunk, self._chunk) if self._owed <= 0 else []
-        return Step(list(self._running), prefill, ingest)
+            return Step([], [], self._blocks(self._window, self._ingest_budget), math.inf)
+        if self.num_ingesting and self._owed <= 0:
+            size = self._of_document.size // self._chunk * self._chunk
+            return Step(list(self._running), [], self._blocks(size, size), self._portion_seconds)
+        size, seconds = (self._of_prompt.size, self._portion_seconds) if self._running else (self._window, math.inf)
+        prefill = [(reader, min(size, len(reader.prompt) - reader.num_read))] if reader else []
+        return Step(list(self._running), prefill, [], seconds)
 
-    def spent(self, *, on_documents: bool, seconds: float) -> None:
-        """A part of the step has taken this long."""
-        self._owed = max(self._owed + (seconds if on_documents else -seconds), 0.0)
+    def spent(self, kind: Computed, num_tokens: int, seconds: float) -> None:
+        """A part of the step has taken this long, and read or made so many tokens, padding counted."""
+        self._owed = max(self._owed + (seconds if kind == "ingest" else -seconds), 0.0)
+        if kind != "decode":
+            (self._of_document if kind == "ingest" else self._of_prompt).took(num_tokens, seconds)
 
     def prompt_read(self, request: Generation) -> None:
         """A waiting request's prompt is read to the end: it runs from now on."""
