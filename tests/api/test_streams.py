@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
+import h11
 import httpx
 import pytest
 from openai import APIError, OpenAI
@@ -275,7 +277,8 @@ def test_our_own_client_gives_up_a_stream_by_stopping_it(server: LiveServer, htt
 class CuttingProxy:
     """Passes connections on to a server, and cuts each when it has brought so many bytes of the answer.
 
-    And when the request has arrived whole: a document that is cut has broken off, which is another thing.
+    A request is passed on when it has arrived whole, and in one piece, which the server reads as one: a document that
+    is cut before the server has read all of it has broken off, which is another thing.
     """
 
     def __init__(self, server: LiveServer, num_bytes: int) -> None:
@@ -303,32 +306,28 @@ class CuttingProxy:
                 self._threads[-1].start()
 
     def _serve(self, client: socket.socket) -> None:
+        """A connection has one request; what comes from the client after it is that it has gone."""
         with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
-            whole = threading.Event()
-            sending = threading.Thread(target=self._pass_on, args=[client, server, whole])
-            self._threads.append(sending)
-            sending.start()
+            server.sendall(read_request(client))
             left = self._num_bytes
-            while left and (data := server.recv(left)):
+            while left and client not in select.select([client, server], [], [])[0] and (data := server.recv(left)):
                 client.sendall(data)
                 left -= len(data)
-            if not left:
-                assert whole.wait(30)
-                self.num_cut += 1
+            self.num_cut += not left
             client.shutdown(socket.SHUT_RDWR)
             server.shutdown(socket.SHUT_RDWR)
 
-    @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket, whole: threading.Event) -> None:
-        """A connection has one request; the body of one that is streamed ends with an empty chunk (RFC 9112, 7.1)."""
-        request = b""
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                request += data
-                target.sendall(data)
-                if b"chunked" not in request or request.endswith(b"0\r\n\r\n"):
-                    whole.set()
-            target.shutdown(socket.SHUT_WR)
+
+def read_request(client: socket.socket) -> bytes:
+    """The bytes of a request, to the end of its body. Raises ConnectionError where it ends before."""
+    parser, request = h11.Connection(h11.SERVER), b""
+    while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+        if event is h11.NEED_DATA:
+            if not (data := client.recv(65_536)):
+                raise ConnectionError("the client has gone")
+            parser.receive_data(data)
+            request += data
+    return request
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

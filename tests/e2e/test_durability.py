@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 FIRST = "The keeper of the lighthouse kept a key under the third stone. " * 12
 SECOND = "Years later nobody remembered the stone, nor the key. " * 15
+SHORT = FIRST[:300]  # no snapshot is due of it
 ASK = {"prompt": "where is the key", "max_tokens": 64, "temperature": 0}
 ENDED_BY_SIGTERM = {0, 143, -15}
 
@@ -265,12 +266,13 @@ def flipped(state: bytes) -> bytes:
 @on_sqlite
 @pytest.mark.parametrize("damage", [truncated, flipped])
 def test_a_damaged_state_is_refused_and_left_as_it_is(server: ServerProcess, damage: Callable[[bytes], bytes]) -> None:
-    session = with_first(server)
+    session, healthy = create(server), create(server)
+    learn(server, session, SHORT).raise_for_status()
     before = look(server, session)
-    healthy = with_first(server)  # the session used last: the other one has to be read again
+    learn(server, healthy, SHORT).raise_for_status()  # the session used last: the other one has left memory
     folder = Path(server.store.removeprefix("sqlite:///") + ".states")
-    eventually(lambda: show(server, session)["stored_bytes"], lambda size: 0 < size < 2 * before[0]["state_bytes"])
     (file,) = eventually(lambda: list(folder.glob(f"{session}-*.state")), lambda files: len(files) == 1)
+    eventually(lambda: show(server, session)["stored_bytes"], lambda size: size == file.stat().st_size)
     state = file.read_bytes()
     file.write_bytes(damage(state))
 
