@@ -84,7 +84,7 @@ def unsynced_at_replies(trace: str, files: str) -> list[set[str]]:
     syncing: dict[str, str] = {}  # by thread
     at_replies = []
     for line in trace.splitlines():
-        thread, _, call = line.partition(" ")
+        thread, call = line.split(maxsplit=1)
         path = next((found for found in re.findall(r"[<\"](/[^>\"]*)", call) if found.startswith(files)), "")
         match re.split(r"\W", call.removeprefix("<... "), maxsplit=1)[0]:
             case "write" | "pwrite64" | "pwritev" | "ftruncate" if path and not path.endswith("-shm"):
