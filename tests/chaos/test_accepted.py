@@ -11,7 +11,7 @@ from support.servers import ServerProcess
 from support.table import Table
 from support.world import World
 
-MOMENTS = ["after_append", "after_commit", "before_append", "before_blob", "after_blob"]
+MOMENTS = ["before_blob", "after_blob", "before_append", "after_append", "after_commit"]
 SECONDS = 60.0  # the lease takes 3 s to run out; the machine may have other things to do
 
 
@@ -54,21 +54,25 @@ def test_what_was_accepted_is_learnt_once(world: World, twin: ServerProcess, tab
     for text in (FIRST, SECOND):
         learn(twin.http, whole, text)
     expected = see(twin.http, whole)
-    for n in whole_or([6], range(1, 10)):
+    for n in whole_or([1], range(1, 10)):
         session = create(twin.http)
         learn(twin.http, session, FIRST)
         world.restart_with(TITANS_FAILPOINTS=f"{moment}=kill@{n}", TITANS_SNAPSHOT_TOKENS="100")
         deadline = time.monotonic() + SECONDS
-        with table.attempt(world.kind, "server killed", f"202, {moment}"):
-            server = world.server
-            while not accept(server.http, session, SECOND):
-                server = twin
+        with table.attempt(world.kind, "server killed", f"202, {moment}") as attempt:
+            http = world.server.http
+            while not accept(http, session, SECOND):
+                http = twin.http
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             while (seen := see(twin.http, session)) != expected:
                 if seen[0] > 1 or time.monotonic() > deadline:
                     raise LostError(f"{session} is {seen}, not {expected}")
                 time.sleep(0.1)
+            attempt.was_made = not world.server.is_running()
             world.recover()
             if (seen := see(world.server.http, session)) != expected:
                 raise LostError(f"{session} is {seen}, not {expected}, when its first server is back")
+        if not attempt.was_made:
+            break
+    assert n > 1 or attempt.was_made

@@ -168,6 +168,8 @@ class Clients(RuleBasedStateMachine):
         while True:
             try:
                 response = self.world.server.http.request(method, f"/v1/sessions{path}", **content)
+                if response.status_code == 500:
+                    raise LostError(f"{method} {path}: {response.text}")
                 if response.status_code not in {429, 503} and not is_in_flight(response):
                     return response
                 refusal = response.text
@@ -196,7 +198,7 @@ def test_sessions_are_versioned_registers(
     Here.answers = answers
     bounds = settings(
         max_examples=whole_or(2, 40),
-        stateful_step_count=whole_or(12, 40),
+        stateful_step_count=whole_or(25, 50),
         derandomize=not WHOLE,
         database=None,
         deadline=None,

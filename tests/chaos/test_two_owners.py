@@ -12,6 +12,7 @@ from support.extent import whole_or
 from support.life import ASK, LostError
 from support.servers import ServerProcess, Upload
 from support.table import Table
+from support.tracing import when_stopped
 from support.world import World
 
 REFUSED = {(412, "version_conflict"), (429, "session_busy"), (409, "version_conflict")}
@@ -79,6 +80,49 @@ def test_of_writes_through_two_servers_none_is_lost(world: World, twin: ServerPr
         answers_of_all = {ask(server, name) for server in (world.server, twin) for name in (session, alone)}
         if len(answers_of_all) != 1:
             raise LostError(f"the same documents in the same order are answered from differently: {answers_of_all}")
+
+
+@each_store
+def test_of_a_document_whose_server_stood_still_before_its_commit_nothing_is_lost(
+    world: World, twin: ServerProcess, table: Table
+) -> None:
+    """The other server's commit comes in between, for sure: the one that stood still learns again, on top of it."""
+    session, theirs = create(twin), list[Written | None]()
+    world.restart_with(TITANS_FAILPOINTS="before_append=stop")
+    with (
+        table.attempt(world.kind, "two servers", "one stands still before its commit"),
+        when_stopped(world.server.pid, lambda: theirs.append(write(twin, session, "Theirs. "))),
+    ):
+        ours = write(world.server, session, "Ours, which is longer. ")
+        if [theirs[0] and theirs[0].version, ours and ours.version] != [1, 2]:
+            raise LostError(f"theirs is {theirs}, ours is {ours}")
+        alone = create(twin)
+        for text in ("Theirs. ", "Ours, which is longer. "):
+            assert write(twin, alone, text)
+        seen = {
+            (ask(server, x), show(server, x)["tokens_seen"])
+            for server in (world.server, twin)
+            for x in (session, alone)
+        }
+        if len(seen) != 1:
+            raise LostError(f"the same documents in the same order are seen as {seen}")
+
+
+@each_store
+def test_an_answer_whose_server_stood_still_before_its_commit_is_refused(
+    world: World, twin: ServerProcess, table: Table
+) -> None:
+    session, theirs = create(twin), list[Written | None]()
+    world.restart_with(TITANS_FAILPOINTS="before_append=stop")
+    with (
+        table.attempt(world.kind, "two servers", "one stands still before its commit"),
+        when_stopped(world.server.pid, lambda: theirs.append(write(twin, session, "Theirs. "))),
+    ):
+        path, body = f"/v1/sessions/{session}/completions", ASK | {"memory": "write"}
+        response = world.server.http.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (412, "version_conflict")
+        if theirs[0] is None or (theirs[0].version, show(twin, session)["tokens_seen"]) != (1, theirs[0].tokens):
+            raise LostError(f"theirs is {theirs}, shown is {show(twin, session)}")
 
 
 @each_store

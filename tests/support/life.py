@@ -1,7 +1,7 @@
 """What a session goes through, whatever happens to its server meanwhile."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -53,7 +53,7 @@ class Life:
         self._check(session)
         self._learn(session, FIRST)
         self._write(session, "completions", json=ASK | {"memory": "write"})
-        self._learn(session, SECOND)
+        self._learn(session, Slowly(SECOND))
         self._write(session, "restore", json={"version": 1})
         forked = self._surely("POST", session.path + "/fork", json={"version": 2})
         fork = _Session(forked["id"], forked["version"], forked["tokens_seen"])
@@ -62,10 +62,10 @@ class Life:
         self._learn(fork, THIRD)
         return [self._look(session), self._look(fork)]
 
-    def _learn(self, session: "_Session", text: str) -> None:
+    def _learn(self, session: "_Session", text: "str | Slowly") -> None:
         """Under a key, so that it may be asked for again without a thought."""
-        headers = {"Idempotency-Key": uuid4().hex}
-        answer = self._surely("POST", session.path + "/documents", json={"text": text}, headers=headers)
+        headers = {"Idempotency-Key": uuid4().hex, "Content-Type": "text/plain"}
+        answer = self._surely("POST", session.path + "/documents", content=text, headers=headers)
         self._advance(session, answer["version"])
 
     def _write(self, session: "_Session", what: str, **content: Any) -> None:
@@ -116,6 +116,18 @@ class Life:
             raise LostError(f"{method} {path}: {response.status_code} {response.text}")
         answer: dict[str, Any] = response.json()
         return answer
+
+
+class Slowly:
+    """A body that is sent a few words at a time, so that its portions are appended one by one."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.encode()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self._text), 80):
+            yield self._text[start : start + 80]
+            time.sleep(0.02)
 
 
 @dataclass

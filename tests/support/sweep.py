@@ -28,12 +28,11 @@ class Sweep:
         num_done = 0
         for position in whole_or(range(representative, representative + 1), range(1_000)):
             life = make_life()
-            with damage(position):
-                with self.table.attempt(*row):
-                    if (outcome := life.run()) != self.uninterrupted:
-                        raise LostError(f"step {position}: {outcome} is not {self.uninterrupted}")
-                done = life.num_troubles > 0 if was_done is None else was_done()
-            if not done:
+            with damage(position), self.table.attempt(*row) as attempt:
+                if (outcome := life.run()) != self.uninterrupted:
+                    raise LostError(f"step {position}: {outcome} is not {self.uninterrupted}")
+                attempt.was_made = life.num_troubles > 0 if was_done is None else was_done()
+            if not attempt.was_made:
                 break
             num_done += 1
         assert num_done, "something was done to it"

@@ -16,6 +16,13 @@ class _Counts:
     lost: int = 0
 
 
+@dataclass
+class Attempt:
+    """One attempt. It does not count where the fault turned out to have nothing to befall."""
+
+    was_made: bool = True
+
+
 class Table:
     """Rows in the order of their first attempts."""
 
@@ -23,16 +30,17 @@ class Table:
         self._rows: dict[tuple[str, str, str], _Counts] = {}
 
     @contextmanager
-    def attempt(self, store: str, fault: str, moment: str) -> Iterator[None]:
+    def attempt(self, store: str, fault: str, moment: str) -> Iterator[Attempt]:
         """Around one attempt: what does not raise has survived, and LostError is a loss."""
-        counts = self._rows.setdefault((store, fault, moment), _Counts())
+        counts, attempt = self._rows.setdefault((store, fault, moment), _Counts()), Attempt()
         counts.times += 1
         try:
-            yield
+            yield attempt
         except LostError:
             counts.lost += 1
             raise
-        counts.survived += 1
+        counts.times -= not attempt.was_made
+        counts.survived += attempt.was_made
 
     def lines(self) -> list[str]:
         """The table as text; nothing where nothing was attempted."""
