@@ -41,6 +41,7 @@ from ._errors import (
     StreamStoppedError,
     TitansError,
     UnsupportedMediaTypeError,
+    UploadStalledError,
     VersionConflictError,
     VersionNotFoundError,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "StreamStoppedError",
     "TitansError",
     "UnsupportedMediaTypeError",
+    "UploadStalledError",
     "Usage",
     "Version",
     "VersionConflictError",

@@ -9,6 +9,7 @@
         │                          prompt_too_long, unsupported_parameter, no_chat_template, items_not_kept
         │                          body_too_large (413), headers_too_large (431)
         ├── AuthenticationError 401    invalid_api_key
+        ├── UploadStalledError 408     upload_stalled: nothing more of the body came
         ├── UnsupportedMediaTypeError 415   unsupported_media_type
         ├── DocumentTooLargeError 413  document_too_large
         ├── SessionNotFoundError 404   session_not_found
@@ -94,6 +95,10 @@ class InvalidRequestError(APIStatusError):
 
 class AuthenticationError(APIStatusError):
     """No API key, an unknown one, or one that was revoked."""
+
+
+class UploadStalledError(APIStatusError):
+    """So little of a document was sent that the server waits no more. With a key it can be sent again and goes on."""
 
 
 class UnsupportedMediaTypeError(APIStatusError):
@@ -189,6 +194,7 @@ BY_CODE: Final[Mapping[str, tuple[int, type[APIStatusError]]]] = {
     "body_too_large": (413, InvalidRequestError),
     "headers_too_large": (431, InvalidRequestError),
     "invalid_api_key": (401, AuthenticationError),
+    "upload_stalled": (408, UploadStalledError),
     "unsupported_media_type": (415, UnsupportedMediaTypeError),
     "document_too_large": (413, DocumentTooLargeError),
     "session_not_found": (404, SessionNotFoundError),

@@ -11,7 +11,7 @@ from titans_server import failpoints
 from titans_server.api.deps import AppContext
 from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
-from titans_server.serving import DrainingServer
+from titans_server.serving import DrainingServer, PunctualProtocol
 from titans_server.settings import Settings
 from titans_server.telemetry import logs
 
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         create_app(settings, lifecycle, tracing),
         host=settings.host,
         port=settings.port,
+        http=PunctualProtocol,
         log_config=None,
         access_log=False,  # our own has the request's id
     )

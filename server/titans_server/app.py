@@ -89,7 +89,7 @@ def create_app(
     app.add_middleware(
         Gate,
         lifecycle=life,
-        limits=RequestLimits(settings.max_header_bytes, settings.max_body_bytes),
+        limits=RequestLimits(settings.max_header_bytes, settings.max_body_bytes, settings.upload_idle_seconds),
         always=frozenset({LIVE, READY, METRICS}),
         everybody=frozenset({LIVE, READY, METRICS} if settings.metrics == "open" else {LIVE, READY}),
     )

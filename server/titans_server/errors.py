@@ -5,6 +5,7 @@
     │                               prompt_too_long, unsupported_parameter, no_chat_template,
     │                               items_not_kept; 400 on OpenAI's endpoints
     ├── InvalidAPIKey 401           invalid_api_key: none, an unknown one, or one that was revoked
+    ├── UploadStalled 408           upload_stalled: nothing more came of a body; retryable
     ├── UnsupportedMediaType 415    unsupported_media_type
     ├── DocumentTooLarge 413        document_too_large
     ├── BodyTooLarge 413            body_too_large: of any other request
@@ -78,6 +79,15 @@ class InvalidAPIKey(TitansError):
     kind = "invalid_request_error"
     default_code = "invalid_api_key"
     headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer realm="titans"'}
+
+
+class UploadStalled(TitansError):
+    """A client that fell silent in the middle of its body."""
+
+    status = 408
+    kind = "invalid_request_error"
+    default_code = "upload_stalled"
+    headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}  # RFC 9110, 15.5.9
 
 
 class UnsupportedMediaType(TitansError):

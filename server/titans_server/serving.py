@@ -1,15 +1,53 @@
-"""uvicorn, but for its end: it drains while it still listens, so that whoever asks is told so."""
+"""uvicorn, but for its end and for slow clients.
 
+It drains while it still listens, so that whoever asks is told so; and a connection has to make a request.
+"""
+
+import asyncio
 import signal
 import socket
 import sys
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from titans_server.lifecycle import Lifecycle
 
 _CLOSE_SECONDS = 5  # for connections of clients that do not read
+HEAD_SECONDS = 30.0
+
+
+class PunctualProtocol(H11Protocol):
+    """Closes a connection where no head of a request has come HEAD_SECONDS after its first byte, or from the start.
+
+    How long a body may take is for the app to say; how long a connection is kept between requests, for uvicorn.
+    """
+
+    _timer: asyncio.TimerHandle | None = None  # runs while a head is waited for
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class DrainingServer(uvicorn.Server):

@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     max_document_bytes: int | None = Field(default=None, ge=1)
     max_header_bytes: int = Field(default=16_384, ge=1_024)
     max_body_bytes: int = Field(default=2 << 20, ge=1_024)
+    upload_idle_seconds: float = Field(default=30.0, gt=0)
     max_waiting_writers: int = Field(default=4, ge=0)
     quota_sessions: int | None = Field(default=None, ge=0)
     quota_bytes: int | None = Field(default=None, ge=0)

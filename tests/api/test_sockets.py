@@ -99,7 +99,7 @@ def test_slow_heads_and_bodies_keep_nobody_waiting(server: LiveServer, http: htt
             assert is_served(http)
             for connection in slow:
                 connection.socket.sendall(b" ")
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 25, "later than that, the slow are left"
 
 
 def test_a_half_closed_connection_is_answered(raw: Raw) -> None:

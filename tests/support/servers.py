@@ -22,6 +22,7 @@ from titans_client import Client, TitansError
 from titans_server.api.deps import AppContext
 from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
+from titans_server.serving import PunctualProtocol
 from titans_server.settings import Settings
 from titans_server.telemetry.traces import Tracing
 
@@ -188,7 +189,8 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{settings.port}"
         self.lifecycle = Lifecycle[AppContext]()
         app = create_app(settings, self.lifecycle, tracing=tracing)
-        self.server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None))
+        config = uvicorn.Config(app, settings.host, settings.port, http=PunctualProtocol, log_config=None)
+        self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:

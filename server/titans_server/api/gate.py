@@ -1,5 +1,6 @@
 """The second layer of the app: who asks, and whether they may. No request reaches a route without passing here."""
 
+import asyncio
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_server.api.handlers import answer
-from titans_server.errors import BodyTooLarge, HeadersTooLarge, InvalidAPIKey, TitansError, UnsupportedMediaType
+from titans_server.errors import (
+    BodyTooLarge,
+    HeadersTooLarge,
+    InvalidAPIKey,
+    TitansError,
+    UnsupportedMediaType,
+    UploadStalled,
+)
 from titans_server.lifecycle import Lifecycle
 from titans_server.tenants.gatekeeper import Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
@@ -22,6 +30,7 @@ class RequestLimits:
 
     max_header_bytes: int
     max_body_bytes: int
+    upload_idle_seconds: float  # to wait for the next bytes of a body
 
 
 class Gate:
@@ -74,7 +83,7 @@ class Gate:
         return stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive`, until it has given more than one body may have, or the server has waited for it long enough."""
+        """`receive`, until it has given more than one body may have, or been waited for long enough."""
         num_bytes, is_read = 0, False
 
         async def bounded() -> Message:
@@ -82,13 +91,21 @@ class Gate:
             if is_read:
                 return await receive()
             with self._lifecycle.reading():
-                message = await receive()
+                message = await self._soon(receive)
             is_read = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             self._check_body(scope, num_bytes)
             return message
 
         return bounded
+
+    async def _soon(self, receive: Receive) -> Message:
+        """The next bytes of a body; a client that is silent must not hold its session and its key for good."""
+        try:
+            async with asyncio.timeout(self._limits.upload_idle_seconds):
+                return await receive()
+        except TimeoutError:
+            raise UploadStalled(f"nothing more of the body came in {self._limits.upload_idle_seconds:g} s") from None
 
     def _check_body(self, scope: Scope, num_bytes: int) -> None:
         if num_bytes > self._limits.max_body_bytes and not scope["path"].endswith(_STREAMED):

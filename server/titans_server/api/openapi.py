@@ -161,6 +161,8 @@ def _errors(operation: Json, path: str, method: str) -> Iterator[type[TitansErro
     parameters = operation.get("parameters", [])
     if "requestBody" in operation or any(x["in"] != "path" for x in parameters) or path.endswith("/items"):
         yield errors.InvalidRequest
+    if "requestBody" in operation:
+        yield errors.UploadStalled
     yield from _errors_of_resources({parameter["name"] for parameter in parameters}, path, method)
 
 
