@@ -1,0 +1,73 @@
+"""Leases on drafts: others leave a document alone while its server renews its lease.
+
+Leases save work; what keeps histories apart is the compare-and-set of every commit.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from titans_server.errors import IngestionCancelled, TitansError
+from titans_server.learning import Work
+from titans_server.sessions import history
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.record import Draft, SessionRecord
+
+log = logging.getLogger(__name__)
+
+_BEAT_SECONDS = history.LEASE_SECONDS / 3
+
+
+class Leases:
+    """The leases of one server, under a name of its own. Lives on the event loop."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.server = secrets.token_hex(6)
+
+    def is_elsewhere(self, draft: Draft) -> bool:
+        """Whether another server works on a draft."""
+        return draft.server != self.server and draft.lease_until > time.time()
+
+    @asynccontextmanager
+    async def held(self, work: Work) -> AsyncIterator[None]:
+        """Hold the draft's lease meanwhile; where it was another server's, it is taken."""
+        if work.draft.entries:
+            await self._renew(work)
+        beating = asyncio.create_task(self._beat(work))
+        try:
+            yield
+        finally:
+            beating.cancel()
+
+    async def release(self, work: Work) -> None:
+        """Let others go on with a draft, or forget it where nobody could."""
+        draft = work.draft
+        stays = draft.key or draft.accepted
+
+        def edit(record: SessionRecord) -> history.Edit:
+            if stays:
+                return history.renew(record, draft.ingestion, self.server, seconds=0)
+            return history.discard(record, draft.ingestion)
+
+        try:
+            await self._ledger.change(work.session_id, edit)
+        except TitansError as error:
+            log.info("ingestion %s is left as it is: %s", draft.ingestion, error)
+
+    async def _beat(self, work: Work) -> None:
+        while True:
+            await asyncio.sleep(_BEAT_SECONDS)
+            try:
+                await self._renew(work)
+            except IngestionCancelled:
+                work.cancelled = True
+            except TitansError as error:
+                log.warning("cannot renew the lease on ingestion %s: %s", work.draft.ingestion, error)
+
+    async def _renew(self, work: Work) -> None:
+        edit = lambda record: history.renew(record, work.draft.ingestion, self.server)  # noqa: E731
+        await self._ledger.change(work.session_id, edit)
