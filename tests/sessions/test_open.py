@@ -19,6 +19,7 @@ from titans_server.sessions.sqlite import SqliteStore
         ("rediss://user:secret@redis.example:6380", RedisStore),
         ("redis+sentinel://:secret@one.example:26379,two.example/titans/2?socket_timeout=3", RedisStore),
         ("rediss+sentinel://one.example/titans", RedisStore),
+        ("redis+sentinel://one.example/titans?wait_replicas=1", RedisStore),
         ("redis+cluster://redis.example:7000", RedisStore),
     ],
 )
@@ -49,6 +50,12 @@ def test_another_url_is_refused_with_the_known_ones_and_no_password(url: str) ->
     with pytest.raises(ValueError, match=r"memory://.*sqlite:///.*redis://.*rediss://") as error:
         open_store(url)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["redis://one.example?wait_replicas=-1", "redis+cluster://one.example?wait_replicas=1"])
+def test_replicas_that_cannot_be_waited_for_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="wait_replicas"):
+        open_store(url)
 
 
 async def test_a_relative_path_is_taken_from_where_the_process_stood(

@@ -127,8 +127,64 @@ def redis_sentinel(folder: Path) -> Iterator[str]:
         master.kill()
 
 
+class Failover:
+    """Two Redis servers, one of which follows the other, and a Sentinel that promotes it when the other dies."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("one", "two", "sentinel"):
+            (folder / name).mkdir()
+        self._servers = [RedisServer(folder / name) for name in ("one", "two")]
+        self._config = folder / "sentinel.conf"
+        self._sentinel = RedisServer(folder / "sentinel", str(self._config), "--sentinel")
+        self.url = f"redis+sentinel://127.0.0.1:{self._sentinel.port}/titans/0"
+
+    def __enter__(self) -> "Failover":
+        for server in self._servers:
+            server.start()
+        master, replica = self._servers
+        self._follow(replica, master)
+        lines = (
+            f"monitor titans 127.0.0.1 {master.port} 1",
+            "down-after-milliseconds titans 1000",
+            "failover-timeout titans 3000",
+        )
+        self._config.write_text("".join(f"sentinel {line}\n" for line in lines))
+        self._sentinel.start()
+        _wait_for(lambda: self._master_says(b"num-slaves") == b"1")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self._sentinel, *self._servers):
+            server.kill()
+
+    def leave_alone(self) -> None:
+        """Kill the replica."""
+        self._roles()[1].kill()
+
+    def fail_over(self) -> None:
+        """Kill the master; return when the other is promoted, and the old one is back and follows it."""
+        master, replica = self._roles()
+        master.kill()
+        _wait_for(lambda: int(self._master_says(b"port")) == replica.port and replica.command("ROLE")[0] == b"master")
+        master.start()
+        self._follow(master, replica)
+
+    def _roles(self) -> list[RedisServer]:
+        port = int(self._master_says(b"port"))
+        return sorted(self._servers, key=lambda server: server.port != port)
+
+    def _follow(self, replica: RedisServer, master: RedisServer) -> None:
+        replica.command("REPLICAOF", "127.0.0.1", master.port)
+        _wait_for(lambda: replica.command("ROLE")[3] == b"connected")
+
+    def _master_says(self, field: bytes) -> bytes:
+        said = self._sentinel.command("SENTINEL", "MASTER", "titans")
+        found: bytes = said[field] if isinstance(said, dict) else dict(zip(said[::2], said[1::2], strict=True))[field]
+        return found
+
+
 def _wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not is_so():
         if time.monotonic() > deadline:
             pytest.fail("Redis does not come to where it should")

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from titans_server.errors import SessionNotFound, StateCorrupted, VersionConflict
+from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
 from titans_server.sessions.record import SessionRecord, not_found, taken
 from titans_server.sessions.store import Commit, Usage
@@ -30,10 +30,11 @@ from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
 
-# Redis runs a script alone and whole. One that starts short of memory is refused at its first write.
+# Redis runs a script alone and whole. One that starts short of memory is refused at its first write. What is asked for
+# again is written again: it is the same, and replicas are waited for again.
 _CREATE = """
 local kept = redis.call('HGET', KEYS[1], 'record')
-if kept then return kept end
+if kept and kept ~= ARGV[3] then return kept end
 redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
 for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 return ARGV[3]
@@ -41,7 +42,8 @@ return ARGV[3]
 _COMMIT = """
 local at = redis.call('HMGET', KEYS[1], 'revision', 'write_id', 'expires_at')
 if not at[1] or tonumber(at[3]) <= tonumber(ARGV[5]) then return {false, false} end
-if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 then return {at[1], at[2]} end
+local again = at[1] == ARGV[1] and at[2] == ARGV[2]
+if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 and not again then return {at[1], at[2]} end
 redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
 local drops = 7 + 2 * tonumber(ARGV[6])
 for i = 7, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
@@ -61,6 +63,7 @@ if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[1]) end
 _DUE = "titans:due"
 _EXPIRES = "titans:expires"
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
+_REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
 _NEVER = 1e12  # seconds since the epoch
 _WORKERS = 32  # operations at once
 
@@ -72,6 +75,7 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         """Raises ValueError where the URL makes no sense."""
+        _, self._num_replicas = redis_client.without_replicas(url)
         self._client = redis_client.connect(url, max_connections=_WORKERS)
         self._uncancelled = Uncancelled()
         self._turns = asyncio.Semaphore(_WORKERS)  # so that no operation finds all connections taken
@@ -157,7 +161,7 @@ class RedisStore:
                 raise VersionConflict(f"a snapshot for session {record.id} is there no more")
         await self._index(record)
         entries = [x for entry in commit.append.items() for x in entry]
-        kept = await self._client.eval(_CREATE, 2, *_keys(record.id), *_fields(record), *entries)
+        kept = await self._write(_CREATE, *_keys(record.id), *_fields(record), *entries)
         if SessionRecord.from_json(kept) != record:
             raise taken(record.id)
 
@@ -176,12 +180,24 @@ class RedisStore:
             await self._client.zadd(_DUE, {record.id: record.due_at})
         entries = [x for entry in commit.append.items() for x in entry]
         fields = (*_fields(record), time.time(), len(commit.append), *entries, *commit.drop)
-        revision, write_id = await self._client.eval(_COMMIT, 2, *_keys(record.id), *fields)
+        revision, write_id = await self._write(_COMMIT, *_keys(record.id), *fields)
         if revision is None or write_id is None:
             raise not_found(record.id)
         record.is_replaced_at(int(revision), write_id.decode())
         await self._index(record)
         await self._unuse(record.id, commit.release)
+
+    async def _write(self, script: str, *keys_and_values: object) -> Any:
+        """Run a script on two keys; return when so many replicas as are asked for have what it wrote."""
+        if not self._num_replicas:
+            return await self._client.eval(script, 2, *keys_and_values)
+        async with self._client.pipeline(transaction=False) as pipe:  # WAIT is about its own connection's writes
+            pipe.eval(script, 2, *keys_and_values)
+            pipe.execute_command("WAIT", self._num_replicas, _REPLICAS_MS)
+            result, num_replicas = await pipe.execute()
+        if num_replicas < self._num_replicas:
+            raise StoreUnavailable(f"the Redis store has {num_replicas} of {self._num_replicas} replicas that follow")
+        return result
 
     async def _write_blob(self, session_id: str, data: bytes) -> str:
         name = f"{session_id}/{uuid.uuid4().hex}"

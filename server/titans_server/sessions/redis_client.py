@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit, urlunsplit
 
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
@@ -37,7 +37,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; ch
 
 
 def connect(url: str, *, max_connections: int) -> Any:
-    """A client for a URL, not yet connected. Any query may hold redis-py's connection options.
+    """A client for a URL, not yet connected. Any query may hold redis-py's connection options, and `wait_replicas`.
 
         redis://user:password@host:6379/0      rediss://…              TLS
         redis+sentinel://host:26379,host:26379/master/0                rediss+sentinel://…
@@ -51,6 +51,7 @@ def connect(url: str, *, max_connections: int) -> Any:
         "retry": Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), _RETRIES),
         "max_connections": max_connections,
     }
+    url, _ = without_replicas(url)
     scheme, _, rest = url.partition("://")
     secure, _, kind = scheme.partition("+")
     if kind == "cluster":
@@ -58,6 +59,21 @@ def connect(url: str, *, max_connections: int) -> Any:
     if kind == "sentinel":
         return _behind_sentinel(f"{secure}://{rest}", options)
     return Redis.from_pool(ConnectionPool.from_url(url, **options))
+
+
+def without_replicas(url: str) -> tuple[str, int]:
+    """A URL, and what its `wait_replicas` says: how many replicas have to have a write before it is acknowledged.
+
+    Raises ValueError where that is no number, or for a cluster, whose commits are on connections of no one's choosing.
+    """
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    given = query.pop("wait_replicas", ["0"])[-1]
+    if not given.isdecimal():
+        raise ValueError(f"wait_replicas is a number, not {given!r}")
+    if int(given) and "+cluster" in parts.scheme:
+        raise ValueError("wait_replicas is for one Redis, or one behind Sentinel")
+    return urlunsplit(parts._replace(query=urlencode(query, doseq=True))), int(given)
 
 
 def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
