@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from support.redis_server import RedisServer, redis_cluster, redis_sentinel
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")  # the machine may have other things to do
 
 
 @pytest.fixture(scope="session")

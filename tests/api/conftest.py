@@ -22,6 +22,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         max_prompt_tokens=100,
         max_document_bytes=20_000,
         max_waiting_writers=1,
+        stream_ping_seconds=3600,  # a reader of events takes a comment for an event without data
     )
 
 

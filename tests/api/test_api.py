@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from httpx_sse import connect_sse
-from support.servers import LiveServer
+from support.servers import LiveServer, Upload
 from titans_server.settings import Settings
 
 PLAIN = {"Content-Type": "text/plain"}
@@ -256,14 +256,17 @@ def test_health(http: httpx.Client, settings: Settings) -> None:
     assert (ready["status"], ready["device"], ready["store"]) == ("ready", "cpu", "sqlite")
 
 
-def test_writers_wait_in_line_and_too_many_are_refused(http: httpx.Client, session: str) -> None:
-    def write(_: int) -> int:
-        return post(http, session, "many words " * 400).status_code
-
-    with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        statuses = list(pool.map(write, range(5)))
-    assert set(statuses) == {200, 429}
-    assert version(http, session) == statuses.count(200)
+def test_writers_wait_in_line_and_too_many_are_refused(http: httpx.Client, server: LiveServer, session: str) -> None:
+    """While one writes, one waits, as the server's settings have it; the others are told so at once."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, Upload(server, session) as upload:
+        upload.begin("many words " * 20)
+        writing = [pool.submit(post, http, session, "a few words") for _ in range(4)]
+        refused = [next(done).result().status_code for done in [concurrent.futures.as_completed(writing)] * 3]
+        assert refused == [429, 429, 429]
+        name, learnt = upload.finish()
+    assert (name, learnt["version"]) == ("done", 1)
+    assert sorted(x.result().status_code for x in writing) == [200, 429, 429, 429]
+    assert version(http, session) == 2
 
 
 def test_a_client_that_leaves_midway_leaves_the_session_as_it_was(

@@ -87,7 +87,7 @@ def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_clean(checkpoint: 
             assert (learnt[0], learnt[1]["error"]["code"]) == ("error", "shutting_down")
             assert code(whole.result()) == (503, "shutting_down")
         assert server.wait() == 0
-        assert time.monotonic() - asked < 10
+        assert time.monotonic() - asked < 60
     assert asyncio.run(stored(server.store, session)).version == 0
 
 

@@ -129,7 +129,7 @@ class ServerProcess:
 class Upload:
     """A document that is sent piece by piece while its events are read. Leaving the context breaks it off."""
 
-    def __init__(self, server: ServerProcess, session: str, *, key: str | None = None) -> None:
+    def __init__(self, server: "ServerProcess | LiveServer", session: str, *, key: str | None = None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self._connection.putrequest("POST", f"/v1/sessions/{session}/documents")
         self._connection.putheader("Content-Type", "text/plain")
@@ -186,6 +186,7 @@ class LiveServer:
     """The app on a real socket in a thread of this process; a blocking call on its event loop is an error."""
 
     def __init__(self, settings: Settings, tracing: Tracing | None = None) -> None:
+        self.port = settings.port
         self.url = f"http://127.0.0.1:{settings.port}"
         self.lifecycle = Lifecycle[AppContext]()
         app = create_app(settings, self.lifecycle, tracing=tracing)
