@@ -11,7 +11,7 @@ Shapes: B sessions · T tokens · D hidden · N vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,17 @@ from titans.layers import RMSNorm
 from titans.memory.neural import NeuralMemory
 from titans.state import Parts, State, Stream
 
-# some of the layers: hidden states [B, 1, D] and what the layers carry, to the same
+# some of the layers: hidden states [B, T, D] and what the layers carry, to the same
 Walk = Callable[[Tensor, Run, Sequence[Parts]], tuple[Tensor, tuple[Parts, ...]]]
-Walks = tuple[Walk, Walk]
+
+
+class Walks(NamedTuple):
+    """A faster way through a model's layers than the layers themselves; rings are written in place."""
+
+    below: Walk  # the last memory
+    above: Walk
+    each_above: tuple[Walk, ...]  # the same, layer by layer
+
 
 _WITH_MEMORY: dict[str, type[Layer]] = {
     "mac": ContextLayer,
@@ -76,9 +84,7 @@ class TitansModel(nn.Module):
         last = max(i for i, step in enumerate(steps) if step.memories)
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
         self.readout = Readout(body.hidden_size) if config.readout else None
-        # below the last memory and above it, for tokens that come alone, where something is faster than the layers
-        # themselves (`titans.packed`)
-        self.walks: Walks | None = None
+        self.walks: Walks | None = None  # where there are any (`titans.packed`)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +128,8 @@ class TitansModel(nn.Module):
         return state
 
     def _ingest_run(self, tokens_BT: Tensor, state: State, call: Call) -> State:
-        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
+        below = self.walks.below if self.walks else partial(self._walk, self.lower[:-1])
+        h_BTD, layers = below(self.embedding(tokens_BT), call, state.layers[:-1])
         h_BTD, last = self.lower[-1].learn(h_BTD, call, state.layers[-1])
         if self.upper:
             place = call.place
@@ -152,8 +159,11 @@ class TitansModel(nn.Module):
             slots = (start_B[:, None] + torch.arange(length, device=self.device)) % self.config.window
             h_BTD = state.tail.take_along_dim(slots[..., None], dim=1)
             call = self.place(start_B, torch.full_like(start_B, length), length)
-            for i in range(len(upper)):
-                h_BTD, upper[i : i + 1] = self._walk(h_BTD, call, self.upper[i : i + 1], upper[i : i + 1])
+            walks: Sequence[Walk] = (
+                self.walks.each_above if self.walks else [partial(self._walk, [step]) for step in self.upper]
+            )
+            for i, walk in enumerate(walks):
+                h_BTD, upper[i : i + 1] = walk(h_BTD, call, upper[i : i + 1])
                 yield None
         yield Stream(state, tuple(upper), write, recall)
 
@@ -170,8 +180,6 @@ class TitansModel(nn.Module):
         """
         batch, num_tokens = tokens_BT.shape
         lengths = [num_tokens] * batch if lengths is None else lengths
-        if self.walks is not None and num_tokens == 1 and all(lengths):
-            return self._read_alone(tokens_BT, stream, self.walks)
         if self.config.architecture != "mac":
             return self._read_run(tokens_BT, stream, torch.tensor(lengths, device=self.device))
         h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
@@ -183,28 +191,22 @@ class TitansModel(nn.Module):
         return h_BTD, stream
 
     def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
-        state = stream.state
-        call = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
-        h_BTD, layers = self._walk(self.embedding(tokens_BT), call, self.lower[:-1], state.layers[:-1])
-        h_BTD, last, y_BTD = self._consult(h_BTD, call, state.layers[-1])
-        h_BTD, upper = self._walk(h_BTD, call, self.upper, stream.upper)
+        state, upper = stream.state, stream.upper
+        if self.walks:
+            run, below, above = Run(state.position, lengths_B, stream.write, stream.recall), *self.walks[:2]
+        else:
+            run = self.place(state.position, lengths_B, tokens_BT.shape[1], write=stream.write, recall=stream.recall)
+            below, above = partial(self._walk, self.lower[:-1]), partial(self._walk, self.upper)
+        h_BTD, layers = below(self.embedding(tokens_BT), run, state.layers[:-1])
+        h_BTD, last, y_BTD = self._consult(h_BTD, run, state.layers[-1])
+        h_BTD, upper = above(h_BTD, run, upper)
         state = State(state.position + lengths_B, (*layers, last), state.tail)
         return self.finish(h_BTD, y_BTD), Stream(state, upper, stream.write, stream.recall)
-
-    def _read_alone(self, tokens_B1: Tensor, stream: Stream, walks: Walks) -> tuple[Tensor, Stream]:
-        """`_read_run` where each row has one token."""
-        state, ones_B = stream.state, torch.ones_like(stream.state.position)
-        run, (below, above) = Run(state.position, ones_B, stream.write, stream.recall), walks
-        h_B1D, layers = below(self.embedding(tokens_B1), run, state.layers[:-1])
-        h_B1D, last, y_B1D = self._consult(h_B1D, run, state.layers[-1])
-        h_B1D, upper = above(h_B1D, run, stream.upper)
-        state = State(state.position + ones_B, (*layers, last), state.tail)
-        return self.finish(h_B1D, y_B1D), Stream(state, upper, stream.write, stream.recall)
 
     def _consult(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
         """The layer of the last memory: hidden states, parts and, where there is a readout, what the memory answers."""
         if self.readout is None:
-            h_BTD, (last,) = self._walk(h_BTD, call, self.lower[-1:], (parts,))
+            h_BTD, (last,) = self._walk(self.lower[-1:], h_BTD, call, (parts,))
             return h_BTD, last, None
         y_BTD, last = cast(MemoryLayer, self.lower[-1]).answer(h_BTD, call, parts)
         return h_BTD + y_BTD, last, y_BTD
@@ -267,7 +269,7 @@ class TitansModel(nn.Module):
             yield layer
 
     def _walk(
-        self, h_BTD: Tensor, call: Run, steps: Sequence[Layer], parts: Sequence[Parts]
+        self, steps: Sequence[Layer], h_BTD: Tensor, call: Run, parts: Sequence[Parts]
     ) -> tuple[Tensor, tuple[Parts, ...]]:
         """Hidden states through some of the layers, and what the layers then carry."""
         after = []

@@ -6,6 +6,8 @@ At batch 1 every token reads every weight once, so bytes are time. Two layouts, 
     few rows    the codes that the weights are where they are on a grid (a GGUF's four or eight bits), else bfloat16, as
                 the project's own kernels read them (`titans.native`); where there are none, four bits as torch's do
 
+Where there are kernels, whole runs of layers are one call for them, and no product is made by itself but the head's.
+
 CPU and bfloat16 only: elsewhere nothing is changed.
 
 Shapes: N outputs · K inputs · G = K / 32 groups.
@@ -20,7 +22,7 @@ from titans.grid import GROUP, four_bits
 from titans.model import TitansModel
 from titans.native.build import library
 from titans.native.matrix import NativeMatrix, Team
-from titans.native.walk import walk_of
+from titans.native.walk import walks_of
 
 _FEW = {4: 8, 8: 4, 16: 2}  # rows by bits a weight: with more, oneDNN is faster (measured)
 _FEW_OF_TORCH = 5
@@ -87,4 +89,4 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team))
     if team is not None:
-        model.walks = walk_of(model, team)
+        model.walks = walks_of(model, team)

@@ -20,6 +20,15 @@ from torch.nn import functional as F
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels for this machine, or no compiler")
 
+# tokens a row, and how many of them count in each
+_RUNS: list[tuple[int, list[int]]] = [
+    (7, [7, 3, 0]),
+    (1, [0, 1, 1]),
+    (40, [40, 1, 23]),
+    (16, [2, 16, 16]),
+    (1, [1, 1, 1]),
+]
+
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("num_outputs", [16, 64, 176])
@@ -99,6 +108,41 @@ def test_tokens_one_by_one_are_what_torch_makes_of_them(memory_layers: tuple[int
         for name, x in (("ours", y), ("torch's", h)):
             errors[name] += float((x - expected).norm() / expected.norm()) / 20
     assert errors["ours"] < 1.1 * errors["torch's"] < 0.03
+
+
+@torch.inference_mode()
+def test_runs_of_tokens_are_what_torch_makes_of_them() -> None:
+    """Of any length, past a window's end and longer than one, each row with as many as it has; and so are openings."""
+    model, exact = aligned(), aligned()
+    pack(model, {})
+    exact.float()
+    walks, outcomes = model.walks, {}
+    generator = torch.Generator().manual_seed(1)
+    runs = [(torch.randint(3, 259, (3, n), generator=generator), lengths) for n, lengths in _RUNS]
+    for name, each, theirs in (("ours", model, walks), ("torch's", model, None), ("exact", exact, None)):
+        each.walks = theirs
+        state = each.ingest(torch.arange(120).view(3, 40), each.new_state(3), [3, 40, 21])
+        stream, said = each.open(state), []
+        for tokens, lengths in runs:
+            h, stream = each(tokens, stream, lengths)
+            said += [row[:length].float() for row, length in zip(h, lengths, strict=True)]
+        weights = [x for x_name, x in state.parts().items() if x_name.endswith("weights")]
+        outcomes[name] = torch.cat(said), torch.cat(weights)
+    for ours, torchs, expected in zip(*outcomes.values(), strict=True):
+        assert (ours - expected).norm() < 1.1 * (torchs - expected).norm() < 0.03 * expected.norm()
+
+
+@torch.inference_mode()
+def test_windows_do_not_depend_on_where_a_document_is_cut() -> None:
+    model = aligned()
+    pack(model, {})
+    tokens = torch.randint(3, 259, (1, 90), generator=torch.Generator().manual_seed(1))
+    at_once, in_pieces = model.ingest(tokens, model.new_state()).parts(), model.new_state()
+    for piece in tokens.split([1, 30, 4, 16, 39], dim=1):
+        in_pieces = model.ingest(piece, in_pieces)
+    for name, x in in_pieces.parts().items():
+        if name.endswith(("keys", "values", "tail")):
+            assert torch.equal(x, at_once[name]), name
 
 
 @torch.inference_mode()

@@ -8,12 +8,13 @@
 //     EIGHT    512 bytes, an int8 code each, input by input, then 16 steps in float32: w = code * step
 //     SIXTEEN  1024 bytes: pairs of inputs in bfloat16
 //
-// A product's rows are computed each as it would be alone: how many there are changes no bit.
+// A product's rows, and a session's tokens, are computed each as it would be alone: how many there are changes no bit.
 //
 // Threads: a team's workers sleep between calls; inside one they meet at barriers, where they spin, since a phase
 // takes microseconds, and after a while yield, since a core may be shared. A team runs one call at a time.
 //
-// Shapes: R rows · N outputs · K inputs · D hidden · H query heads · G kv heads · E head dim · W window · P persistent.
+// Shapes: B sessions · T tokens · R rows, B T where tokens are meant · N outputs · K inputs · D hidden · H query heads ·
+// G kv heads · E head dim · W window · P persistent.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -50,7 +51,7 @@ struct Layer {
 };
 
 struct Body {
-    int64_t num_layers, size, num_heads, num_kv_heads, head_dim, inner, window, num_persistent;
+    int64_t size, num_heads, num_kv_heads, head_dim, inner, window, num_persistent;
     double theta, eps;
 };
 
@@ -165,19 +166,17 @@ __m512 exponential(__m512 x) {  // e^x within 2e-7: 2^n 2^f, |f| <= 1/2
 // ---- products
 
 struct Inputs {  // rows of a product: as they are, in bfloat16 pairs, and their sums group by group
-    int64_t num_inputs;
     std::vector<float> exact;
     std::vector<uint16_t> rounded;
     std::vector<float> sums;
 
-    void resize(int64_t rows, int64_t k) {
-        num_inputs = k;
-        exact.resize(rows * k);
-        rounded.resize(rows * k);
-        sums.resize(rows * (k / GROUP));
+    void resize(int64_t rows, int64_t most_inputs) {
+        exact.resize(rows * most_inputs);
+        rounded.resize(rows * most_inputs);
+        sums.resize(rows * (most_inputs / GROUP));
     }
 
-    void round(int64_t row) {
+    void round(int64_t row, int64_t num_inputs) {
         const float *x = exact.data() + row * num_inputs;
         uint16_t *r = rounded.data() + row * num_inputs;
         float *sum = sums.data() + row * (num_inputs / GROUP);
@@ -356,90 +355,148 @@ struct Turn {  // of one row: by its position, and by its distance from the pers
     }
 };
 
+struct Tokens {  // of a call: each session's next ones
+    int64_t batch, length;
+    const int64_t *positions, *lengths;  // [B]: tokens before, and tokens that count
+
+    int64_t rows() const { return batch * length; }
+    int64_t position(int64_t row) const { return positions[row / length] + row % length; }
+    bool counts(int64_t row) const { return row % length < lengths[row / length] && position(row) >= 0; }
+};
+
 struct Scratch {  // of a call
     std::vector<float> h, qkv, mixed, inner;  // [R, ...]
-    std::vector<Turn> turns;
+    std::vector<Turn> turns;                  // [R]
+    Inputs normed, whole;
 };
 
 struct Own {  // of a thread in a call
-    Inputs inputs;
-    std::vector<float> scores;      // [W + P]
-    std::vector<uint16_t> rounded;  // [E]
+    std::vector<float> scores;      // [H / G, W + P + 16]
+    std::vector<uint16_t> rounded;  // [H / G, E]
     std::vector<float> turned;      // [E]
 };
 
-// One row, one kv head: its key and value into the ring, and what its queries see there.
+// The sums of 16 vectors, in order.
+__m512 sums(const __m512 *x) {
+    __m512 four[4];
+    for (int i = 0; i < 4; ++i, x += 4) {
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+        const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    }
+    const auto fold = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    };
+    return fold(fold(four[0], four[1]), fold(four[2], four[3]));
+}
+
+// e^(x - the largest), in place. Returns 1 / their sum.
+float raise(float *x, int64_t count) {
+    const float top = *std::max_element(x, x + count);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t s = 0; s < count; s += 16) {
+        const __mmask16 in = static_cast<__mmask16>(count - s >= 16 ? 0xFFFF : (1u << (count - s)) - 1);
+        const __m512 raised = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, x + s), _mm512_set1_ps(top)));
+        _mm512_mask_storeu_ps(x + s, in, raised);
+        total = _mm512_add_ps(total, _mm512_maskz_mov_ps(in, raised));
+    }
+    return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+// What Q query heads of one kv head, from `first` on, see in its ring.
+template <int Q>
+void look(const Body &body, const Layer &layer, int64_t head, int64_t first, int64_t seen, const Turn &turn,
+          const float *qkv, const uint16_t *keys, const uint16_t *values, float *mixed, Own &own) {
+    const int64_t dim = body.head_dim, lasting = body.num_persistent, count = seen + lasting;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    float *scores[Q];
+    for (int q = 0; q < Q; ++q) {
+        scores[q] = own.scores.data() + q * (body.window + lasting + BLOCK);
+        Turn::apply(qkv + (first + q) * dim, turn.cos, turn.sin, own.turned.data());
+        for (int64_t e = 0; e < dim; e += 16)
+            narrow(_mm512_loadu_ps(own.turned.data() + e), own.rounded.data() + q * dim + e);
+    }
+    for (int64_t s = 0; s < seen; s += BLOCK)
+        for (int q = 0; q < Q; ++q) {
+            __m512 products[BLOCK];
+            for (int i = 0; i < BLOCK; ++i) {
+                products[i] = _mm512_setzero_ps();
+                for (int64_t e = 0; e < dim; e += 32)
+                    products[i] = _mm512_dpbf16_ps(products[i], pairs(_mm512_loadu_si512(keys + (s + i) * dim + e)),
+                                                   pairs(_mm512_loadu_si512(own.rounded.data() + q * dim + e)));
+            }
+            _mm512_storeu_ps(scores[q] + s, _mm512_mul_ps(sums(products), _mm512_set1_ps(scale)));
+        }
+    float whole[Q];
+    for (int q = 0; q < Q; ++q) {
+        Turn::apply(qkv + (first + q) * dim, turn.far_cos, turn.far_sin, own.turned.data());
+        for (int64_t p = 0; p < lasting; ++p) {
+            const uint16_t *key = layer.persistent_keys + (p * body.num_kv_heads + head) * dim;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t e = 0; e < dim; e += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own.turned.data() + e), widen(key + e), sum);
+            scores[q][seen + p] = scale * _mm512_reduce_add_ps(sum);
+        }
+        whole[q] = raise(scores[q], count);
+    }
+    for (int64_t e = 0; e < dim; e += 32) {
+        __m512 left[Q], right[Q];
+        for (int q = 0; q < Q; ++q) left[q] = right[q] = _mm512_setzero_ps();
+        const auto add = [&](int64_t s, const uint16_t *value) {
+            const __m512 a = widen(value + e), b = widen(value + e + 16);
+            for (int q = 0; q < Q; ++q) {
+                const __m512 share = _mm512_set1_ps(scores[q][s]);
+                left[q] = _mm512_fmadd_ps(share, a, left[q]);
+                right[q] = _mm512_fmadd_ps(share, b, right[q]);
+            }
+        };
+        for (int64_t s = 0; s < seen; ++s) add(s, values + s * dim);
+        for (int64_t p = 0; p < lasting; ++p)
+            add(seen + p, layer.persistent_values + (p * body.num_kv_heads + head) * dim);
+        for (int q = 0; q < Q; ++q) {
+            float *to = mixed + (first + q) * dim + e;
+            _mm512_storeu_ps(to, _mm512_mul_ps(left[q], _mm512_set1_ps(whole[q])));
+            _mm512_storeu_ps(to + 16, _mm512_mul_ps(right[q], _mm512_set1_ps(whole[q])));
+        }
+    }
+}
+
+// One token, one kv head: its key and value into the ring, and what its queries see there.
 void attend(const Body &body, const Layer &layer, int64_t head, int64_t position, const Turn &turn, const float *qkv,
             uint16_t *keys, uint16_t *values, float *mixed, Own &own) {
     const int64_t dim = body.head_dim, slot = position % body.window, shared = body.num_heads / body.num_kv_heads;
-    const int64_t seen = std::min(position + 1, body.window), lasting = body.num_persistent;
+    const int64_t seen = std::min(position + 1, body.window), end = (head + 1) * shared;
     const float *k = qkv + (body.num_heads + head) * dim, *v = k + body.num_kv_heads * dim;
     Turn::apply(k, turn.cos, turn.sin, own.turned.data());
     for (int64_t e = 0; e < dim; e += 16) {
         narrow(_mm512_loadu_ps(own.turned.data() + e), keys + slot * dim + e);
         narrow(_mm512_loadu_ps(v + e), values + slot * dim + e);
     }
-    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    float *scores = own.scores.data();
-    for (int64_t i = head * shared; i < (head + 1) * shared; ++i) {
-        Turn::apply(qkv + i * dim, turn.far_cos, turn.far_sin, own.turned.data());
-        for (int64_t p = 0; p < lasting; ++p) {
-            const uint16_t *key = layer.persistent_keys + (p * body.num_kv_heads + head) * dim;
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t e = 0; e < dim; e += 16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own.turned.data() + e), widen(key + e), sum);
-            scores[seen + p] = scale * _mm512_reduce_add_ps(sum);
-        }
-        Turn::apply(qkv + i * dim, turn.cos, turn.sin, own.turned.data());
-        for (int64_t e = 0; e < dim; e += 16) narrow(_mm512_loadu_ps(own.turned.data() + e), own.rounded.data() + e);
-        for (int64_t s = 0; s < seen; ++s) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t e = 0; e < dim; e += 32)
-                sum = _mm512_dpbf16_ps(sum, pairs(_mm512_loadu_si512(keys + s * dim + e)),
-                                       pairs(_mm512_loadu_si512(own.rounded.data() + e)));
-            scores[s] = scale * _mm512_reduce_add_ps(sum);
-        }
-        const int64_t count = seen + lasting;
-        const float top = *std::max_element(scores, scores + count);
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t s = 0; s < count; s += 16) {
-            const __mmask16 in = static_cast<__mmask16>(count - s >= 16 ? 0xFFFF : (1u << (count - s)) - 1);
-            const __m512 raised = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, scores + s), _mm512_set1_ps(top)));
-            _mm512_mask_storeu_ps(scores + s, in, raised);
-            total = _mm512_add_ps(total, _mm512_maskz_mov_ps(in, raised));
-        }
-        const float whole = 1.0f / _mm512_reduce_add_ps(total);
-        for (int64_t e = 0; e < dim; e += 32) {
-            __m512 left = _mm512_setzero_ps(), right = left;
-            for (int64_t s = 0; s < count; ++s) {
-                const uint16_t *value = s < seen ? values + s * dim
-                                                 : layer.persistent_values + ((s - seen) * body.num_kv_heads + head) * dim;
-                const __m512 share = _mm512_set1_ps(scores[s]);
-                left = _mm512_fmadd_ps(share, widen(value + e), left);
-                right = _mm512_fmadd_ps(share, widen(value + e + 16), right);
-            }
-            _mm512_storeu_ps(mixed + i * dim + e, _mm512_mul_ps(left, _mm512_set1_ps(whole)));
-            _mm512_storeu_ps(mixed + i * dim + e + 16, _mm512_mul_ps(right, _mm512_set1_ps(whole)));
-        }
-    }
+    int64_t i = head * shared;
+    for (; i + 3 <= end; i += 3) look<3>(body, layer, head, i, seen, turn, qkv, keys, values, mixed, own);
+    for (; i < end; ++i) look<1>(body, layer, head, i, seen, turn, qkv, keys, values, mixed, own);
 }
 
 // One layer, as one of a team's threads computes it.
-void run_layer(const Body &body, const Layer &layer, int64_t rows, const int64_t *positions, uint16_t *keys,
-               uint16_t *values, Scratch &all, Own &own, Team &team, int index) {
+void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint16_t *keys, uint16_t *values,
+               Scratch &all, Own &own, Team &team, int index) {
     const int64_t size = body.size, heads_size = body.num_heads * body.head_dim, inner = body.inner;
-    const int64_t qkv_size = layer.qkv.num_outputs, ring = body.window * body.head_dim;
+    const int64_t qkv_size = layer.qkv.num_outputs, ring = body.window * body.head_dim, rows = tokens.rows();
+    const Share ours = team.share(rows, index);
     const auto normed = [&](const float *weight) {
-        own.inputs.resize(rows, size);
-        for (int64_t r = 0; r < rows; ++r) {
-            norm(all.h.data() + r * size, weight, body.eps, size, own.inputs.exact.data() + r * size);
-            own.inputs.round(r);
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            norm(all.h.data() + r * size, weight, body.eps, size, all.normed.exact.data() + r * size);
+            all.normed.round(r, size);
         }
+        team.barrier.wait();
     };
     const auto whole = [&](const std::vector<float> &from, int64_t width) {
-        own.inputs.resize(rows, width);
-        std::copy_n(from.data(), rows * width, own.inputs.exact.data());
-        for (int64_t r = 0; r < rows; ++r) own.inputs.round(r);
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            std::copy_n(from.data() + r * width, width, all.whole.exact.data() + r * width);
+            all.whole.round(r, width);
+        }
+        team.barrier.wait();
     };
     const auto add = [&](int64_t row, int64_t n, __m512 x) {
         float *h = all.h.data() + row * size + n;
@@ -447,36 +504,38 @@ void run_layer(const Body &body, const Layer &layer, int64_t rows, const int64_t
     };
 
     normed(layer.attention_norm);
-    multiply(layer.qkv, team.share(qkv_size / BLOCK, index), own.inputs, rows,
+    multiply(layer.qkv, team.share(qkv_size / BLOCK, index), all.normed, rows,
              [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(all.qkv.data() + r * qkv_size + n, x); });
     team.barrier.wait();
 
-    const Share units = team.share(rows * body.num_kv_heads, index);
-    for (int64_t unit = units.begin; unit < units.end; ++unit) {
-        const int64_t r = unit / body.num_kv_heads, head = unit % body.num_kv_heads;
-        attend(body, layer, head, positions[r], all.turns[r], all.qkv.data() + r * qkv_size, keys + unit * ring,
-               values + unit * ring, all.mixed.data() + r * heads_size, own);
-    }
+    const Share units = team.share(tokens.batch * body.num_kv_heads, index);
+    for (int64_t unit = units.begin; unit < units.end; ++unit)  // a session's tokens one after the other: rings move on
+        for (int64_t t = 0; t < tokens.length; ++t) {
+            const int64_t r = unit / body.num_kv_heads * tokens.length + t, head = unit % body.num_kv_heads;
+            if (!tokens.counts(r)) continue;
+            attend(body, layer, head, tokens.position(r), all.turns[r], all.qkv.data() + r * qkv_size,
+                   keys + unit * ring, values + unit * ring, all.mixed.data() + r * heads_size, own);
+        }
     team.barrier.wait();
 
     whole(all.mixed, heads_size);
-    multiply(layer.out, team.share(size / BLOCK, index), own.inputs, rows, add);
+    multiply(layer.out, team.share(size / BLOCK, index), all.whole, rows, add);
     team.barrier.wait();
 
     normed(layer.mlp_norm);
     const Share gates = team.share(inner / BLOCK, index), ups = {gates.begin + inner / BLOCK, gates.end + inner / BLOCK};
-    multiply(layer.gate_up, gates, own.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
+    multiply(layer.gate_up, gates, all.normed, rows, [&](int64_t r, int64_t n, __m512 x) {
         const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
         _mm512_storeu_ps(all.inner.data() + r * inner + n, _mm512_div_ps(x, _mm512_add_ps(one, exponential(minus))));
     });
-    multiply(layer.gate_up, ups, own.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
+    multiply(layer.gate_up, ups, all.normed, rows, [&](int64_t r, int64_t n, __m512 x) {
         float *to = all.inner.data() + r * inner + n - inner;
         _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), x));
     });
     team.barrier.wait();
 
     whole(all.inner, inner);
-    multiply(layer.down, team.share(size / BLOCK, index), own.inputs, rows, add);
+    multiply(layer.down, team.share(size / BLOCK, index), all.whole, rows, add);
     team.barrier.wait();
 }
 
@@ -494,32 +553,38 @@ void titans_multiply(Team *team, const Matrix *matrix, int64_t rows, const uint1
     inputs.resize(rows, matrix->num_inputs);
     for (int64_t i = 0; i < rows * matrix->num_inputs; i += 16)
         _mm512_storeu_ps(inputs.exact.data() + i, widen(x + i));
-    for (int64_t r = 0; r < rows; ++r) inputs.round(r);
+    for (int64_t r = 0; r < rows; ++r) inputs.round(r, matrix->num_inputs);
     team->run([&](int index) {
         multiply(*matrix, team->share(matrix->num_outputs / BLOCK, index), inputs, rows,
                  [&](int64_t r, int64_t n, __m512 total) { narrow(total, y + r * matrix->num_outputs + n); });
     });
 }
 
-// h [R, D] bfloat16 through layers that follow one another, in place; so are their rings, each row's token at its
-// position. keys and values: of each layer, [R, G, W, E] bfloat16.
-void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t rows, const int64_t *positions,
-                   uint16_t *h, uint16_t *const *keys, uint16_t *const *values) {
+// h [B, T, D] bfloat16 through layers that follow one another, in place. Session b has positions[b] tokens before, and
+// of its T the first lengths[b] count, but for those whose position is below 0; what the others become means nothing.
+// keys and values: of each layer, its rings [B, G, W, E] bfloat16, which move on.
+void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t num_layers, int64_t batch, int64_t length,
+                   const int64_t *positions, const int64_t *lengths, uint16_t *h, uint16_t *const *keys,
+                   uint16_t *const *values) {
+    const Tokens tokens{batch, length, positions, lengths};
+    const int64_t size = body->size, heads_size = body->num_heads * body->head_dim, rows = tokens.rows();
     Scratch all;
-    const int64_t size = body->size, heads_size = body->num_heads * body->head_dim;
     all.h.resize(rows * size);
     all.qkv.resize(rows * layers[0].qkv.num_outputs);
     all.mixed.resize(rows * heads_size);
     all.inner.resize(rows * body->inner);
-    for (int64_t r = 0; r < rows; ++r) all.turns.emplace_back(positions[r], *body);
+    all.normed.resize(rows, size);
+    all.whole.resize(rows, std::max(heads_size, body->inner));
+    for (int64_t r = 0; r < rows; ++r) all.turns.emplace_back(tokens.position(r), *body);
     for (int64_t i = 0; i < rows * size; i += 16) _mm512_storeu_ps(all.h.data() + i, widen(h + i));
     team->run([&](int index) {
         Own own;
-        own.scores.resize(body->window + body->num_persistent);
-        own.rounded.resize(body->head_dim);
+        const int64_t shared = body->num_heads / body->num_kv_heads;
+        own.scores.resize(shared * (body->window + body->num_persistent + BLOCK));
+        own.rounded.resize(shared * body->head_dim);
         own.turned.resize(body->head_dim);
-        for (int64_t i = 0; i < body->num_layers; ++i)
-            run_layer(*body, layers[i], rows, positions, keys[i], values[i], all, own, *team, index);
+        for (int64_t i = 0; i < num_layers; ++i)
+            run_layer(*body, layers[i], tokens, keys[i], values[i], all, own, *team, index);
     });
     for (int64_t i = 0; i < rows * size; i += 16) narrow(_mm512_loadu_ps(all.h.data() + i), h + i);
 }

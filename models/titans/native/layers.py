@@ -1,9 +1,9 @@
-"""A body's layers as one call, for tokens that come alone: one of each session, any number of sessions.
+"""A body's layers as one call: any number of sessions' next tokens, any number each.
 
 What torch computes one small operation after the other the kernels compute in one go: `titans.attention` and
 `titans.layers` are the reference. Rings are written in place. The residual stays float32 from layer to layer.
 
-Shapes: R rows · D hidden.
+Shapes: B sessions · T tokens · D hidden.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from titans.architecture import AttentionLayer
+from titans.architecture import AttentionLayer, Run
 from titans.config import TitansConfig
 from titans.native.matrix import MatrixStruct, NativeMatrix, Team
 from titans.state import Parts
@@ -34,7 +34,7 @@ class _Body(ctypes.Structure):
     """kernels.cpp's Body."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_layers", "size", "num_heads", "num_kv_heads", "head_dim", "inner")),
+        *((name, ctypes.c_int64) for name in ("size", "num_heads", "num_kv_heads", "head_dim", "inner")),
         *((name, ctypes.c_int64) for name in ("window", "num_persistent")),
         *((name, ctypes.c_double) for name in ("theta", "eps")),
     )
@@ -49,24 +49,24 @@ class NativeLayers:
         self._team, self._kept = team, list[object]()
         self._layers = (_Layer * len(layers))(*map(self._describe, layers))
         sizes = body.hidden_size, body.num_heads, body.num_kv_heads, body.head_dim, body.intermediate_size
-        self._body = _Body(len(layers), *sizes, config.window, config.num_persistent, body.rope_theta, body.norm_eps)
+        self._body = _Body(*sizes, config.window, config.num_persistent, body.rope_theta, body.norm_eps)
 
-    def __call__(self, h_R1D: Tensor, position_R: Tensor, parts: Sequence[Parts]) -> Tensor:
-        """bfloat16 [R, 1, D] to the same; row r's token has `position_R[r]` before it."""
-        h_R1D, position_R = h_R1D.clone(memory_format=torch.contiguous_format), position_R.contiguous()
+    def __call__(self, h_BTD: Tensor, run: Run, parts: Sequence[Parts]) -> Tensor:
+        """bfloat16 [B, T, D] to the same. What the run does not count, and what is before position 0, means nothing."""
+        h_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
+        positions_B, lengths_B = run.position_B.contiguous(), run.lengths_B.contiguous()
         keys, values = ([each[name].data_ptr() for each in parts] for name in ("keys", "values"))
         pointers = ctypes.c_void_p * len(parts)
         self._team.kernels.titans_layers(
             self._team.handle,
             ctypes.byref(self._body),
             self._layers,
-            ctypes.c_int64(h_R1D.shape[0]),
-            ctypes.c_void_p(position_R.data_ptr()),
-            ctypes.c_void_p(h_R1D.data_ptr()),
+            *map(ctypes.c_int64, (len(parts), *h_BTD.shape[:2])),
+            *(ctypes.c_void_p(x.data_ptr()) for x in (positions_B, lengths_B, h_BTD)),
             pointers(*keys),
             pointers(*values),
         )
-        return h_R1D
+        return h_BTD
 
     def _describe(self, layer: AttentionLayer) -> _Layer:
         attention, mlp = layer.attention, layer.mlp

@@ -1,4 +1,4 @@
-"""Tokens that come alone, through all that stands below a model's last memory, and through what stands above it."""
+"""Tokens through all that stands below a model's last memory, and through what stands above it."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,20 +12,22 @@ from titans.native.matrix import Team
 from titans.state import Parts
 
 _ALIGNED = 32  # what the kernels take at once of a head, and of all other widths
+_KEYS = 16  # of a ring
 
 
-def walk_of(model: TitansModel, team: Team) -> Walks | None:
-    """The two walks of a model whose linear layers are packed; None where the kernels do not know its layers."""
+def walks_of(model: TitansModel, team: Team) -> Walks | None:
+    """The walks of a model whose linear layers are packed; None where the kernels do not know its layers."""
     body = model.config.backbone
     widths = body.head_dim, body.hidden_size, body.num_heads * body.head_dim, body.intermediate_size
     steps = *model.lower, *model.upper
     known = all(type(step) in {AttentionLayer, MemoryLayer} for step in steps) and type(model.lower[-1]) is MemoryLayer
-    if not known or any(width % _ALIGNED for width in widths):
+    if not known or any(width % _ALIGNED for width in widths) or model.config.window % _KEYS:
         return None
-    return TokenWalk(model, model.lower[:-1], team), TokenWalk(model, model.upper, team)
+    each_above = tuple(NativeWalk(model, [step], team) for step in model.upper)
+    return Walks(NativeWalk(model, model.lower[:-1], team), NativeWalk(model, model.upper, team), each_above)
 
 
-class TokenWalk:
+class NativeWalk:
     """Some of a model's steps: layers that follow one another are one call, memories are themselves."""
 
     def __init__(self, model: TitansModel, steps: Sequence[Layer], team: Team) -> None:
@@ -37,13 +39,13 @@ class TokenWalk:
                 layers = [step for step in group if isinstance(step, AttentionLayer)]
                 self._parts.append((NativeLayers(model.config, layers, team), len(layers)))
 
-    def __call__(self, h_B1D: Tensor, run: Run, parts: Sequence[Parts]) -> tuple[Tensor, tuple[Parts, ...]]:
+    def __call__(self, h_BTD: Tensor, run: Run, parts: Sequence[Parts]) -> tuple[Tensor, tuple[Parts, ...]]:
         """Hidden states through the steps, and what these then carry."""
         after, start = list(parts), 0
         for step, count in self._parts:
             if isinstance(step, NativeLayers):
-                h_B1D = step(h_B1D, run.position_B, parts[start : start + count])
+                h_BTD = step(h_BTD, run, parts[start : start + count])
             else:
-                h_B1D, after[start] = step(h_B1D, run, parts[start])
+                h_BTD, after[start] = step(h_BTD, run, parts[start])
             start += count
-        return h_B1D, tuple(after)
+        return h_BTD, tuple(after)
