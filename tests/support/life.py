@@ -12,7 +12,7 @@ FIRST = "The keeper of the lighthouse kept a key under the third stone. " * 4
 SECOND = "Years later nobody remembered the stone, nor the key. " * 5
 THIRD = "Somebody did. "
 ASK = {"prompt": "where is the key", "max_tokens": 12, "temperature": 0}
-SECONDS = 60.0  # within which what is asked for again and again is answered
+SECONDS = 180.0  # within which what is asked for again and again is answered, whatever else the machine has to do
 NOT_NOW = {429, 503}
 
 
