@@ -76,8 +76,8 @@ class Accepted:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def after_others(self, work: Work) -> None:
-        """Return when no document that came first is left: learn those that were accepted and nobody works on.
+    async def after_others(self, work: Work) -> SessionRecord:
+        """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
         Raises SessionBusy where another server takes too long.
         """
@@ -88,7 +88,7 @@ class Accepted:
             theirs = [x for x in earlier if self._leases.is_elsewhere(x)]
             ours = [x for x in earlier if x.accepted and x not in theirs]
             if not theirs and not ours:
-                return
+                return record
             if ours and ours[0] == earlier[0]:
                 mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
                 try:

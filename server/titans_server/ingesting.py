@@ -81,7 +81,7 @@ class Ingestions:
         work = self._begin(record, terms, is_async=False)
         try:
             async with self._writers.turn(session_id), self._leases.held(work):
-                await self._accepted.after_others(work)
+                work.known = await self._accepted.after_others(work)
                 async with aclosing(self._learn(work, document)) as events:
                     async for event in events:
                         yield event

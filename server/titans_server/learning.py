@@ -30,6 +30,7 @@ class Work:
     started: float = field(default_factory=time.monotonic)
     num_learnt: int = 0  # tokens, the separator among them
     cancelled: bool = False
+    known: SessionRecord | None = None  # as it was read when the document's turn came
     learner: "Learner | None" = None
     learnt: DocumentLearnt | None = None  # once it is a version
 
@@ -43,10 +44,15 @@ class Work:
 class Learner:
     """A state half way from one version to the next."""
 
-    base: Version
+    record: SessionRecord  # with the version to go on from as its newest
     state: State
     since: Snapshot | None  # the newest one that the state goes on from
     queue: list[int]  # tokens that are to be learnt
+
+    @property
+    def base(self) -> Version:
+        """The version to go on from."""
+        return self.record.head
 
     def next(self, window: int, *, last: bool) -> list[int]:
         """The next tokens, up to a window's boundary; all but the last ones end on one. None yet: []."""
@@ -111,7 +117,8 @@ class Learning:
 
     async def _begin(self, work: Work, portion: Portion) -> Learner:
         """From the newest version, or from the document's own checkpoint where that still stands on it."""
-        record, state = await self._states.newest(work.session_id)
+        known, work.known = work.known, None
+        record, state = await self._states.newest(work.session_id, None if work.draft.entries else known)
         draft = record.draft(work.draft.ingestion) or work.draft
         check_match(record, draft.if_match)
         tokens = await self._ledger.read(work.session_id, draft.entries) or list(self.separator)
@@ -121,8 +128,8 @@ class Learning:
             loaded = await self._states.load_snapshot(draft.snapshot)
             if loaded is not None:
                 num_learnt = int(loaded.position) - record.head.tokens
-                return Learner(record.head, loaded, draft.snapshot, queue[num_learnt:])
-        return Learner(record.head, state, record.head.snapshot, queue)
+                return Learner(record, loaded, draft.snapshot, queue[num_learnt:])
+        return Learner(record, state, record.head.snapshot, queue)
 
     def _progress(self, work: Work, learner: Learner, portion: Portion) -> Progress:
         work.num_learnt = learner.num_learnt
@@ -159,7 +166,9 @@ class Learning:
         )
         with self._observer.working("commit"):
             record = await self._ledger.change(
-                work.session_id, lambda record: history.seal(record, draft, self.separator, writing, outcome)
+                work.session_id,
+                lambda record: history.seal(record, draft, self.separator, writing, outcome),
+                known=None if draft.entries else learner.record,  # what is logged has moved the record on
             )
         failpoints.reach("after_commit")
         made = record.made_by(write_id)

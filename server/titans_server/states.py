@@ -71,15 +71,21 @@ class States:
                 f"this server runs {self._fingerprint}"
             )
 
-    async def newest(self, session_id: str) -> tuple[SessionRecord, State]:
-        """A session's record and its state. Raises StateMismatch, SessionNotFound, StateCorrupted."""
-        record, _, state = await self.read(session_id, None)
+    async def newest(self, session_id: str, known: SessionRecord | None = None) -> tuple[SessionRecord, State]:
+        """A session's record and its state. Raises StateMismatch, SessionNotFound, StateCorrupted.
+
+        `known`: its record as the caller has just read it, which saves reading it again.
+        """
+        record, _, state = await self.read(session_id, None, known)
         return record, state
 
-    async def read(self, session_id: str, number: int | None) -> tuple[SessionRecord, Version, State]:
+    async def read(
+        self, session_id: str, number: int | None, known: SessionRecord | None = None
+    ) -> tuple[SessionRecord, Version, State]:
         """A session's record, one of its versions (None: the newest) and that one's state. Raises VersionNotFound."""
         for _ in range(_ATTEMPTS):
-            record = await self._ledger.store.get(session_id)
+            record = known or await self._ledger.store.get(session_id)
+            known = None
             version = record.head if number is None else record.kept(number)
             with suppress(VersionConflict):  # a commit came between record and snapshot
                 return record, version, await self.at(record, version)

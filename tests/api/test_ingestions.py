@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from support.servers import LiveServer
+from titans_server.sessions.record import SessionRecord
 
 TEXT = "The keeper kept a key under the third stone, and told nobody of it. " * 6
 
@@ -192,3 +194,19 @@ def test_a_form_that_is_none_is_refused(http: httpx.Client, session: str) -> Non
     lines = {"Content-Type": "application/x-ndjson"}
     assert code(http.post(path, content=b'{"text": "a"}\n{"txt": "b"}', headers=lines)) == (422, "invalid_json")
     assert version(http, session) == 0
+
+
+def test_a_short_document_reads_its_record_three_times(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose it is, what it is at, and again when its turn has come: the commit itself says if that is old."""
+    store, read = server.context.service._store, list[str]()
+    get = store.get
+
+    async def counted(session_id: str) -> SessionRecord:
+        read.append(session_id)
+        return await get(session_id)
+
+    monkeypatch.setattr(store, "get", counted)
+    assert learn(http, session, "a few words").json()["version"] == 1
+    assert read.count(session) == 3

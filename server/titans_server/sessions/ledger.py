@@ -23,13 +23,17 @@ class Ledger:
     def __init__(self, store: SessionStore) -> None:
         self.store = store
 
-    async def change(self, session_id: str, edit: Callable[[SessionRecord], Edit]) -> SessionRecord:
+    async def change(
+        self, session_id: str, edit: Callable[[SessionRecord], Edit], known: SessionRecord | None = None
+    ) -> SessionRecord:
         """Make an edit on the newest record, again and again until no other commit came between.
 
+        `known`: the record as the caller has just read it, which saves reading it again; the commit tells if it is old.
         Raises what `edit` raises, SessionNotFound, VersionConflict where others are always faster.
         """
         for attempt in range(_ATTEMPTS):
-            record = await self.store.get(session_id)
+            record = known or await self.store.get(session_id)
+            known = None
             edited = edit(record)
             if edited.record is record:
                 return record
