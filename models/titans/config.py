@@ -37,14 +37,16 @@ class BackboneConfig:
 class MemoryConfig:
     """What every neural memory of a model is made of, and its rule.
 
-    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, or
-    with `residual` keys and values differ in size.
+    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, a
+    gate is made of more tokens than a key, a key has too few neighbours for its products, or with `residual` what the
+    memory is asked with and values differ in size.
     """
 
     num_heads: int = 4  # each with weights of its own
     key_dim: int = 256  # of one head; queries too
     value_dim: int = 128  # of one head
     conv_width: int = 4  # tokens that a key, value or query is made of, the last its own
+    gate_width: int = 1  # tokens that a gate is made of, likewise; the paper's are made of their own
     chunk_size: int = 64  # tokens learnt at once; with rule "exact" a matter of speed alone
     momentum: bool = False  # False: eta = 0 in equation 10
     forgetting: bool = True  # False: alpha = 0 in equation 13
@@ -52,6 +54,7 @@ class MemoryConfig:
     depth: int = 1  # layers of the memory (L_M); more than one: rule "chunk"
     expansion: int = 4  # width of the layers between, as a multiple of key_dim
     residual: bool = False  # M(x) = x + LN(...): the camera-ready form
+    products: int = 0  # neighbours that each float of a key is multiplied with; 0: keys stay as they are
     learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
     output_norm: bool = False  # True: an RMSNorm on what a head answers
 
@@ -60,17 +63,26 @@ class MemoryConfig:
             raise ValueError(f"there is no rule {self.rule!r}")
         if self.rule == "exact" and (self.depth > 1 or self.residual):
             raise ValueError("the exact rule is for a linear memory: depth 1, no residual")
-        if self.residual and self.key_dim != self.value_dim:
-            raise ValueError("with residual, key_dim and value_dim must be equal")
+        if not 1 <= self.gate_width <= self.conv_width:
+            raise ValueError("a gate is made of one to conv_width tokens")
+        if not 0 <= self.products <= self.key_dim // 2:
+            raise ValueError("a key has products with none to key_dim / 2 neighbours")
+        if self.residual and self.feature_dim != self.value_dim:
+            raise ValueError("with residual, key_dim and value_dim must be equal, and products at most 1")
         sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)
         if min(*sizes, self.depth, self.expansion) < 1:
             raise ValueError("the sizes of a memory start at 1")
 
     @property
+    def feature_dim(self) -> int:
+        """Floats of a key as the memory sees it, of one head."""
+        return self.key_dim * max(1, self.products)
+
+    @property
     def layer_shapes(self) -> list[tuple[int, int]]:
         """Inputs I and outputs O of each layer of the memory."""
         hidden = [self.expansion * self.key_dim] * (self.depth - 1)
-        return list(itertools.pairwise([self.key_dim, *hidden, self.value_dim]))
+        return list(itertools.pairwise([self.feature_dim, *hidden, self.value_dim]))
 
     @property
     def num_weights(self) -> int:

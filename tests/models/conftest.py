@@ -8,6 +8,7 @@ DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, dict[str, object]] = {
     "linear": {},
     "momentum": {"momentum": True},
+    "products": {"products": 2, "conv_width": 7, "gate_width": 3, "momentum": True},
     "deep": DEEP,
     "readout": {"readout": True},
     "two memories, readout": {"memory_layers": (1, 3), "readout": True, **DEEP},

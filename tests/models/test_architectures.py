@@ -13,6 +13,7 @@ from torch import Tensor
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True, "output_norm": True}
 FORMS: dict[str, dict[str, Any]] = {
     "linear": {},
+    "products": {"products": 3, "conv_width": 6, "gate_width": 4, "momentum": True},
     "deep": DEEP,
     "camera-ready": DEEP | {"expansion": 4, "residual": True},
 }

@@ -178,3 +178,25 @@ def test_shapes_that_no_rule_has_are_refused() -> None:
     for wrong in ({"depth": 2}, {"residual": True}, chunked, {"depth": 0}, {"rule": "exakt"}):
         with pytest.raises(ValueError, match=r"memory|residual|rule"):
             replace(LINEAR, **wrong)
+
+
+def growth(keys: Tensor, theta: Tensor, eta: Tensor) -> float:
+    """By how much a line of tokens, said again and again, makes M and S grow at each turn: a spectral radius."""
+    size = keys.shape[1]
+    turn, same = torch.eye(2 * size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
+    for key, step, share in zip(keys, theta, eta, strict=True):
+        down, kept = -step * (1 - share) * torch.outer(key, key), share * same
+        turn = torch.cat((torch.cat((same + down, kept), 1), torch.cat((down, kept), 1))) @ turn
+    return float(torch.linalg.eigvals(turn).abs().max())
+
+
+def test_momentum_below_a_half_lets_no_line_grow_and_more_of_it_does() -> None:
+    chance = torch.Generator().manual_seed(0)
+    below, above = 0.0, 0.0
+    for _ in range(300):
+        size, count = (int(torch.randint(low, high, (), generator=chance)) for low, high in ((2, 5), (2, 12)))
+        keys = F.normalize(torch.randn(count, size, dtype=torch.float64, generator=chance), dim=-1)
+        theta, eta = torch.rand(2, count, dtype=torch.float64, generator=chance)
+        below, above = max(below, growth(keys, theta, eta / 2)), max(above, growth(keys, theta, eta))
+    assert below <= 1 + 1e-9
+    assert above > 1.01

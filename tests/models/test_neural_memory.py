@@ -9,13 +9,20 @@ from titans.memory.neural import MemoryState, NeuralMemory
 
 SIZE = 24
 LINEAR = MemoryConfig(3, 8, 6)
+PRODUCTS = replace(LINEAR, conv_width=6, gate_width=4, products=3)
 TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
 LASTING = replace(DEEP, forgetting=False, conv_width=1)
 EVERY_FORM = [
     pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
-    for name, form in {"linear": LINEAR, "deep": DEEP, "residual": CAMERA_READY, "lasting": LASTING}.items()
+    for name, form in {
+        "linear": LINEAR,
+        "products": PRODUCTS,
+        "deep": DEEP,
+        "residual": CAMERA_READY,
+        "lasting": LASTING,
+    }.items()
     for momentum in (False, True)
 ]
 
@@ -24,9 +31,13 @@ def make_memory(config: MemoryConfig, chunk_size: int = 8) -> NeuralMemory:
     torch.manual_seed(5)
     memory = NeuralMemory(replace(config, chunk_size=chunk_size), SIZE).requires_grad_(False)
     memory.gates.weight.normal_(std=0.3)
-    for conv in (memory.query_conv, memory.key_conv, memory.value_conv):
+    for conv in (memory.query_conv, memory.key_conv, memory.value_conv, *_gate_conv(memory)):
         conv.add_(0.2 * torch.randn_like(conv))
     return memory
+
+
+def _gate_conv(memory: NeuralMemory) -> list[torch.nn.Parameter]:
+    return [memory.gate_conv] if memory.config.gate_width > 1 else []
 
 
 def assert_same(ours: MemoryState, theirs: MemoryState) -> None:
@@ -172,3 +183,15 @@ def test_bfloat16_stays_near_float32(config: MemoryConfig) -> None:
     assert got.dtype == torch.bfloat16
     assert state.weights.dtype == torch.float32
     assert (got.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_products_make_keys_as_alike_as_their_squares() -> None:
+    memory = make_memory(MemoryConfig(1, 256, 6, products=128))  # every pair of floats but a float with itself
+    x = torch.nn.functional.normalize(torch.randn(1, 1, 40, 256), dim=-1)
+    kernel, alike = (rows @ rows.mT for rows in (memory._features(x), x))
+    torch.testing.assert_close(kernel, alike.square(), rtol=0, atol=0.05)
+
+
+def test_a_key_has_products_with_no_more_neighbours_than_it_has() -> None:
+    with pytest.raises(ValueError, match="products"):
+        MemoryConfig(1, 8, 6, products=5)

@@ -12,7 +12,7 @@ the oracle is asked about.
 from collections.abc import Sequence
 
 import torch
-from titans.config import TitansConfig
+from titans.config import MemoryConfig, TitansConfig
 from titans.memory.chunk import Writes
 from titans.memory.reference import absorb_tokens, answer, split
 from titans.model import TitansModel
@@ -139,26 +139,42 @@ def start(config: TitansConfig, memory: Weights) -> tuple[Tensor, Tensor]:
 def ask(config: TitansConfig, memory: Weights, h_TD: Tensor) -> tuple[Tensor, Writes]:
     """q [1, H, T, K], and what is written: k, v and the gates of every token, head and layer (section 4.4)."""
     form, x_TD = config.memory, center(config, memory, h_TD)
-    gates = x_TD @ memory["gates.weight"].T + memory["gates.bias"]
+    seen_TD = x_TD if form.gate_width == 1 else weigh(x_TD, memory["gate_conv"].T)
+    gates = seen_TD @ memory["gates.weight"].T + memory["gates.bias"]
     gates = gates.T.unflatten(0, (form.num_gates, 1, form.num_heads, form.depth))  # [gate, 1, H, L, T]
     theta, eta = gates[0].sigmoid(), gates[-1].sigmoid() if form.momentum else None
+    if eta is not None and form.rule == "exact":  # this project's: less than a half is stable
+        eta = eta / 2
     alpha = gates[1].sigmoid() if form.forgetting else torch.zeros_like(theta)
     if form.rule == "chunk":  # this project's: all steps of a chunk, and all that momentum makes of one, are one step
         theta = theta / form.chunk_size
     if eta is not None:
         theta = theta * (1 - eta)
-    queries, keys = (F.normalize(F.silu(convolve(config, memory, name, x_TD)), dim=-1) for name in ("query", "key"))
+    queries, keys = (features(form, convolve(config, memory, name, x_TD)) for name in ("query", "key"))
     values = convolve(config, memory, "value", x_TD)
     return queries, Writes(keys, values, theta, (1 - alpha).log(), None if eta is None else eta.log())
 
 
+def features(form: MemoryConfig, x: Tensor) -> Tensor:
+    """SiLU, or each float times those 1, 2, ... places before it, in a ring; then unit length."""
+    size = form.key_dim
+    pairs = [(j, (j - i) % size) for i in range(1, form.products + 1) for j in range(size)]
+    made = torch.stack([x[..., j] * x[..., k] for j, k in pairs], dim=-1) if pairs else F.silu(x)
+    return F.normalize(made, dim=-1)
+
+
 def convolve(config: TitansConfig, memory: Weights, name: str, x_TD: Tensor) -> Tensor:
     """A projection, then of each channel a weighted sum over the last conv_width tokens: [1, H, T, K] (or V)."""
-    projected, taps = x_TD @ memory[f"{name}.weight"].T, memory[f"{name}_conv"].T
-    padded = torch.cat((torch.zeros(len(taps) - 1, projected.shape[1], dtype=projected.dtype), projected))
-    rows = torch.stack([(taps * padded[t : t + len(taps)]).sum(0) for t in range(len(x_TD))])
+    rows = weigh(x_TD @ memory[f"{name}.weight"].T, memory[f"{name}_conv"].T)
     heads: Tensor = rows.unflatten(-1, (config.memory.num_heads, -1)).transpose(0, 1)
     return heads[None]
+
+
+def weigh(x_TD: Tensor, taps_WD: Tensor) -> Tensor:
+    """Of each channel a weighted sum over the last W tokens, the first ones after zeros: [T, D]."""
+    size = len(taps_WD)
+    padded = torch.cat((torch.zeros(size - 1, x_TD.shape[1], dtype=x_TD.dtype), x_TD))
+    return torch.stack([(taps_WD * padded[t : t + size]).sum(0) for t in range(len(x_TD))])
 
 
 def project_reads(config: TitansConfig, memory: Weights, reads_1HTV: Tensor, h_TD: Tensor) -> Tensor:

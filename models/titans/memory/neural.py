@@ -1,15 +1,17 @@
 """The neural memory as a layer: hidden states in, answers out, and the memory after reading them.
 
 Queries, keys and values are projections of the layer's input, each with a causal depth-wise convolution; queries and
-keys pass SiLU and have unit length; step size, forgetting and momentum are gates of every token, head and layer of the
-memory (Titans, section 4.4). How the memory learns and answers is its rule's affair.
+keys pass SiLU, or become products of their own floats, and have unit length; step size, forgetting and momentum are
+gates of every token, head and layer of the memory (Titans, section 4.4). How the memory learns and answers is its
+rule's affair.
 
-Shapes: B batch · T tokens · D hidden · H memory heads · K key dim · V value dim · N floats of weights a head ·
+Shapes: B batch · T tokens · D hidden · H memory heads · K feature dim · V value dim · N floats of weights a head ·
 R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun ·
 T' = T - conv_width + 1.
 """
 
-from functools import partial
+import math
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -63,6 +65,8 @@ class NeuralMemory(nn.Module):
         self.query_conv = nn.Parameter(torch.zeros(heads * key, config.conv_width))
         self.key_conv = nn.Parameter(torch.zeros(heads * key, config.conv_width))
         self.value_conv = nn.Parameter(torch.zeros(heads * value, config.conv_width))
+        if config.gate_width > 1:
+            self.gate_conv = nn.Parameter(torch.zeros(size, config.gate_width))
         self.gates = nn.Linear(size, config.num_gates * heads * config.depth)  # theta, alpha, eta
         self.read_norm = RMSNorm(value, eps) if config.output_norm else nn.Identity()
         self.out_gate = nn.Linear(size, heads * value)
@@ -71,7 +75,7 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start where retrofitting works: a key is made of the three tokens before its own, a query of the last three.
+        """Start where retrofitting works: a key is made of the tokens before its own, a query of the last ones.
 
         So the memory holds (what was known before token t -> token t), and queries ask as keys answer, from the
         first step of training. Changes all but the norms, the center and the rule's start, in place.
@@ -80,11 +84,14 @@ class NeuralMemory(nn.Module):
         self.query.weight.copy_(self.key.weight)
         nn.init.orthogonal_(self.value.weight)
         self.out.weight.copy_(0.5 * self.value.weight.T)
-        look_back = torch.tensor([0.5, 0.5, 1.0])[-self.config.conv_width :]
+        further = [0.25] * (self.config.conv_width - 4)
+        look_back = torch.tensor([*further, 0.5, 0.5, 1.0])[-self.config.conv_width :]
         for conv, taps in ((self.query_conv, look_back), (self.key_conv, look_back), (self.value_conv, look_back[-1:])):
             end = -1 if conv is self.key_conv and self.config.conv_width > 1 else conv.shape[1]
             taps = taps[-conv[:, :end].shape[1] :]
             conv.zero_()[:, :end][:, -len(taps) :] = taps
+        if self.config.gate_width > 1:
+            self.gate_conv.zero_()[:, -1] = 1.0
         nn.init.zeros_(self.gates.weight)
         biases = torch.tensor([0.0, *[-9.0] * self.config.forgetting, *[0.0] * self.config.momentum])
         self.gates.bias.copy_(biases.repeat_interleave(self.config.num_heads * self.config.depth))
@@ -95,6 +102,11 @@ class NeuralMemory(nn.Module):
         """Keep the large matrices in `dtype` for serving, in place; gates, convolutions and norms stay as they are."""
         for linear in (self.query, self.key, self.value, self.out_gate, self.out):
             linear.weight.data = linear.weight.data.to(dtype)
+
+    @property
+    def most_momentum(self) -> float:
+        """What eta stays below. One half under the exact rule: with more, text that repeats can grow without end."""
+        return 1.0 if self.rule.bound_to_chunks else 0.5
 
     def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryState:
         """A memory that has read nothing; `dtype` is that of the hidden states it will read.
@@ -248,7 +260,9 @@ class NeuralMemory(nn.Module):
         return x_BTD
 
     def _writes(self, joined: Tensor) -> Writes:
-        x = joined[:, self.config.conv_width - 1 :].float()
+        x = joined[:, self.config.conv_width - self.config.gate_width :].float()
+        if self.config.gate_width > 1:
+            x = _convolve(x, self.gate_conv)
         with _as_written(x):
             gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
@@ -259,25 +273,34 @@ class NeuralMemory(nn.Module):
         if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
             theta = theta / self.config.chunk_size
         if eta is not None:  # and so are all that momentum makes of one
-            theta = theta * (-eta).sigmoid()
+            theta = theta * (1 - self.most_momentum + self.most_momentum * (-eta).sigmoid())
         return Writes(
-            keys=F.normalize(F.silu(self._project(joined, self.key, self.key_conv)), dim=-1),
+            keys=self._features(self._project(joined, self.key, self.key_conv)),
             values=self._project(joined, self.value, self.value_conv),
             theta=theta,
             log_keep=log_keep,
-            log_eta=None if eta is None else F.logsigmoid(eta),
+            log_eta=None if eta is None else F.logsigmoid(eta) + math.log(self.most_momentum),
         )
 
     def _queries(self, joined: Tensor) -> Tensor:
-        return F.normalize(F.silu(self._project(joined, self.query, self.query_conv)), dim=-1)
+        return self._features(self._project(joined, self.query, self.query_conv))
+
+    def _features(self, projected: Tensor) -> Tensor:
+        """A key or query as the memory sees it: of unit length, [B, H, T, key dim] to [B, H, T, K].
+
+        Products of a projection's floats with their neighbours (DPFP, Schlag et al. 2021, section 5.3, without its
+        rectifier) make two keys about as similar as the square of what their projections are: what is similar by half
+        disturbs an answer by a quarter, and a head has room for more (Atlas, Behrouz et al. 2025, on polynomial keys).
+        """
+        if not self.config.products:
+            return F.normalize(F.silu(projected), dim=-1)
+        neighbours = range(1, self.config.products + 1)
+        return F.normalize(torch.cat([projected * projected.roll(i, -1) for i in neighbours], dim=-1), dim=-1)
 
     def _project(self, joined: Tensor, linear: nn.Linear, taps: Tensor) -> Tensor:
         """A causal depth-wise convolution of a projection: [B, H, T, K], float32."""
         projected = F.linear(joined, linear.weight.to(joined.dtype)).float()
-        num_tokens = joined.shape[1] - self.config.conv_width + 1
-        mixed = sum(projected[:, i : i + num_tokens] * taps[:, i].float() for i in range(self.config.conv_width))
-        assert isinstance(mixed, Tensor)
-        heads: Tensor = mixed.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = _convolve(projected, taps).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
         return heads
 
     def _ask(self, weights: Tensor, queries: Tensor) -> Tensor:
@@ -296,6 +319,13 @@ class NeuralMemory(nn.Module):
             return joined[:, joined.shape[1] - reach :].clone()
         index = lengths_B[:, None] + torch.arange(reach, device=joined.device)
         return joined.take_along_dim(index[..., None], dim=1)
+
+
+def _convolve(x: Tensor, taps: Tensor) -> Tensor:
+    """Causal and depth-wise, without the first W - 1 of x [B, T, D]; taps [D, W], the last for a token itself."""
+    num_tokens = x.shape[1] - taps.shape[1] + 1
+    parts = (x[:, i : i + num_tokens] * taps[:, i].float() for i in range(taps.shape[1]))
+    return reduce(torch.add, parts)
 
 
 def _as_written(x: Tensor) -> torch.autocast:
