@@ -10,6 +10,7 @@ import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
 from titans.checkpoint import digest, load
+from titans.config import tiny as tiny_config
 from titans.evaluation.facts import Fact, make_facts, make_families, words_of
 from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
@@ -26,6 +27,7 @@ TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 ALONE = Rates(keys=3e-3, values=1e-2, answers=1e-2, gates=3e-3, readout=1e-2)
 JOINT = Rates(keys=0, values=0, answers=1e-2, gates=0, readout=1e-2)
 CONFIG = TrainingConfig(
+    memory=tiny_config().memory,
     key_steps=6,
     value_steps=6,
     num_facts=300,
@@ -90,7 +92,7 @@ def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, p
     hidden, _ = model(torch.tensor([tokens]), stream)
     logits = model.logits(hidden[:, -question.answer - 1 : -1])
     expected = next_token_loss(logits, torch.tensor([tokens[-question.answer :]]))
-    loss, *_ = trainer._answer(memory, [_rows(pool, [question], [0])])
+    loss, *_ = trainer._answer(memory, [_rows(pool, [question], [0], CONFIG.context)])
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
 
 

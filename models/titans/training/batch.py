@@ -15,7 +15,6 @@ from titans.training.pool import Pool, Question
 _ROWS = 12  # that are computed together
 _LONGEST = 12  # tokens of a value that one step asks the memory for
 _PLAIN = 256  # tokens of a stretch of text
-CONTEXT = 3  # tokens before a value: what the convolutions reach
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Rows:
     document_of: Tensor  # [R]: whose memory is asked
     keys: Tensor  # [R, U, G, W, E]: of the text before, in the layers above
     values: Tensor  # [R, U, G, W, E]
-    recent: Tensor  # [R, conv_width - 1, D]: the memory's inputs before the row
+    before: Tensor  # [R, C, D]: the tokens before the row that the convolutions reach
     position: Tensor  # [R]: tokens before the row
 
     def parts(self) -> list[Parts]:
@@ -43,13 +42,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Recalls:
-    """All that the documents stated, as stated and as asked, each with three tokens of context; right-padded.
+    """All that the documents stated, as stated and as asked, each after C tokens of context; right-padded.
 
     Of a long value some tokens that stand together.
     """
 
-    stated: Tensor  # [F, S + 3, D]: the values' tokens where a document states them
-    asking: Tensor  # [F, S + 3, D]: the tokens after which each of them is the answer
+    stated: Tensor  # [F, C + S, D]: the values' tokens where a document states them
+    asking: Tensor  # [F, C + S, D]: the tokens after which each of them is the answer
     answers: Tensor  # [F, S]: the values, -100 past their end
     document_of: Tensor  # [F]
 
@@ -65,12 +64,14 @@ class Batch:
     documents: Tensor  # [B, T, D]
     recalls: Recalls
     plain: Tensor  # [B, P, D]: stretches of text that state no fact
+    plain_tokens: Tensor  # [B, P]: which tokens they are
     rows: tuple[Rows, ...]  # none: the layers above the memory take no part
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
         rows = tuple(rows.to(device) for rows in self.rows)
-        return Batch(self.documents.to(device), self.recalls.to(device), self.plain.to(device), rows)
+        plain = self.plain.to(device), self.plain_tokens.to(device)
+        return Batch(self.documents.to(device), self.recalls.to(device), *plain, rows)
 
 
 def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, held_out: bool = False) -> Batch:
@@ -95,9 +96,9 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     for _ in range(config.text_rows if rows else 0):
         rows.append(pool.text_row(rng))
         owners.append(rng.randrange(stage.num_documents))
-    recalls = make_recalls(pool, planted, rng)
-    plain = pool.stretches(stage.num_documents, _PLAIN, rng)
-    return Batch(torch.stack(documents), recalls, plain, tuple(_by_length(pool, rows, owners)))
+    recalls = make_recalls(pool, planted, config.context, rng)
+    plain = pool.stretches_with_tokens(stage.num_documents, _PLAIN, rng)
+    return Batch(torch.stack(documents), recalls, *plain, tuple(_by_length(pool, rows, owners, config.context)))
 
 
 def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
@@ -135,15 +136,15 @@ def _document(pool: Pool, num_tokens: int, runs: list[list[int]], rng: random.Ra
     return torch.cat([*pieces, hay[cuts[-1] :]])
 
 
-def _by_length(pool: Pool, rows: list[Question], owners: list[int]) -> Iterator[Rows]:
+def _by_length(pool: Pool, rows: list[Question], owners: list[int], context: int) -> Iterator[Rows]:
     """The rows with others of about their length, since padding costs what tokens cost."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].targets))
     for start in range(0, len(order), _ROWS):
         some = order[start : start + _ROWS]
-        yield _rows(pool, [rows[i] for i in some], [owners[i] for i in some])
+        yield _rows(pool, [rows[i] for i in some], [owners[i] for i in some], context)
 
 
-def _rows(pool: Pool, rows: list[Question], owners: list[int]) -> Rows:
+def _rows(pool: Pool, rows: list[Question], owners: list[int], context: int) -> Rows:
     answers = []
     for row in rows:
         answers.append(torch.zeros(len(row.targets), dtype=torch.bool))
@@ -156,21 +157,22 @@ def _rows(pool: Pool, rows: list[Question], owners: list[int]) -> Rows:
         document_of=torch.tensor(owners),
         keys=pool.tails.keys[tails],
         values=pool.tails.values[tails],
-        recent=pool.tails.recent[tails],
+        before=torch.stack([pool.before(row.tail, context) for row in rows]),
         position=pool.tails.position[tails],
     )
 
 
-def make_recalls(pool: Pool, planted: list[tuple[int, int]], rng: random.Random) -> Recalls:
-    """Facts, each with its document, as they are stated and as they are asked for."""
+def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: random.Random) -> Recalls:
+    """Facts, each with its document, as they are stated, after any text, and as they are asked for."""
     stated, asking, answers = [], [], []
     for fact, _ in planted:
         statement, question = pool.statements[fact], pool.questions[fact]
         size = min(statement.size, _LONGEST)
         skipped = rng.randint(0, statement.size - size)
         start, ask = statement.start + skipped, question.start + skipped
-        stated.append(statement.hidden[start - CONTEXT : start + size])
-        asking.append(question.hidden[ask - CONTEXT : ask + size])
+        text, tail = pool.stretches(1, context, rng)[0], pool.before(question.tail, context)
+        stated.append(torch.cat((text, statement.hidden))[start : start + context + size])
+        asking.append(torch.cat((tail, question.hidden))[ask : ask + context + size])
         answers.append(question.targets[ask : ask + size])
     owners = torch.tensor([owner for _, owner in planted])
     return Recalls(

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from titans.config import MemoryConfig
+
+MEMORY = MemoryConfig(value_dim=96, conv_width=12, products=4, momentum=True)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -30,7 +34,8 @@ class TrainingConfig:
     """Everything that decides the outcome, but for the texts."""
 
     seed: int = 0
-    key_steps: int = 300
+    memory: MemoryConfig = MEMORY
+    key_steps: int = 200
     key_learning_rate: float = 3e-3
     value_steps: int = 150
     value_learning_rate: float = 2e-3
@@ -40,6 +45,8 @@ class TrainingConfig:
     warmup_steps: int = 20
     max_norm: float = 1.0
     recall_weight: float = 1.0  # of what is read straight from the memory
+    missed_weight: float = 0.3  # of step sizes at what is asked for: those far from a half write nothing, or all
+    told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
     lead_weight: float = 0.2  # of what an answer says before the value
@@ -53,14 +60,19 @@ class TrainingConfig:
     stages: tuple[Stage, ...] = field(
         default=(
             Stage(512, 16, 100, 10, 0),
-            Stage(1_024, 16, 150, 20, 0),
-            Stage(4_096, 4, 50, 24, 0),
-            Stage(1_024, 16, 120, 12, 32),
+            Stage(1_024, 16, 140, 20, 0),
+            Stage(4_096, 4, 40, 24, 0),
+            Stage(1_024, 16, 100, 12, 32),
             Stage(4_096, 8, 30, 24, 24),
             Stage(16_384, 4, 20, 24, 24),
             Stage(65_536, 2, 20, 24, 24),
         )
     )
+
+    @property
+    def context(self) -> int:
+        """Tokens before its own that a key, value or query is made of."""
+        return self.memory.conv_width - 1
 
     @property
     def num_steps(self) -> int:

@@ -2,8 +2,10 @@
 
 Keys. A fact is found only if the query after its question is nearer to the fact's own key than to all others. Learnt
 through the memory and the layers above it, that takes hundreds of steps, since each question asked tells of one
-pair; here each of them tells of every pair in the batch (InfoNCE, van den Oord et al. 2018). And a memory that writes
-every word is soon full: the step size theta starts out large on what is asked for and small on all else.
+pair; here each of them tells of every pair in the batch (InfoNCE, van den Oord et al. 2018). Nearer is not enough:
+what a linear memory answers is a sum over all keys by their similarity. So facts are also learnt, with random values,
+by the delta rule, and each query must read its own value and little else. And a memory that writes every word is soon
+full: the step size theta starts out large on what is asked for and small on all else.
 
 Values. What is written is what the token is: any token of any text must be told from its own value, and through the
 noise that other facts add when it is read. So words that no fact of training has are remembered as well.
@@ -19,13 +21,18 @@ from tqdm import tqdm
 
 from titans.memory.neural import NeuralMemory
 from titans.model import next_token_loss
-from titans.training.batch import CONTEXT, Recalls, choose, make_recalls
+from titans.training.batch import Recalls, choose, make_recalls
 from titans.training.config import TrainingConfig
 from titans.training.pool import Pool
 
 _FACTS = 256  # a step
 _STRETCHES = 64  # of plain text a step, whose keys no question means
-_TEMPERATURE = 0.15  # lower: other keys are let come too near; higher: the own key is not found
+_TEMPERATURE = 0.3  # lower: other keys are let come too near; higher: the own key is not found
+_DOCUMENTS = 8  # among which a step's facts are shared out, to be learnt by the delta rule
+_STEP_SIZE = 0.5  # of that rule
+_DISTURBED_WEIGHT = 16.0
+_RANDOM_VALUE = 128  # floats
+_LEAST_ALIKE = 0.05  # below which nothing is learnt from a read
 _OPENING_WEIGHT = 10.0  # of the step size at plain text
 _WARMUP = 20
 _GATE_FACTOR = 3.0  # gates and convolutions learn faster
@@ -38,7 +45,8 @@ _OTHER_TOKENS = 2_048  # besides a step's own, between which it is decided
 def teach_keys(memory: NeuralMemory, pool: Pool, config: TrainingConfig) -> float:
     """Train keys, queries and the step size. Returns the last loss, in nats."""
     rng = random.Random(config.seed)
-    taps = [memory.query_conv, memory.key_conv, memory.norm.weight, memory.center, *memory.gates.parameters()]
+    small = ("gate", "query_conv", "key_conv", "norm", "center")
+    taps = [parameter for name, parameter in memory.named_parameters() if name.startswith(small)]
     groups = [
         {"params": [memory.query.weight, memory.key.weight], "factor": 1.0},
         {"params": taps, "factor": _GATE_FACTOR},
@@ -59,24 +67,48 @@ def teach_values(
 
     `embedding` [N, D]: the body's. Only what the readout makes of an answer is scored; it is in the embedding's space.
     """
-    rng, noise = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    rng, chance = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     groups = [
         {"params": [memory.value.weight, memory.out.weight], "factor": 1.0},
         {"params": [*readout.parameters()], "factor": _READOUT_FACTOR},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    device, loss, common = embedding.device, torch.tensor(0.0), pool.haystack_tokens.unique()
+    loss, others = torch.tensor(0.0), pool.haystack_tokens.unique()
     for step in tqdm(range(config.value_steps), desc="values", unit="step"):
         recalls = _some_facts(pool, config, rng)
         plain, tokens = pool.stretches_with_tokens(_STRETCHES, _PLAIN, rng)
-        hidden = [(recalls.stated, recalls.answers), (plain, tokens[:, CONTEXT:])]
-        targets = torch.cat([own[own != -100] for _, own in hidden])
-        letters = torch.cat((targets, common[torch.randint(len(common), (_OTHER_TOKENS,), generator=noise)])).unique()
-        y = torch.cat([_answers(memory, h.to(device), noise)[(own != -100).to(device)] for h, own in hidden])
-        logits = readout(F.rms_norm(y, y.shape[-1:])) @ unit(embedding[letters.to(device)]).T
-        loss = next_token_loss(logits, torch.searchsorted(letters, targets).to(device))
+        said = [(recalls.stated, recalls.answers), (plain, tokens[:, config.context :])]
+        loss = value_loss(memory, readout, said, embedding=embedding, others=others, chance=chance)
         _descend(optimizer, loss, config.value_learning_rate * _schedule(step, config.value_steps))
     return loss.item()
+
+
+def value_loss(
+    memory: NeuralMemory,
+    readout: nn.Module,
+    said: list[tuple[Tensor, Tensor]],
+    *,
+    embedding: Tensor,
+    others: Tensor,
+    chance: torch.Generator,
+) -> Tensor:
+    """Nats a token, of telling tokens from their own values and noise, among each other and some `others` [N].
+
+    `said`: hidden states [B, C + T, D], C tokens of context before those that count, and which these are [B, T], -100
+    where none is. `chance` draws the noise and the others, on the CPU.
+    """
+    device = embedding.device
+    targets = torch.cat([own[own != -100].cpu() for _, own in said])
+    letters = torch.cat((targets, others[torch.randint(len(others), (_OTHER_TOKENS,), generator=chance)])).unique()
+    y = torch.cat([_answers(memory, h.to(device), chance)[(own != -100).to(device)] for h, own in said])
+    logits = readout(F.rms_norm(y, y.shape[-1:])) @ unit(embedding[letters.to(device)]).T
+    return next_token_loss(logits, torch.searchsorted(letters, targets).to(device))
+
+
+def away_from_half(memory: NeuralMemory, recalls: Recalls) -> Tensor:
+    """Nats by which the step sizes at what is asked for are away from a half, where this is least."""
+    theta = memory.writes(recalls.stated).theta.flatten(1, 2).transpose(1, 2)[recalls.answers != -100]
+    return -0.5 * (4 * theta * (1 - theta)).log().mean()
 
 
 def unit(letters: Tensor) -> Tensor:
@@ -89,12 +121,12 @@ def _answers(memory: NeuralMemory, hidden: Tensor, noise: torch.Generator) -> Te
     values = memory.writes(hidden).values
     size = values.detach().square().mean().sqrt()
     values = values + _NOISE * size * torch.randn(values.shape, generator=noise).to(values.device)
-    return memory.answer(values, hidden[:, CONTEXT:]).float()
+    return memory.answer(values, hidden[:, -values.shape[2] :]).float()
 
 
 def _some_facts(pool: Pool, config: TrainingConfig, rng: random.Random) -> Recalls:
     runs = choose(range(len(pool.statements) - config.held_out_facts), _FACTS, rng)
-    return make_recalls(pool, [(fact, 0) for run in runs for fact in run], rng)
+    return make_recalls(pool, [(fact, 0) for run in runs for fact in run], config.context, rng)
 
 
 def _schedule(step: int, num_steps: int) -> float:
@@ -115,9 +147,29 @@ def _loss(memory: NeuralMemory, recalls: Recalls, plain: Tensor) -> Tensor:
     counts = recalls.answers != -100
     queries, keys = (x.transpose(0, 1)[:, counts] for x in (memory.queries(recalls.asking), wanted.keys))
     others = unwanted.keys.transpose(0, 1).flatten(1, 2)
-    similar = queries @ torch.cat((keys, others), dim=1).transpose(1, 2)  # [H, Q, all keys]
+    similar = _products(queries, torch.cat((keys, others), dim=1))  # [H, Q, all keys]
     own = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     found = F.cross_entropy(similar.flatten(0, 1) / _TEMPERATURE, own.flatten())
-    theta = wanted.theta.flatten(1, 2).transpose(1, 2)[counts]
-    half = 0.5 * (theta * (1 - theta)).log().mean()
-    return found - half - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()
+    lost = found + _DISTURBED_WEIGHT * _disturbed(queries, keys, counts)
+    return lost + away_from_half(memory, recalls) - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()
+
+
+def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor) -> Tensor:
+    """-log of the cosine between what queries [H, Q, K] read and their own values, random ones.
+
+    `counts` [F, S]: which tokens of each fact the Q are; so many facts in order make a document.
+    """
+    sizes = [int(part.sum()) for part in counts.tensor_split(_DOCUMENTS)]
+    losses = []
+    for q, k in zip(queries.split(sizes, dim=1), keys.split(sizes, dim=1), strict=True):
+        values = F.normalize(torch.randn(*k.shape[:2], _RANDOM_VALUE, device=k.device), dim=-1)
+        errors = torch.linalg.solve_triangular(_STEP_SIZE * (k @ k.mT), values, upper=False, unitriangular=True)
+        read = _STEP_SIZE * (q @ k.mT) @ errors
+        alike = F.cosine_similarity(read.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1), dim=-1)
+        losses.append(alike.clamp(min=_LEAST_ALIKE).log())
+    return -torch.cat(losses).mean()
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """All with all, in half precision: a temperature is coarse."""
+    return (queries.bfloat16() @ keys.bfloat16().mT).float()

@@ -18,7 +18,7 @@ from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import Batch, Recalls, Rows, make_batch
 from titans.training.config import Stage, TrainingConfig
-from titans.training.keys import teach_keys, teach_values, unit
+from titans.training.keys import away_from_half, teach_keys, teach_values, unit, value_loss
 from titans.training.pool import Pool
 from titans.training.score import Scorer
 
@@ -27,6 +27,7 @@ _STRENGTHS = (1.0, 1.2, 1.4, 1.6, 1.8)
 _STRENGTH_BATCHES = 6
 _FIRST_MOMENTUM = -3.0  # of its gate, before the sigmoid
 _SHUT = 1e-4  # a step size below which a million tokens do no harm
+_TOLD = 96  # tokens of a stretch of text that are told from their values
 _SEGMENT = 512  # tokens between two states that are kept for the backward pass; longer is slower on a CPU
 
 
@@ -38,6 +39,8 @@ class Losses:
     recalled: float  # share of it of which every token came first
     opening: Tensor  # mean step size at plain text, which is not asked for
     leak: Tensor  # nats by which it is above what does no harm
+    missed: Tensor  # nats by which step sizes at what was stated are away from a half
+    told: Tensor  # nats a token, of any text and of the facts: told from their own values and noise
     answer: Tensor | None = None  # nats a token of the answers
     lead: Tensor | None = None  # nats a token of what stands before an answer
     text: Tensor | None = None  # nats a token of plain text
@@ -70,6 +73,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         values = [q.targets[q.start : q.start + q.answer] for q in pool.questions]
         self.alphabet = torch.cat(values).unique().to(model.device)
+        self.others = pool.haystack_tokens.unique()
         self.letters = unit(model.embedding.weight[self.alphabet])  # [A, D]
         size = model.config.backbone.hidden_size
         self.readout = nn.Linear(size, size, device=model.device)
@@ -113,9 +117,17 @@ class Trainer:
         recall, recalled = self._recall(memory, batch.recalls)
         theta = self.memory.writes(batch.plain).theta
         opening, leak = theta.mean(), (theta / _SHUT).log1p().mean()
-        if not batch.rows:
-            return Losses(recall, recalled, opening, leak)
-        return Losses(recall, recalled, opening, leak, *self._answer(memory, batch.rows))
+        missed = away_from_half(self.memory, batch.recalls)
+        first = (recall, recalled, opening, leak, missed, self._tell(batch))
+        return Losses(*first, *self._answer(memory, batch.rows)) if batch.rows else Losses(*first)
+
+    def _tell(self, batch: Batch) -> Tensor:
+        """The lesson in values goes on, so that words which no fact has are not unlearnt."""
+        plain = batch.plain[:, : self.config.context + _TOLD], batch.plain_tokens[:, self.config.context :][:, :_TOLD]
+        said = [(batch.recalls.stated, batch.recalls.answers), plain]
+        chance = torch.Generator().manual_seed(self.config.seed + self.step)
+        embedding = self.model.embedding.weight
+        return value_loss(self.memory, self.readout, said, embedding=embedding, others=self.others, chance=chance)
 
     def _recall(self, memory: MemoryState, recalls: Recalls) -> tuple[Tensor, float]:
         """Every fact, asked or not, by a readout of what the memory answers: one matrix, then the body's embedding.
@@ -167,8 +179,11 @@ class Trainer:
 
     def _score(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor]:
         """The scores of every token that counts, and which those are [R, S]."""
-        y, _ = self.memory.read(rows.hidden, memory.weights[rows.document_of], rows.recent)
         num_tokens = rows.hidden.shape[1]
+        joined = torch.cat((rows.before, rows.hidden), dim=1)
+        recent = torch.zeros_like(memory.recent[rows.document_of])
+        y, _ = self.memory.read(joined, memory.weights[rows.document_of], recent)
+        y = y[:, -num_tokens:]
         h = rows.hidden + y
         call = self.model.place(rows.position, torch.full_like(rows.position, num_tokens), num_tokens)
         for layer, parts in zip(self.model.upper, rows.parts(), strict=True):
@@ -223,7 +238,8 @@ class Trainer:
             self._start_direct(batch)
         losses = self.losses(batch)
         loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening
-        loss = loss + self.config.leak_weight * losses.leak
+        loss = loss + self.config.leak_weight * losses.leak + self.config.missed_weight * losses.missed
+        loss = loss + self.config.told_weight * losses.told
         if losses.answer is not None and losses.lead is not None and losses.text is not None:
             loss = loss + losses.answer + self.config.lead_weight * losses.lead + self.config.text_weight * losses.text
         loss.backward()

@@ -55,7 +55,6 @@ class Tails:
 
     keys: Tensor  # [N, U, G, W, E]
     values: Tensor  # [N, U, G, W, E]
-    recent: Tensor  # [N, conv_width - 1, D]: the memory's last inputs
     text: Tensor  # [N] which text
     position: Tensor  # [N] tokens before
 
@@ -80,6 +79,11 @@ class Pool:
         starts = [rng.randrange(len(hidden) - length) for _ in range(count)]
         cut = [torch.stack([x[start : start + length] for start in starts]) for x in (hidden, tokens)]
         return cut[0], cut[1]
+
+    def before(self, tail: int, count: int) -> Tensor:
+        """[count, D]: the last tokens of a tail."""
+        end = int(self.tails.position[tail])
+        return self.haystack[self.tails.text[tail], end - count : end]
 
     def text_row(self, rng: random.Random, length: int = 48) -> Question:
         """A tail and how its text goes on; every token counts."""
@@ -285,7 +289,6 @@ def _tails(stream: Stream, end: int) -> Tails:
     return Tails(
         keys=torch.stack([parts["keys"] for parts in stream.upper], dim=1).cpu(),
         values=torch.stack([parts["values"] for parts in stream.upper], dim=1).cpu(),
-        recent=stream.state.layers[-1]["recent"].cpu(),
         text=torch.arange(count),
         position=torch.full((count,), end),
     )
