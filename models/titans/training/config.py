@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from titans.config import MemoryConfig
 
-MEMORY = MemoryConfig(value_dim=96, conv_width=12, products=4, momentum=True)
+MEMORY = MemoryConfig(value_dim=96, conv_width=12, gate_width=12, products=4, momentum=True)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainingConfig:
     warmup_steps: int = 20
     max_norm: float = 1.0
     recall_weight: float = 1.0  # of what is read straight from the memory
-    missed_weight: float = 0.3  # of step sizes at what is asked for: those far from a half write nothing, or all
+    missed_weight: float = 0.5  # of step sizes at what is asked for: those far from a half write nothing, or all
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
