@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from titans.memory.chunk import Writes
 from titans.memory.neural import NeuralMemory
 from titans.model import next_token_loss
 from titans.training.batch import Recalls, choose, make_recalls
@@ -105,9 +106,9 @@ def value_loss(
     return next_token_loss(logits, torch.searchsorted(letters, targets).to(device))
 
 
-def away_from_half(memory: NeuralMemory, recalls: Recalls) -> Tensor:
-    """Nats by which the step sizes at what is asked for are away from a half, where this is least."""
-    theta = memory.writes(recalls.stated).theta.flatten(1, 2).transpose(1, 2)[recalls.answers != -100]
+def away_from_half(stated: Writes, counts: Tensor) -> Tensor:
+    """Nats by which the step sizes of the tokens that count [F, S] are away from a half, where this is least."""
+    theta = stated.theta.flatten(1, 2).transpose(1, 2)[counts]
     return -0.5 * (4 * theta * (1 - theta)).log().mean()
 
 
@@ -147,11 +148,11 @@ def _loss(memory: NeuralMemory, recalls: Recalls, plain: Tensor) -> Tensor:
     counts = recalls.answers != -100
     queries, keys = (x.transpose(0, 1)[:, counts] for x in (memory.queries(recalls.asking), wanted.keys))
     others = unwanted.keys.transpose(0, 1).flatten(1, 2)
-    similar = _products(queries, torch.cat((keys, others), dim=1))  # [H, Q, all keys]
+    similar = _similar(queries, torch.cat((keys, others), dim=1))  # [H, Q, all keys]
     own = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     found = F.cross_entropy(similar.flatten(0, 1) / _TEMPERATURE, own.flatten())
     lost = found + _DISTURBED_WEIGHT * _disturbed(queries, keys, counts)
-    return lost + away_from_half(memory, recalls) - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()
+    return lost + away_from_half(wanted, counts) - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()
 
 
 def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor) -> Tensor:
@@ -170,6 +171,6 @@ def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor) -> Tensor:
     return -torch.cat(losses).mean()
 
 
-def _products(queries: Tensor, keys: Tensor) -> Tensor:
+def _similar(queries: Tensor, keys: Tensor) -> Tensor:
     """All with all, in half precision: a temperature is coarse."""
     return (queries.bfloat16() @ keys.bfloat16().mT).float()

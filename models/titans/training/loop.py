@@ -117,7 +117,7 @@ class Trainer:
         recall, recalled = self._recall(memory, batch.recalls)
         theta = self.memory.writes(batch.plain).theta
         opening, leak = theta.mean(), (theta / _SHUT).log1p().mean()
-        missed = away_from_half(self.memory, batch.recalls)
+        missed = away_from_half(self.memory.writes(batch.recalls.stated), batch.recalls.answers != -100)
         first = (recall, recalled, opening, leak, missed, self._tell(batch))
         return Losses(*first, *self._answer(memory, batch.rows)) if batch.rows else Losses(*first)
 
