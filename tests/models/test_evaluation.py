@@ -228,7 +228,7 @@ def test_questions_share_documents_as_far_as_they_have_room(tasks: dict[str, Tas
 class Scholar:
     """A reader that knows what it has read by heart, if its memory is on."""
 
-    model, fingerprint = "scholar", "f00d"
+    model, fingerprint, at_once = "scholar", "f00d", 2
 
     def __init__(self, task: Task) -> None:
         self._task, self.asked = task, list[bool]()
@@ -237,13 +237,14 @@ class Scholar:
         return len(text) // 4
 
     @contextmanager
-    def read(self, document: str, report: Any) -> Iterator[Any]:
-        def answer(prompts: Sequence[str], *, memory: bool, max_tokens: int, stop: str) -> list[str]:
-            self.asked += [memory] * len(prompts)
-            return [self._find(document, prompt) if memory else " 0000000" for prompt in prompts]
+    def read(self, documents: Sequence[str], report: Any) -> Iterator[Any]:
+        def answer(prompts: Sequence[Sequence[str]], *, memory: bool, max_tokens: int, stop: str) -> list[list[str]]:
+            self.asked += [memory for some in prompts for _ in some]
+            about = zip(documents, prompts, strict=True)
+            return [[self._find(text, p) if memory else " 0000000" for p in some] for text, some in about]
 
-        report(len(document))
-        yield SimpleNamespace(num_tokens=len(document), answer=answer)
+        report(sum(map(len, documents)))
+        yield SimpleNamespace(num_tokens=[*map(len, documents)], answer=answer)
 
     def _find(self, document: str, prompt: str) -> str:
         key = prompt.partition(" for ")[2].split()[0]
@@ -254,16 +255,17 @@ class Scholar:
 @pytest.mark.parametrize("name", ["single_1", "multikey_1", "multivalue"])
 def test_a_document_is_read_asked_about_and_graded_with_its_controls(tasks: dict[str, Task], name: str) -> None:
     reader, task = Scholar(tasks[name]), tasks[name]
-    found = examine(Part(task, 2_048, 3, 0.5, 4), PLAN, reader, lambda tokens: None)
+    asked = Part(task, 2_048, 3, 0.5, 4)
+    (found,) = examine([asked], PLAN, reader, lambda tokens: None)
     assert (found["task"], found["tokens"], found["index"]) == (name, 2_048, 3)
     assert reader.asked == [True] * 4 + [False] * 4 + [True] * 4
     (cell,) = cells([found])
     assert (cell.tallies["memory"].right, cell.tallies["off"].right) == (4, 0)
     assert cell.absent == (4, 4, 0), "a number of the right form, which the document does not state"
-    again = examine(Part(task, 2_048, 3, 0.5, 4), PLAN, reader, lambda tokens: None)
+    again, next_to_it = examine([asked, replace(asked, index=4)], PLAN, reader, lambda tokens: None)
     assert again == found
-    for index, seed in ((3, 1), (4, 0)):
-        other = examine(Part(task, 2_048, index, 0.5, 4), replace(PLAN, seed=seed), reader, lambda tokens: None)
+    (seeded,) = examine([asked], replace(PLAN, seed=1), reader, lambda tokens: None)
+    for other in (next_to_it, seeded):
         assert other["questions"][0]["values"] != found["questions"][0]["values"]
 
 
@@ -303,12 +305,12 @@ def test_wilsons_interval(right: int, asked: int, low: float, high: float) -> No
 def test_results_go_on_where_they_ended(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     first = Results(path, {"model": "tiny", "seed": 0})
-    first.add(graded("facts", 100, 0, [True]))
+    first.add([graded("facts", 100, 0, [True])])
     first.add_perplexity(100, {"memory": 3.5, "off": 3.75})
     second = Results(path, {"model": "tiny", "seed": 0})
     assert second.documents == first.documents
     assert second.perplexity == {100: {"memory": 3.5, "off": 3.75}}
-    second.add(graded("facts", 100, 1, [False]))
+    second.add([graded("facts", 100, 1, [False])])
     (row,) = json.loads(path.read_text())["cells"]
     assert (row["task"], row["memory"]["asked"], row["memory"]["right"], row["off"]["right"]) == ("facts", 2, 1, 0)
     assert [cell.num_documents for cell in second.cells([("facts", 100, 1), ("facts", 100, 7)])] == [1]
@@ -317,7 +319,7 @@ def test_results_go_on_where_they_ended(tmp_path: Path) -> None:
 
 def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    Results(path, {"model": "tiny", "seed": 0}).add(graded("facts", 100, 0, [True]))
+    Results(path, {"model": "tiny", "seed": 0}).add([graded("facts", 100, 0, [True])])
     before = path.read_bytes()
     with pytest.raises(EvaluationError, match=r"results of another seed \(0, not 1\)"):
         Results(path, {"model": "tiny", "seed": 1})

@@ -41,10 +41,10 @@ def tokens(loaded: Loaded, text: str) -> torch.Tensor:
 def test_answers_made_together_are_those_made_alone(loaded: Loaded) -> None:
     model = loaded.model
     stream = model.open(model.ingest(tokens(loaded, TEXT[:300]), model.new_state()))
-    together = generate(model, loaded.tokenizer, stream, PROMPTS, max_tokens=12, stop="\n")
+    together = generate(model, loaded.tokenizer, stream.select([0] * 3), PROMPTS, max_tokens=12, stop="\n")
     assert len(set(together)) == 3, "the prompts are told apart"
     for prompt, answer in zip(PROMPTS, together, strict=True):
-        assert generate(model, loaded.tokenizer, stream, [prompt], max_tokens=12, stop="\n") == [answer]
+        assert generate(model, loaded.tokenizer, stream.select([0]), [prompt], max_tokens=12, stop="\n") == [answer]
 
 
 def test_an_answer_is_the_likeliest_token_each_time_up_to_a_stop(loaded: Loaded) -> None:
@@ -55,19 +55,31 @@ def test_an_answer_is_the_likeliest_token_each_time_up_to_a_stop(loaded: Loaded)
         h, _ = model(torch.tensor([loaded.tokenizer.encode(PROMPTS[1]) + said]), stream.select([0]))
         said.append(int(model.logits(h[:, -1]).argmax()))
     whole = loaded.tokenizer.decode(said)
-    assert generate(model, loaded.tokenizer, stream, [PROMPTS[1]], max_tokens=8, stop="\n\n\n") == [whole]
-    assert generate(model, loaded.tokenizer, stream, [PROMPTS[1]], max_tokens=8, stop=whole[3]) == [
+    assert generate(model, loaded.tokenizer, stream.select([0]), [PROMPTS[1]], max_tokens=8, stop="\n\n\n") == [whole]
+    assert generate(model, loaded.tokenizer, stream.select([0]), [PROMPTS[1]], max_tokens=8, stop=whole[3]) == [
         whole.partition(whole[3])[0]
     ]
 
 
 def test_a_document_that_was_read_is_answered_with_the_memory_on_and_off(reader: LocalReader) -> None:
     seen: list[int] = []
-    with reader.read(TEXT, seen.append) as reading:
-        answers = [reading.answer(PROMPTS, memory=on, max_tokens=12, stop="\n") for on in (True, False, True)]
+    with reader.read([TEXT], seen.append) as reading:
+        answers = [reading.answer([PROMPTS], memory=on, max_tokens=12, stop="\n") for on in (True, False, True)]
     assert seen == sorted(seen)
-    assert seen[-1] == reading.num_tokens == reader.count(TEXT)
+    assert seen[-1] == reading.num_tokens[0] == reader.count(TEXT)
     assert answers[0] == answers[2] != answers[1]
+
+
+def test_documents_read_together_are_answered_as_alone(reader: LocalReader) -> None:
+    texts, prompts = [TEXT, TEXT[90:400], TEXT[5:]], [PROMPTS, PROMPTS[:1], PROMPTS[1:]]
+    seen: list[int] = []
+    with reader.read(texts, seen.append) as reading:
+        together = reading.answer(prompts, memory=True, max_tokens=12, stop="\n")
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(map(len, texts))
+    for text, some, answers in zip(texts, prompts, together, strict=True):
+        with reader.read([text], seen.append) as reading:
+            assert reading.answer([some], memory=True, max_tokens=12, stop="\n") == [answers]
 
 
 def test_full_attention_sees_what_the_window_does_not(reader: LocalReader, loaded: Loaded) -> None:
@@ -84,8 +96,8 @@ def test_full_attention_sees_what_the_window_does_not(reader: LocalReader, loade
     assert torch.equal(ends["window", TEXT[:200]][last], ends["window", other][last])
     assert not torch.equal(ends["full", TEXT[:200]][last], ends["full", other][last])
     with reader.read_in_full(TEXT) as reading:
-        assert reading.num_tokens == len(TEXT)
-        assert len(reading.answer(PROMPTS, memory=False, max_tokens=4, stop="\n")) == 3
+        assert reading.num_tokens == [len(TEXT)]
+        assert len(reading.answer([PROMPTS], memory=False, max_tokens=4, stop="\n")[0]) == 3
 
 
 def test_nats_are_those_of_one_pass_over_the_whole_text(reader: LocalReader, loaded: Loaded) -> None:

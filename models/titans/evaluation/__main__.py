@@ -132,12 +132,13 @@ def _recall(plan: Plan, todo: Sequence[Part], reader: Reader, results: Results) 
     with tqdm(total=sum(part.tokens for part in todo), unit="token", unit_scale=True) as bar:
         for (name, tokens), group in itertools.groupby(todo, key=lambda part: part.key[:2]):
             cell = list(group)
-            for part in cell:
-                move = _mover(bar)
-                if part.key not in results.documents:
-                    bar.set_description(f"{name} at {tokens:,}, document {part.index + 1} of {len(cell)}")
-                    results.add(examine(part, plan, reader, move))
-                move(tokens)  # what was read is about what was asked for
+            for start in range(0, len(cell), reader.at_once):
+                some = cell[start : start + reader.at_once]
+                move, missing = _mover(bar), [part for part in some if part.key not in results.documents]
+                if missing:
+                    bar.set_description(f"{name} at {tokens:,}, document {missing[-1].index + 1} of {len(cell)}")
+                    results.add(examine(missing, plan, reader, move))
+                move(tokens * len(some))  # what was read is about what was asked for
             tqdm.write(table.row(*results.cells(part.key for part in cell)))
 
 

@@ -19,8 +19,7 @@ def generate(
     max_tokens: int = 32,
     stop: str = "\n",
 ) -> list[str]:
-    """What the model says after each prompt, up to and without `stop`. `stream` is one session; it is not used up."""
-    stream = stream.select([0] * len(prompts))
+    """What the model says after each prompt, up to and without `stop`. `stream` has a row for each; it is used up."""
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     tokens_BT = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=model.device)

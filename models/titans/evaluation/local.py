@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from titans.checkpoint import Loaded
 from titans.evaluation.generate import generate
@@ -20,6 +21,8 @@ _BLOCK = 256  # tokens that attend to all before them at once
 _ROOM = 512  # tokens of a question and its answer
 _STEP = 1_024  # whole chunks of a memory, as a MAC's segment is
 _MANY, _FEW = 16, 1  # answers made together; with full attention each has keys and values of the whole document
+_AT_ONCE = {"cpu": 1}  # documents; a GPU has the work of many to do before it is busy
+_ELSEWHERE = 32
 
 
 @dataclass(frozen=True)
@@ -28,55 +31,63 @@ class LocalReading:
 
     model: TitansModel
     tokenizer: Tokenizer
-    num_tokens: int
-    open: Callable[[bool], Stream]  # memory or not
+    num_tokens: list[int]
+    open: Callable[[bool], Stream]  # memory or not: a row for each document
     batch: int
 
-    def answer(self, prompts: Sequence[str], *, memory: bool, max_tokens: int, stop: str) -> list[str]:
+    def answer(self, prompts: Sequence[Sequence[str]], *, memory: bool, max_tokens: int, stop: str) -> list[list[str]]:
         """See `Reading`."""
-        stream, answers = self.open(memory), list[str]()
-        for i in range(0, len(prompts), self.batch):
-            part = prompts[i : i + self.batch]
-            answers += generate(self.model, self.tokenizer, stream, part, max_tokens=max_tokens, stop=stop)
+        asked = [(document, prompt) for document, some in enumerate(prompts) for prompt in some]
+        stream, answers = self.open(memory), [list[str]() for _ in prompts]
+        for start in range(0, len(asked), self.batch):
+            rows, texts = zip(*asked[start : start + self.batch], strict=True)
+            given = generate(self.model, self.tokenizer, stream.select(rows), texts, max_tokens=max_tokens, stop=stop)
+            for row, answer in zip(rows, given, strict=True):
+                answers[row].append(answer)
         return answers
 
 
 class LocalReader:
-    """A model that has been loaded here. Batches the questions about a document."""
+    """A model that has been loaded here. Batches documents, and the questions about them."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.fingerprint = loaded.name, loaded.fingerprint
         self.titans, self.tokenizer = loaded.model, loaded.tokenizer
+        self.at_once = _AT_ONCE.get(loaded.model.device.type, _ELSEWHERE)
 
     def count(self, text: str) -> int:
         """See `Reader`."""
         return len(self.tokenizer.encode(text))
 
     @contextmanager
-    def read(self, document: str, report: Report) -> Iterator[LocalReading]:
+    def read(self, documents: Sequence[str], report: Report) -> Iterator[LocalReading]:
         """See `Reader`."""
-        tokens_1T, done = self._encode(document), 0
-        state = self.titans.new_state()
-        for part_1T in tokens_1T.split(_WINDOWS * self.titans.config.window, dim=1):
-            state = self.titans.ingest(part_1T, state)
-            report(done := done + part_1T.shape[1])
+        rows = [torch.tensor(self.tokenizer.encode(document)) for document in documents]
+        lengths, done = [len(row) for row in rows], 0
+        tokens_BT = pad_sequence(rows, batch_first=True).to(self.titans.device)
+        state = self.titans.new_state(len(documents))
+        for part_BT in tokens_BT.split(_WINDOWS * self.titans.config.window, dim=1):
+            counts = [min(max(length - done, 0), part_BT.shape[1]) for length in lengths]
+            state, done = self.titans.ingest(part_BT, state, counts), done + part_BT.shape[1]
+            report(sum(min(length, done) for length in lengths))
         yield LocalReading(
-            self.titans, self.tokenizer, done, lambda memory: self.titans.open(state, recall=memory), _MANY
+            self.titans,
+            self.tokenizer,
+            lengths,
+            lambda memory: self.titans.open(state, recall=memory),
+            max(_MANY, self.at_once),
         )
 
     @contextmanager
     def read_in_full(self, document: str) -> Iterator[LocalReading]:
         """The document, read with attention to all of it and no memory."""
-        tokens_1T = self._encode(document)
+        tokens_1T = torch.tensor([self.tokenizer.encode(document)], device=self.titans.device)
         wide = widen(self.titans, window_for(tokens_1T.shape[1]))
         stream = wide.open(wide.new_state(), recall=False)
         with torch.no_grad():
             for part_1T in tokens_1T.split(_BLOCK, dim=1):
                 _, stream = wide(part_1T, stream)
-        yield LocalReading(wide, self.tokenizer, tokens_1T.shape[1], lambda memory: stream, _FEW)
-
-    def _encode(self, text: str) -> torch.Tensor:
-        return torch.tensor([self.tokenizer.encode(text)], device=self.titans.device)
+        yield LocalReading(wide, self.tokenizer, [tokens_1T.shape[1]], lambda memory: stream, _FEW)
 
 
 @functools.lru_cache(maxsize=1)  # the documents of a cell are about as long as each other

@@ -4,22 +4,29 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-Report = Callable[[int], None]  # is told how many tokens of a document have been read so far
+Report = Callable[[int], None]  # is told how many tokens have been read so far
 
 
 class Reading(Protocol):
-    """A document that has been read."""
+    """Documents that have been read."""
 
     @property
-    def num_tokens(self) -> int:
-        """Of the document."""
+    def num_tokens(self) -> Sequence[int]:
+        """Of each document."""
 
-    def answer(self, prompts: Sequence[str], *, memory: bool, max_tokens: int, stop: str) -> list[str]:
-        """What follows each prompt, greedily, up to and without `stop`. `memory=False`: it answers nothing."""
+    def answer(self, prompts: Sequence[Sequence[str]], *, memory: bool, max_tokens: int, stop: str) -> list[list[str]]:
+        """What follows each prompt about each document, greedily, up to and without `stop`.
+
+        `memory=False`: it answers nothing.
+        """
 
 
 class Reader(Protocol):
-    """Reads one document after the other, each from nothing."""
+    """Reads documents, each from nothing."""
+
+    @property
+    def at_once(self) -> int:
+        """How many it reads best together."""
 
     @property
     def model(self) -> str:
@@ -32,5 +39,5 @@ class Reader(Protocol):
     def count(self, text: str) -> int:
         """The tokens of a text. A server learns the text for it: give it little."""
 
-    def read(self, document: str, report: Report) -> AbstractContextManager[Reading]:
-        """The document, read; forgotten where the context is left."""
+    def read(self, documents: Sequence[str], report: Report) -> AbstractContextManager[Reading]:
+        """The documents, read; forgotten where the context is left."""

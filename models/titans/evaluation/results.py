@@ -25,9 +25,9 @@ class Results:
         elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, document: dict[str, Any]) -> None:
-        """A document that has been examined; durable when this returns."""
-        self.documents[_key(document)] = document
+    def add(self, documents: Iterable[dict[str, Any]]) -> None:
+        """Documents that have been examined; durable when this returns."""
+        self.documents |= {_key(document): document for document in documents}
         self._save()
 
     def add_perplexity(self, tokens: int, nats: dict[str, float]) -> None:

@@ -70,31 +70,43 @@ def _cell_parts(task: Task, tokens: int, plan: Plan) -> Iterator[Part]:
         yield Part(task, tokens, i, (i + 0.5) / count, num_questions)
 
 
-def examine(part: Part, plan: Plan, reader: Reader, report: Report) -> dict[str, Any]:
-    """Have one document read, ask all about it, grade the answers: what a results file has of it."""
-    rng = random.Random(f"{plan.seed}/{part.task.name}/{part.tokens}/{part.index}")
-    exam = part.task.make(part.tokens, part.num_questions, part.place, rng)
-    with reader.read(exam.document, report) as reading:
+def examine(some: Sequence[Part], plan: Plan, reader: Reader, report: Report) -> list[dict[str, Any]]:
+    """Have documents of one cell read, ask all about them, grade the answers: what a results file has of each."""
+    task = some[0].task
+    seeds = [f"{plan.seed}/{part.task.name}/{part.tokens}/{part.index}" for part in some]
+    exams = [
+        task.make(part.tokens, part.num_questions, part.place, random.Random(seed))
+        for part, seed in zip(some, seeds, strict=True)
+    ]
+    with reader.read([exam.document for exam in exams], report) as reading:
         read = reading.num_tokens
-        prompts = [question.prompt for question in exam.questions]
-        answers = {name: _answers(part.task, reading, prompts, name == "memory") for name in ("memory", "off")}
-        absent = _answers(part.task, reading, [question.prompt for question in exam.absent], memory=True)
-    if plan.full_attention and part.tokens <= LONGEST_IN_FULL:
+        prompts = [[question.prompt for question in exam.questions] for exam in exams]
+        answers = {name: _answers(task, reading, prompts, name == "memory") for name in ("memory", "off")}
+        controls = [[question.prompt for question in exam.absent] for exam in exams]
+        absent = _answers(task, reading, controls, memory=True)
+    if plan.full_attention and some[0].tokens <= LONGEST_IN_FULL:
         assert isinstance(reader, LocalReader), "a server has no such thing"
-        with reader.read_in_full(exam.document) as reading:
-            answers["full"] = _answers(part.task, reading, prompts, memory=False)
-    return {
-        "task": part.task.name,
-        "tokens": part.tokens,
-        "index": part.index,
-        "read": read,
-        "questions": list(_graded(part.task, exam, answers)),
-        "absent": [_controlled(part.task, exam, answer) for answer in absent],
-    }
+        answers["full"] = []
+        for exam, asked in zip(exams, prompts, strict=True):
+            with reader.read_in_full(exam.document) as reading:
+                answers["full"] += _answers(task, reading, [asked], memory=False)
+    return [
+        {
+            "task": task.name,
+            "tokens": part.tokens,
+            "index": part.index,
+            "read": read[i],
+            "questions": list(_graded(task, exam, {name: given[i] for name, given in answers.items()})),
+            "absent": [_controlled(task, exam, answer) for answer in absent[i]],
+        }
+        for i, (part, exam) in enumerate(zip(some, exams, strict=True))
+    ]
 
 
-def _answers(task: Task, reading: Reading, prompts: Sequence[str], memory: bool) -> list[str]:
-    return reading.answer(prompts, memory=memory, max_tokens=task.max_tokens, stop="\n") if prompts else []
+def _answers(task: Task, reading: Reading, prompts: Sequence[Sequence[str]], memory: bool) -> list[list[str]]:
+    if not any(prompts):
+        return [[] for _ in prompts]
+    return reading.answer(prompts, memory=memory, max_tokens=task.max_tokens, stop="\n")
 
 
 def _graded(task: Task, exam: Exam, answers: dict[str, list[str]]) -> Iterator[dict[str, Any]]:

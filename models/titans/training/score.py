@@ -36,5 +36,5 @@ def score_facts(
 ) -> float:
     """The share of the facts that greedy answers from `state` get right."""
     stream = model.open(state, recall=recall)
-    answers = generate(model, tokenizer, stream, [fact.prompt for fact in facts])
+    answers = generate(model, tokenizer, stream.select([0] * len(facts)), [fact.prompt for fact in facts])
     return sum(f.is_answered_by(a) for f, a in zip(facts, answers, strict=True)) / len(facts)
