@@ -59,6 +59,23 @@ async def test_sessions_at_once_are_each_as_alone(engine: Engine) -> None:
     assert len({tuple(a) for a in at_once}) > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+async def test_sessions_at_once_on_a_gpu_are_each_as_alone_on_a_cpu(engine: Engine) -> None:
+    other = Engine(Runner(make_tiny().cuda()), eos_token=2, max_running=4, max_requests=32)
+    other.start()
+    documents = [tokens(n, seed=n) for n in (100, 3, 57, 16, 31)]
+    alone = [await engine.ingest(engine.new_state(), d) for d in documents]
+    together = await asyncio.gather(*(other.ingest(other.new_state(), d) for d in documents))
+    for ours, theirs in zip(together, alone, strict=True):
+        assert_same(ours.map(lambda _, x: x.cpu()), theirs)
+    prompts = [tokens(n, seed=50 + n) for n in (1, 5, 40, 7, 16)]
+    one_by_one = [await answer(engine, s, p) for s, p in zip(alone, prompts, strict=True)]
+    at_once = await asyncio.gather(*(answer(other, s, p) for s, p in zip(together, prompts, strict=True)))
+    await other.close()
+    assert at_once == one_by_one
+
+
 async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> None:
     state = await engine.ingest(engine.new_state(), tokens(100, seed=1))
     prompt = tokens(6, seed=2)

@@ -1,5 +1,6 @@
 """The whole model on a tiny body: one stream of tokens, however it is cut, batched, saved or continued."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -179,3 +180,25 @@ def test_far_positions_keep_their_precision(model: TitansModel) -> None:
     a = model.ingest(tokens, far)
     b = model.ingest(tokens, replace(far, position=far.position + model.config.window))
     assert_close(a.layers[-1]["weights"], b.layers[-1]["weights"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_reads_and_answers_as_a_cpu_does(model: TitansModel) -> None:
+    other, tokens, prompt = copy.deepcopy(model).cuda(), random_tokens(70), random_tokens(9, seed=1)
+    state, theirs = model.ingest(tokens, model.new_state()), other.new_state()
+    for part in tokens.split([5, 41, 24], dim=1):
+        theirs = other.ingest(part.cuda(), theirs)
+    assert_same(theirs.map(lambda _, x: x.cpu()), state)
+    for write in (False, True):
+        logits = read_on(model, prompt, model.open(state, write=write))
+        assert_close(read_on(other, prompt.cuda(), other.open(theirs, write=write), [4, 1]).cpu(), logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sessions_on_a_gpu_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
+    other, tokens, lengths = copy.deepcopy(model).cuda(), random_tokens(70, batch=3).cuda(), [70, 1, 33]
+    together = other.ingest(tokens, other.new_state(3), lengths).split()
+    for row, length, ours in zip(tokens, lengths, together, strict=True):
+        assert_same(ours, other.ingest(row[None, :length], other.new_state()))
