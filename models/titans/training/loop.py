@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class Trainer:
         (self.memory,) = model.memories
         self.body_digest = body_digest
         self.step = 0
+        self._maker = ThreadPoolExecutor(1)
+        self._made: Future[Batch] | None = None
         self.history: list[dict[str, Any]] = []
         values = [q.targets[q.start : q.start + q.answer] for q in pool.questions]
         self.alphabet = torch.cat(values).unique().to(model.device)
@@ -233,7 +236,7 @@ class Trainer:
 
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
-        batch = make_batch(self.pool, self.config, stage, self.step).to(self.model.device)
+        batch = self._batch().to(self.model.device)
         if batch.rows and not self.config.lesson_at(self.step)[0]:
             self._start_direct(batch)
         losses = self.losses(batch)
@@ -248,6 +251,17 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return losses.figures()
+
+    def _batch(self) -> Batch:
+        """This step's; while it is learnt from, a thread puts the next one together."""
+
+        def make(step: int) -> Batch:
+            return make_batch(self.pool, self.config, self.config.stage_at(step), step)
+
+        batch = self._made.result() if self._made else make(self.step)
+        more = self.step + 1 < self.config.num_steps
+        self._made = self._maker.submit(make, self.step + 1) if more else None
+        return batch
 
     def _set_rates(self, stage: Stage) -> None:
         rates, share = vars(self.config.joint if stage.num_questions else self.config.alone), self._schedule()
@@ -317,7 +331,7 @@ def calibrate(memory: NeuralMemory, hidden: Tensor) -> None:
 
     A few of them are larger than all others together and mean little (Sun et al. 2024, "Massive Activations").
     """
-    sample = hidden.flatten(0, -2)[::16].float()
+    sample = hidden.flatten(0, -2)[::16].to(memory.center.device).float()
     unit = sample / sample.square().mean(-1, keepdim=True).sqrt()
     memory.norm.weight.copy_(unit.std(0).reciprocal())
     memory.center.copy_(unit.mean(0) / unit.std(0))

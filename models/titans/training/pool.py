@@ -277,9 +277,9 @@ def _continue(model: TitansModel, state: State, runs: list[Tensor]) -> list[Tens
     for start in range(0, tokens_BT.shape[1], window):
         counts = [min(max(len(run) - start, 0), window) for run in runs]
         part = tokens_BT[:, start : start + window].to(model.device)
-        slots = (state.position.cpu()[:, None] + torch.arange(part.shape[1])) % window
+        slots = (state.position[:, None] + torch.arange(part.shape[1], device=model.device)) % window
         state = model.ingest(part, state, counts)
-        pieces.append(state.tail.cpu().take_along_dim(slots[..., None], dim=1))
+        pieces.append(state.tail.take_along_dim(slots[..., None], dim=1).cpu())
     joined = torch.cat(pieces, dim=1)
     return [row[: len(run)].clone() for row, run in zip(joined, runs, strict=True)]
 
