@@ -4,7 +4,7 @@ from titans.evaluation.scoring import Cell, Tally
 
 HEAD = (
     f"{'task':<11}{'tokens':>10}{'asked':>7}{'right':>7}{'95 % interval':>15}{'given':>7}"
-    f"{'memory off':>12}{'full attention':>16}{'absent: a value':>17}{'planted':>9}"
+    f"{'memory off':>12}{'full attention':>16}{'absent: a value':>17}{'planted':>12}"
 )
 
 
@@ -27,7 +27,7 @@ def row(cell: Cell) -> str:
     return (
         f"{cell.task:<11}{cell.tokens:>10,}{memory.asked:>7}{memory.right:>7}{f'{low:.1%} - {high:.1%}':>15}"
         f"{memory.share:>7.1%}{_right(cell.tallies.get('off')):>12}{_right(cell.tallies.get('full')):>16}"
-        f"{_of(value, asked):>17}{_of(planted, asked):>9}"
+        f"{_of(value, asked):>17}{_of(planted, asked):>12}"
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from titans.config import MemoryConfig
 
-MEMORY = MemoryConfig(value_dim=96, conv_width=12, gate_width=12, products=4, momentum=True)
+MEMORY = MemoryConfig(value_dim=112, conv_width=12, gate_width=12, products=4, momentum=True)
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TrainingConfig:
 
     seed: int = 0
     memory: MemoryConfig = MEMORY
-    key_steps: int = 200
+    key_steps: int = 1_000
     key_learning_rate: float = 3e-3
-    value_steps: int = 150
+    value_steps: int = 400
     value_learning_rate: float = 2e-3
     alone: Rates = Rates(keys=2e-4, values=2e-4, answers=5e-4, gates=2e-3, readout=1e-3)
     joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
@@ -52,20 +52,20 @@ class TrainingConfig:
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
     leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
-    num_facts: int = 8_000  # in the pool
-    haystack_tokens: int = 160_000
+    num_facts: int = 24_000  # in the pool
+    haystack_tokens: int = 480_000
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
     asking_stride: int = 4  # windows of a text between two places where facts are asked for
-    held_out_facts: int = 200  # of the pool, never trained on: for the log
+    held_out_facts: int = 400  # of the pool, never trained on: for the log
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(512, 16, 100, 10, 0),
-            Stage(1_024, 16, 140, 20, 0),
-            Stage(4_096, 4, 40, 24, 0),
-            Stage(1_024, 16, 100, 12, 32),
-            Stage(4_096, 8, 30, 24, 24),
-            Stage(16_384, 4, 20, 24, 24),
-            Stage(65_536, 2, 20, 24, 24),
+            Stage(1_024, 16, 600, 20, 0),
+            Stage(4_096, 8, 120, 48, 0),
+            Stage(16_384, 4, 30, 64, 0),
+            Stage(1_024, 16, 150, 12, 32),
+            Stage(4_096, 8, 60, 24, 24),
+            Stage(16_384, 4, 40, 24, 24),
+            Stage(65_536, 2, 30, 24, 24),
         )
     )
 

@@ -40,7 +40,7 @@ _GATE_FACTOR = 3.0  # gates and convolutions learn faster
 _NOISE = 0.7  # added to values, as a share of their size
 _READOUT_FACTOR = 3.0
 _PLAIN = 48  # tokens of a stretch that are told from their values, context included
-_OTHER_TOKENS = 2_048  # besides a step's own, between which it is decided
+_OTHER_TOKENS = 4_096  # besides a step's own, between which it is decided
 
 
 def teach_keys(memory: NeuralMemory, pool: Pool, config: TrainingConfig) -> float:
