@@ -29,9 +29,11 @@ chaos: setup redis strace
 soak: setup redis
 	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py
 
-# What `make test` does a little of, at length: schemathesis with other input each time, ten thousand cancelled streams.
+# What `make test` does a little of, at length: schemathesis with other input each time, ten thousand cancelled streams,
+# a thousand sessions over eight places.
 fuzz: setup
-	TITANS_TEST_EXAMPLES=100 TITANS_TEST_STREAMS=10000 $(BIN)/python -m pytest tests/api/test_openapi.py tests/api/test_sockets.py --timeout 3600
+	TITANS_TEST_EXAMPLES=100 TITANS_TEST_STREAMS=10000 TITANS_TEST_SESSIONS=1000 $(BIN)/python -m pytest \
+	  tests/api/test_openapi.py tests/api/test_sockets.py tests/e2e/test_tiers.py --timeout 3600
 
 # lm-eval and LangChain against a real server; they are heavy, and have an environment of their own.
 interop: setup .venv-interop/ready
