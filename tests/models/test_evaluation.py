@@ -27,6 +27,7 @@ from titans.tokenizer import Tokenizer
 TEXT = (Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt").read_text(encoding="utf-8")
 PLANTED = [name for name in TASKS if name != "verbatim"]
 NUM_VALUES = {"multivalue": 4}
+NUM_STATEMENTS = {"multivalue": 4, "updated": 2}
 PLAN = Plan(tasks=TASKS, lengths=(2_048,), num_samples=10, questions_per_document=10)
 
 
@@ -63,7 +64,7 @@ def test_a_key_is_in_the_document_if_it_is_asked_for_and_not_absent(tasks: dict[
         assert key is not None
         return exam.document.count(f" {key[1] or key[2]} ")
 
-    assert [times(question) for question in exam.questions] == [NUM_VALUES.get(name, 1)] * 5
+    assert [times(question) for question in exam.questions] == [NUM_STATEMENTS.get(name, 1)] * 5
     assert [times(question) for question in exam.absent] == [0] * 5
 
 
@@ -157,6 +158,14 @@ def test_verbatim_asks_for_what_the_document_goes_on_with(tasks: dict[str, Task]
     assert len({question.prompt for question in exam.questions}) == 10
     with pytest.raises(EvaluationError, match="cannot repeat a text"):
         tasks["verbatim"].most_questions(2 * book.num_tokens)
+
+
+def test_what_is_stated_anew_is_asked_for_and_stands_after_what_was_stated_first(tasks: dict[str, Task]) -> None:
+    exam = tasks["updated"].make(4_096, 6, 0.5, random.Random(0))
+    numbers = re.findall(r"\b\d{7}\b", exam.document)
+    assert len({*numbers}) == 12
+    assert {question.values[0] for question in exam.questions} == {*numbers[6:]}
+    assert not tasks["updated"].grade(exam.questions[0], f" It is {numbers[0]}.").right
 
 
 def test_keys_are_held_out_words_and_share_none_while_there_are_enough() -> None:

@@ -12,9 +12,10 @@ from titans.evaluation.niah import NOISE, NOISE_LINES, needle_tasks
 from titans.evaluation.perplexity import LONGEST_IN_FULL
 from titans.evaluation.reader import Reader, Reading, Report
 from titans.evaluation.task import Exam, Task
+from titans.evaluation.updated import UpdatedTask
 from titans.evaluation.verbatim import VerbatimTask
 
-TASKS = ("facts", "varied", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
+TASKS = ("facts", "updated", "varied", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Part:
 def make_tasks(book: Haystack) -> dict[str, Task]:
     """All tasks by name, on this text."""
     noise = Haystack(NOISE * NOISE_LINES, book.count, end="\n")
-    tasks: list[Task] = [FactsTask(book), FactsTask(book, varied=True), *needle_tasks(book, noise), VerbatimTask(book)]
+    facts = FactsTask(book)
+    own: list[Task] = [facts, UpdatedTask(facts), FactsTask(book, varied=True)]
+    tasks = [*own, *needle_tasks(book, noise), VerbatimTask(book)]
     return {task.name: task for task in tasks}
 
 

@@ -1,0 +1,46 @@
+"""What is stated anew: every fact is in the document twice, with two values, and the newer one is asked for."""
+
+import random
+from dataclasses import dataclass, replace
+
+from titans.evaluation.facts import FactsTask, make_facts
+from titans.evaluation.haystack import insert, spread
+from titans.evaluation.task import Exam, Grade, Question, most_in
+
+
+@dataclass(frozen=True)
+class UpdatedTask:
+    """Plain facts: all of them in the first half of a document, and in its second half again, in another order."""
+
+    facts: FactsTask
+    name: str = "updated"
+
+    @property
+    def max_tokens(self) -> int:
+        """See `Task`."""
+        return self.facts.max_tokens
+
+    def most_questions(self, num_tokens: int) -> int:
+        """See `Task`."""
+        return min(most_in(num_tokens, 2 * self.facts.cost, self.name), self.facts.most_questions(num_tokens))
+
+    def make(self, num_tokens: int, num_questions: int, place: float, rng: random.Random) -> Exam:
+        """See `Task`. The newer value of a fact is one that no other has, old or new."""
+        made = make_facts(2 * num_questions, rng)
+        old, absent = made[:num_questions], made[num_questions:]
+        values = rng.sample(range(1_000_000, 10_000_000), num_questions)
+        new = [replace(fact, value=str(value)) for fact, value in zip(old, values, strict=True)]
+        text = self.facts.haystack.cut(num_tokens - 2 * num_questions * self.facts.cost, place)
+        stated = [fact.statement for fact in (*old, *rng.sample(new, len(new)))]
+        document = insert(text, stated, spread(text, len(stated), place), self.facts.haystack.end)
+        depths = [document.index(fact.statement) / len(document) for fact in new]
+        questions = (Question(f.prompt, (f.value,), (depth,)) for f, depth in zip(new, depths, strict=True))
+        return Exam(document, tuple(questions), tuple(Question(fact.prompt, ()) for fact in absent))
+
+    def grade(self, question: Question, answer: str) -> Grade:
+        """See `FactsTask`."""
+        return self.facts.grade(question, answer)
+
+    def values_in(self, text: str) -> list[str]:
+        """See `Task`."""
+        return self.facts.values_in(text)
