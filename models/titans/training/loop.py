@@ -72,7 +72,7 @@ class Trainer:
         self.body_digest = body_digest
         self.step = 0
         self._maker = ThreadPoolExecutor(1)
-        self._made: Future[Batch] | None = None
+        self._coming: dict[int, Future[Batch]] = {}  # by step
         self.history: list[dict[str, Any]] = []
         values = [q.targets[q.start : q.start + q.answer] for q in pool.questions]
         self.alphabet = torch.cat(values).unique().to(model.device)
@@ -258,10 +258,10 @@ class Trainer:
         def make(step: int) -> Batch:
             return make_batch(self.pool, self.config, self.config.stage_at(step), step)
 
-        batch = self._made.result() if self._made else make(self.step)
-        more = self.step + 1 < self.config.num_steps
-        self._made = self._maker.submit(make, self.step + 1) if more else None
-        return batch
+        batch = self._coming.pop(self.step, None) or self._maker.submit(make, self.step)
+        following = range(self.step + 1, self.config.num_steps)[:1]
+        self._coming = {step: self._maker.submit(make, step) for step in following}
+        return batch.result()
 
     def _set_rates(self, stage: Stage) -> None:
         rates, share = vars(self.config.joint if stage.num_questions else self.config.alone), self._schedule()
