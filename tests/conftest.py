@@ -1,17 +1,26 @@
 """Fixtures that more than one part of the tests needs."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.engines import running_engine
 from support.redis_server import RedisServer, redis_cluster, redis_sentinel
+from titans_server.engine import Engine
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")  # the machine may have other things to do
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    """The tiny model's, running."""
+    async with running_engine() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import Draft, Outcome, SessionRecord
 from titans_server.states import States
+from titans_server.takeover import TakeOver
 from titans_server.writers import Writers
 
 
@@ -48,16 +49,18 @@ class Ingestions:
         self._writers = writers
         self._works: dict[str, Work] = {}  # by ingestion
         self._leases = Leases(ledger)
-        self._accepted = Accepted(ledger, states, learning, writers, self._leases, works=self._works)
+        self._accepted = Accepted(ledger, learning, writers, self._leases, works=self._works)
+        self._take_over = TakeOver(ledger.store, states, self._accepted)
         self._leaving: set[asyncio.Task[None]] = set()  # releases that nobody waits for; ended by `close`
 
     def start(self) -> None:
         """Begin to look for work that other servers left."""
-        self._accepted.start()
+        self._take_over.start()
 
     async def close(self) -> None:
         """Stop working, and let other servers go on at once."""
         works = list(self._works.values())
+        await self._take_over.close()
         await self._accepted.close()
         for task in self._leaving:
             task.cancel()

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from titans_server.errors import IngestionCancelled, TitansError
+from titans_server.errors import IngestionCancelled
 from titans_server.learning import Work
 from titans_server.sessions import history
 from titans_server.sessions.ledger import Ledger
@@ -55,8 +55,8 @@ class Leases:
 
         try:
             await self._ledger.change(work.session_id, edit)
-        except TitansError as error:
-            log.info("ingestion %s is left as it is: %s", draft.ingestion, error)
+        except Exception as error:  # the lease runs out by itself
+            log.info("ingestion %s is left as it is: %r", draft.ingestion, error)
 
     async def _beat(self, work: Work) -> None:
         while True:
@@ -65,8 +65,8 @@ class Leases:
                 await self._renew(work)
             except IngestionCancelled:
                 work.cancelled = True
-            except TitansError as error:
-                log.warning("cannot renew the lease on ingestion %s: %s", work.draft.ingestion, error)
+            except Exception as error:  # whoever learns the document meets it too, and does more about it
+                log.warning("cannot renew the lease on ingestion %s: %r", work.draft.ingestion, error)
 
     async def _renew(self, work: Work) -> None:
         edit = lambda record: history.renew(record, work.draft.ingestion, self.server)  # noqa: E731

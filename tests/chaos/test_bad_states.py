@@ -1,6 +1,10 @@
 """States that are not what was stored: refused with a clear error, left as they are, and nobody else's harm."""
 
+import signal
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from support.table import Table
 from support.world import StoreKind, World
 from titans.state import State
 from titans_server.sessions import codec
+
+SECONDS = 60.0  # until an accepted document is learnt; the machine may have other things to do
 
 Damage = Callable[[bytes, bytes], bytes | None]  # of a state, given another session's; None: it is gone
 DAMAGES: dict[str, Damage] = {
@@ -130,6 +136,58 @@ def test_a_stored_state_that_is_not_what_was_stored(
         if (show(http, session), ask(http, session).json()["text"]) != before:
             raise LostError("a state that is whole again is not what it was")
         assert learn(http, session, SECOND).json()["version"] == 2
+
+
+def replace_record(world: World, session: str, record: bytes) -> bytes:
+    """Returns the one that the store had."""
+    if world.kind == "redis":
+        key = f"titans:{{{session}}}:session"
+        before: bytes = world.redis_server.command("HGET", key, "record")
+        world.redis_server.command("HSET", key, "record", record)
+        return before
+    with closing(sqlite3.connect(world.store.removeprefix("sqlite:///"))) as database, database:
+        (text,) = database.execute("SELECT record FROM sessions WHERE id = ?", (session,)).fetchone()
+        database.execute("UPDATE sessions SET record = ? WHERE id = ?", (record.decode(), session))
+    return bytes(text, "utf-8")
+
+
+def with_accepted(world: World) -> str:
+    """A session at version 1 with an accepted document, whose server was killed while it learnt that."""
+    session = with_first(world.server.http)
+    world.restart_with(TITANS_FAILPOINTS="before_blob=kill@3")
+    path, headers = f"/v1/sessions/{session}/documents", {"Prefer": "respond-async"}
+    with suppress(httpx.TransportError):  # it may be killed before the answer is out
+        world.server.http.post(path, json={"text": SECOND}, headers=headers).raise_for_status()
+    assert world.server.wait() == -signal.SIGKILL
+    return session
+
+
+def await_version(world: World, session: str, version: int) -> None:
+    deadline = time.monotonic() + SECONDS
+    while show(world.server.http, session)["version"] != version:
+        if time.monotonic() > deadline:
+            raise LostError(f"the accepted document of session {session} is not learnt")
+        time.sleep(0.1)
+
+
+def test_a_record_that_cannot_be_read_keeps_no_other_accepted_document_waiting(world: World, table: Table) -> None:
+    world.recover()
+    broken = with_accepted(world)
+    record = replace_record(world, broken, b"{torn")
+    world.recover()
+    with table.attempt(world.kind, "record torn", "an accepted document waits"):
+        other = with_accepted(world)
+        already = len(world.server.log)
+        world.recover()
+        await_version(world, other, 2)
+        assert code(world.server.http.get(f"/v1/sessions/{broken}")) == (500, "state_corrupted")
+        said = world.server.log[already:]
+        assert 1 <= said.count(f"cannot go on with session {broken}: ") <= 6, said
+        replace_record(world, broken, record)
+        world.kill_server()  # the next one tries at once
+        world.recover()
+        await_version(world, broken, 2)
+    assert "Traceback" not in said
 
 
 def forged(state: bytes, fingerprint: str, **parts: torch.Tensor) -> bytes:

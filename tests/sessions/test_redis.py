@@ -6,11 +6,11 @@ import os
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from support.records import a_session, logged, made, made_with_snapshot, snapshot_of, with_snapshot
+from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from support.redis_server import RedisServer
 from titans_server.errors import StateCorrupted, StoreUnavailable
 from titans_server.sessions import redis_client
-from titans_server.sessions.record import SessionRecord
+from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.store import Commit
 
@@ -133,6 +133,27 @@ async def test_an_altered_record_is_refused(server: RedisServer, store: RedisSto
     server.command("HSET", f"titans:{{{record.id}}}:session", "record", "{}")
     with pytest.raises(StateCorrupted):
         await store.get(record.id)
+
+
+async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_due_or_swept(
+    server: RedisServer, store: RedisStore
+) -> None:
+    draft = Draft("ing_1", "gone", lease_until=0.0, created_at=0.0, accepted=True)
+    broken, whole = [await made(store, ttl_seconds=10**9) for _ in range(2)]
+    for record in (broken, whole):
+        await store.commit(moved(record, drafts=(draft,)))
+    key = f"titans:{{{broken.id}}}:session"
+    text = server.command("HGET", key, "record")
+    server.command("HSET", key, "record", "{")
+    assert set(await store.due()) == {broken.id, whole.id}
+
+    for record in (broken, whole):
+        server.command("ZADD", "titans:expires", 1, record.id)
+    expired = await made(store, ttl_seconds=1)
+    await store.sweep()
+    assert server.command("KEYS", f"titans:{{{expired.id}}}:*") == []
+    server.command("HSET", key, "record", text)
+    assert (await store.get(broken.id)).drafts == (draft,)
 
 
 async def test_all_of_a_sessions_keys_have_its_hash_tag_and_are_deleted(

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from support.records import logged, made, made_with_snapshot, snapshot_of, with_snapshot
-from titans_server.errors import StoreUnavailable
-from titans_server.sessions.record import SessionRecord
+from support.records import logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
+from titans_server.errors import StateCorrupted, StoreUnavailable
+from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.sqlite import SqliteStore
 
 
@@ -72,6 +72,20 @@ async def test_only_what_is_pointed_at_is_kept(store: SqliteStore, path: Path, r
     assert list(contents(path).values()) == [b"second"]
     await store.delete(record.id)
     assert not blobs(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "", b"\xff{torn"])
+async def test_a_record_that_cannot_be_read_is_refused_and_its_accepted_document_due(
+    store: SqliteStore, path: Path, record: SessionRecord, text: str | bytes
+) -> None:
+    draft = Draft("ing_1", "gone", lease_until=0.0, created_at=0.0, accepted=True)
+    await store.commit(moved(record, drafts=(draft,)))
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE sessions SET record = CAST(? AS TEXT)", (text,))
+    other.close()
+    with pytest.raises(StateCorrupted):
+        await store.get(record.id)
+    assert await store.due() == [record.id]
 
 
 CRASH = """

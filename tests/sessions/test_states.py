@@ -1,21 +1,18 @@
 """A version's state while other servers' commits come between: its record, its snapshot, its log."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-from support.models import make_tiny
+from support.engines import states_on
 from support.records import made
 from titans_server.engine import Engine
-from titans_server.engine.runner import Runner
 from titans_server.errors import StateCorrupted
-from titans_server.observer import Observer
 from titans_server.sessions import history
-from titans_server.sessions.cache import StateCache
 from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import SessionRecord
-from titans_server.states import SnapshotPolicy, States
+from titans_server.states import States
 
 TOKENS = list(range(3, 90))
 
@@ -35,19 +32,6 @@ class Overtaken(MemoryStore):
             snapshot = await other.store(session_id, state)
             await self.ledger.change(session_id, lambda record: history.attach(record, record.head, snapshot))
         return await super().read_log(session_id, numbers)
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(Runner(make_tiny()), eos_token=0)
-    engine.start()
-    yield engine
-    await engine.close()
-
-
-def states_on(store: MemoryStore, engine: Engine) -> States:
-    policy = SnapshotPolicy(tokens=10_000, idle_seconds=1000)
-    return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
 
 
 async def written(store: MemoryStore, engine: Engine) -> SessionRecord:

@@ -47,6 +47,7 @@ _INSERT = (
     "(id, owner, created_at, revision, write_id, expires_at, due_at, stored_bytes, record) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+_RECORD = "CAST(record AS BLOB)"  # what is not UTF-8 is a record that cannot be read, not a database that fails
 _FIELDS = "revision = ?, write_id = ?, expires_at = ?, due_at = ?, stored_bytes = ?, record = ?"
 
 
@@ -83,7 +84,7 @@ class Database:
 
     def get(self, session_id: str) -> SessionRecord:
         """See SessionStore."""
-        query = "SELECT record FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
+        query = f"SELECT {_RECORD} FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
         row = self._db.execute(query, (session_id, time.time())).fetchone()
         if row is None:
             raise not_found(session_id)
@@ -119,7 +120,7 @@ class Database:
 
     def list(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
         """See SessionStore."""
-        query = "SELECT record FROM sessions WHERE owner = ? AND ifnull(expires_at > ?, 1)"
+        query = f"SELECT {_RECORD} FROM sessions WHERE owner = ? AND ifnull(expires_at > ?, 1)"
         values: list[str | float | int] = [owner, time.time()]
         if after is not None:
             place = "SELECT created_at, id FROM sessions WHERE id = ? AND owner = ?"

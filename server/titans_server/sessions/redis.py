@@ -264,7 +264,11 @@ class RedisStore:
     async def _due(self) -> Sequence[str]:
         now, found = time.time(), []
         for name in await self._client.zrangebyscore(_DUE, 0, now):
-            record = await self._find(name.decode())
+            try:
+                record = await self._find(name.decode())
+            except StateCorrupted:
+                found.append(name.decode())  # whoever goes on with it will say so
+                continue
             if record is None or record.due_at is None:
                 await self._client.zrem(_DUE, name)
             elif record.due_at < now:
@@ -275,7 +279,10 @@ class RedisStore:
         now = time.time()
         for name in await self._client.zrangebyscore(_EXPIRES, 0, now):
             text = await self._client.hget(_keys(name.decode())[0], "record")
-            record = SessionRecord.from_json(text) if text else None
+            try:
+                record = SessionRecord.from_json(text) if text else None
+            except StateCorrupted:
+                continue  # it is left as it is
             if record is None or record.expires_at is None:
                 await self._client.zrem(_EXPIRES, name)
             elif record.is_expired(now):

@@ -1,0 +1,30 @@
+"""The tiny model on an engine, and what a server puts on it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from support.models import make_tiny
+from titans_server.engine import Engine
+from titans_server.engine.runner import Runner
+from titans_server.observer import Observer
+from titans_server.sessions.cache import StateCache
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.store import SessionStore
+from titans_server.states import SnapshotPolicy, States
+
+
+@asynccontextmanager
+async def running_engine() -> AsyncIterator[Engine]:
+    """An engine whose thread runs meanwhile."""
+    engine = Engine(Runner(make_tiny()), eos_token=0)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def states_on(store: SessionStore, engine: Engine) -> States:
+    """The states of the sessions that `support.records` makes; none is written down unless it is asked for."""
+    policy = SnapshotPolicy(tokens=10_000, idle_seconds=1000)
+    return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())

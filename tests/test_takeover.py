@@ -1,0 +1,159 @@
+"""Accepted documents that a server is gone from, taken over beside sessions and stores that are broken."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from support.engines import states_on
+from support.records import made
+from titans_server import accepted, takeover
+from titans_server.accepted import Accepted
+from titans_server.engine import Engine
+from titans_server.learning import Learning
+from titans_server.leases import Leases
+from titans_server.observer import Observer
+from titans_server.sessions import history
+from titans_server.sessions.history import Portion
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.record import Draft, SessionRecord
+from titans_server.takeover import TakeOver
+from titans_server.writers import Writers
+
+TOKENS = tuple(range(3, 90))
+SECONDS = 60.0  # on a machine that has other things to do
+
+
+class Faulty(MemoryStore):
+    """Fails as no store should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = ""  # a session, which comes first wherever there are several
+        self.endless = ""  # another one, whose record is never done with being read
+        self.num_tries = 0  # to read the broken one
+        self.faults: list[str] = []  # that are still to come
+
+    async def due(self) -> Sequence[str]:
+        self._fail_if("due")
+        return sorted(await super().due(), key=lambda name: name not in {self.broken, self.endless})
+
+    async def get(self, session_id: str) -> SessionRecord:
+        if session_id == self.endless:
+            await asyncio.Event().wait()
+        if session_id == self.broken:
+            self.num_tries += 1
+            raise RuntimeError("unforeseen")
+        return await super().get(session_id)
+
+    async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        self._fail_if("log")
+        return await super().read_log(session_id, numbers)
+
+    def _fail_if(self, what: str) -> None:
+        if what in self.faults:
+            self.faults.remove(what)
+            raise RuntimeError("unforeseen")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
+
+
+@asynccontextmanager
+async def server_on(store: MemoryStore, engine: Engine) -> AsyncIterator[None]:
+    """As much of a server as takes over."""
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    accepted = Accepted(ledger, learning, Writers(4), Leases(ledger), works={})
+    take_over = TakeOver(store, states, accepted)
+    take_over.start()
+    try:
+        yield
+    finally:
+        await take_over.close()
+        await accepted.close()
+
+
+async def left_behind(store: MemoryStore) -> str:
+    """A session with an accepted document whose server is gone."""
+    record, ledger = await made(store), Ledger(store)
+    draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True)
+    portion = Portion(TOKENS, len(TOKENS), hashlib.sha256(b"text").hexdigest(), is_last=True)
+    await ledger.change(record.id, lambda record: history.append(record, draft, (3,), portion))
+    await ledger.change(record.id, lambda record: history.renew(record, draft.ingestion, "gone", seconds=0))
+    return record.id
+
+
+async def learnt(store: MemoryStore, sessions: list[str]) -> None:
+    """Return when the sessions' documents are."""
+    async with asyncio.timeout(SECONDS):
+        while {(await store.get(name)).version for name in sessions} != {1}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def told(caplog: pytest.LogCaptureFixture, beginning: str) -> list[bool]:
+    """The lines of the log that begin so: whether each has a traceback."""
+    return [bool(record.exc_info) for record in caplog.records if record.getMessage().startswith(beginning)]
+
+
+async def test_a_session_that_stays_broken_is_tried_at_growing_intervals_and_told_of_in_a_line(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    broken, *whole = [await left_behind(store) for _ in range(3)]
+    store.broken = broken
+    async with server_on(store, engine):
+        began = time.monotonic()
+        await learnt(store, whole)
+        await asyncio.sleep(1)
+        tries = store.num_tries
+        assert 4 <= tries <= 6 + (time.monotonic() - began) / 0.2  # 0.01 s, 0.02, 0.04, 0.08, 0.16, 0.2, 0.2 ...
+        lines = told(caplog, f"cannot go on with session {broken}: a fault of the server's: RuntimeError('unforeseen')")
+        assert lines == [True] + [False] * (tries - 1)
+
+        (draft,) = store._sessions[broken].record.drafts
+        assert draft.accepted, "it is left as it is"
+        store.broken = ""
+        await learnt(store, [broken])
+
+
+async def test_nobody_waits_for_a_session_that_is_never_done_with_being_read(engine: Engine) -> None:
+    store = Faulty()
+    store.endless, *whole = [await left_behind(store) for _ in range(3)]
+    async with server_on(store, engine):
+        await learnt(store, whole)
+        await learnt(store, [await left_behind(store)])
+
+
+async def test_a_store_and_a_document_that_fail_for_a_while_are_told_of_with_one_traceback(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    session = await left_behind(store)
+    store.faults = ["due", "due", "due", "log", "log", "log"]
+    async with server_on(store, engine):
+        await learnt(store, [session])
+    assert not store.faults
+    assert told(caplog, "cannot look for work that was left: a fault of the server's") == [True, False, False]
+    assert told(caplog, f"ingestion ing_{session} waits: a fault of the server's") == [True, False, False]
+
+
+async def test_another_models_session_is_left_to_that_models_server(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    session, other = await left_behind(store), await left_behind(store)
+    theirs = store._sessions[other]
+    theirs.record = replace(theirs.record, fingerprint="e" * 32)
+    async with server_on(store, engine):
+        await learnt(store, [session])
+        assert (await store.get(other)).drafts
+    assert set(told(caplog, f"cannot go on with session {other}: session {other} was made by model")) == {False}
