@@ -12,7 +12,7 @@ from titans.state import State
 
 from titans_server import failpoints
 from titans_server.engine import Engine
-from titans_server.errors import StateCorrupted, StateMismatch, TitansError, VersionConflict
+from titans_server.errors import StateCorrupted, StateMismatch, StoreUnavailable, TitansError, VersionConflict
 from titans_server.observer import Observer
 from titans_server.sessions import codec, history
 from titans_server.sessions.cache import Held, StateCache
@@ -197,8 +197,15 @@ class States:
                 snapshot = await self.store(held.session_id, held.state)
                 attach = lambda record: history.attach(record, held.version, snapshot)  # noqa: E731
                 record = await self._ledger.change(held.session_id, attach)
-            except TitansError as error:
+            except (StoreUnavailable, VersionConflict) as error:
                 log.warning("no snapshot of session %s: %s", held.session_id, error)
+                held.used_at = time.monotonic()  # another try once it has been idle again
+            except TitansError as error:  # another server has deleted it, or nobody can read it
+                log.warning("no snapshot of session %s, nor another try: %s", held.session_id, error)
+                self._cache.drop(held.session_id)
+            except Exception:
+                log.exception("no snapshot of session %s, nor another try: a fault of the server's", held.session_id)
+                self._cache.drop(held.session_id)
             else:
                 held.is_stored = True
                 held.version = record.made_by(held.version.write_id) or held.version

@@ -1,5 +1,7 @@
 """A version's state while other servers' commits come between: its record, its snapshot, its log."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -32,6 +34,26 @@ class Overtaken(MemoryStore):
             snapshot = await other.store(session_id, state)
             await self.ledger.change(session_id, lambda record: history.attach(record, record.head, snapshot))
         return await super().read_log(session_id, numbers)
+
+
+class Counting(MemoryStore):
+    """Counts the blobs that are written for each session. One's record is torn; one fails as none should."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_blobs: Counter[str] = Counter()
+        self.torn = self.broken = ""
+
+    async def get(self, session_id: str) -> SessionRecord:
+        if session_id == self.torn:
+            raise StateCorrupted("torn")
+        return await super().get(session_id)
+
+    async def write_blob(self, session_id: str, data: bytes) -> str:
+        self.num_blobs[session_id] += 1
+        if session_id == self.broken:
+            raise RuntimeError("unforeseen")
+        return await super().write_blob(session_id, data)
 
 
 async def written(store: MemoryStore, engine: Engine) -> SessionRecord:
@@ -69,3 +91,21 @@ async def test_a_version_that_lost_its_log_is_corrupted(engine: Engine) -> None:
     with pytest.raises(StateCorrupted, match="altered or torn"):
         await states_on(store, engine).newest(record.id)
     assert await store.get(record.id) == record
+
+
+async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_other_from_it(engine: Engine) -> None:
+    store = Counting()
+    deleted, torn, broken, whole = [await written(store, engine) for _ in range(4)]
+    states = states_on(store, engine, idle_seconds=0.04)
+    for record in (deleted, torn, broken, whole):
+        await states.newest(record.id)
+    await store.delete(deleted.id)  # by another server
+    store.torn, store.broken = torn.id, broken.id
+    states.start()
+    async with asyncio.timeout(60):
+        while (await store.get(whole.id)).head.num_to_replay:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)
+    assert store.num_blobs == dict.fromkeys([x.id for x in (deleted, torn, broken, whole)], 1)
+    await states.close()
+    assert (await store.get(broken.id)).head.num_to_replay == len(TOKENS), "the log has it"

@@ -24,7 +24,7 @@ async def running_engine() -> AsyncIterator[Engine]:
         await engine.close()
 
 
-def states_on(store: SessionStore, engine: Engine) -> States:
-    """The states of the sessions that `support.records` makes; none is written down unless it is asked for."""
-    policy = SnapshotPolicy(tokens=10_000, idle_seconds=1000)
+def states_on(store: SessionStore, engine: Engine, *, idle_seconds: float = 1000) -> States:
+    """The states of the sessions that `support.records` makes; none is written down unless it is idle or asked for."""
+    policy = SnapshotPolicy(tokens=10_000, idle_seconds=idle_seconds)
     return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
