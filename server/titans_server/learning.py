@@ -171,9 +171,7 @@ class Learning:
                 known=None if draft.entries else learner.record,  # what is logged has moved the record on
             )
         failpoints.reach("after_commit")
-        made = record.made_by(write_id)
-        if made is not None and made == record.head:
-            self._states.keep(work.session_id, made, learner.state)
+        self._states.keep_newest(record, write_id, learner.state)
         work.learnt = _result(record, draft, portion.sha256)
 
 

@@ -1,4 +1,4 @@
-"""The use cases: load a session, run it, commit it. Knows neither HTTP nor torch."""
+"""The use cases, on one engine and one store. Knows neither HTTP nor torch."""
 
 import asyncio
 import secrets
@@ -7,28 +7,26 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from titans.state import State
 from titans.tokenizer import Tokenizer
 
-from titans_server import failpoints
-from titans_server.engine import Engine, Finish, Read
-from titans_server.errors import InvalidRequest, InvalidState, SessionNotFound, StateCorrupted, VersionConflict
-from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, IngestionStatus, Progress, Usage
+from titans_server.answering import Answers
+from titans_server.engine import Engine
+from titans_server.errors import InvalidState, SessionNotFound, StateCorrupted, VersionConflict
+from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, IngestionStatus, Progress
 from titans_server.ingesting import Ingestions, Terms
 from titans_server.learning import Learning, check_match
-from titans_server.observer import Asked, Observer
-from titans_server.prompts import CompletionRequest, encode, prepare
+from titans_server.observer import Observer
+from titans_server.prompts import CompletionRequest
 from titans_server.reading import SEPARATOR
 from titans_server.sessions import codec, history
 from titans_server.sessions.cache import StateCache
-from titans_server.sessions.history import Overtaken, Writing
+from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.log import pack
 from titans_server.sessions.record import Parent, SessionRecord, Version
 from titans_server.sessions.store import Commit, SessionStore
 from titans_server.sessions.store import Usage as Occupied
 from titans_server.states import SnapshotPolicy, States
-from titans_server.stopping import AnswerText
 from titans_server.writers import Writers
 
 _ATTEMPTS = 5  # to fork a session whose snapshots move meanwhile
@@ -67,21 +65,29 @@ class SessionService:
         policy: SnapshotPolicy,
         observer: Observer | None = None,
     ) -> None:
-        self._engine = engine
-        self._observer = observer or Observer()
+        observer = observer or Observer()
         self._store = store
         self._limits = limits
         self._ledger = Ledger(store)
-        self._states = States(engine, self._ledger, model.fingerprint, cache, policy=policy, observer=self._observer)
+        self._states = States(engine, self._ledger, model.fingerprint, cache, policy=policy, observer=observer)
         self._writers = Writers(limits.max_waiting_writers)
-        separator = model.tokenizer.encode(SEPARATOR)
+        self._answers = Answers(
+            engine,
+            self._ledger,
+            self._states,
+            model.tokenizer,
+            self._writers,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            num_kept_versions=limits.num_kept_versions,
+            observer=observer,
+        )
         learning = Learning(
             engine,
             self._ledger,
             self._states,
-            separator,
+            model.tokenizer.encode(SEPARATOR),
             num_kept_versions=limits.num_kept_versions,
-            observer=self._observer,
+            observer=observer,
         )
         self._ingestions = Ingestions(self._ledger, self._states, learning, model.tokenizer, self._writers)
         self.model = model
@@ -187,11 +193,12 @@ class SessionService:
         def edit(record: SessionRecord) -> history.Edit:
             if record.made_by(write_id) is None:
                 check_match(record, if_match)
-            return history.replace_state(record, self._writing(record.head, write_id, (), state), snapshot)
+            writing = Writing(record.head, write_id, (), state.num_bytes, self._limits.num_kept_versions)
+            return history.replace_state(record, writing, snapshot)
 
         async with self._writers.turn(session_id):
             record = await self._ledger.change(session_id, edit)
-            self._keep(record, write_id, state)
+            self._states.keep_newest(record, write_id, state)
             return record
 
     def max_state_bytes(self) -> int:
@@ -224,107 +231,20 @@ class SessionService:
                 yield replace(chunk, version=x.version, text=x.text, finish_reason=x.finish_reason, usage=x.usage)
 
     async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
-        """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
-
-        Without a session the model answers as one of which no document was read; nothing is kept of it.
-        """
-        if session_id is None:
-            if request.memory == "write":
-                raise InvalidRequest("there is no session that could learn this: name one", param="memory")
-            version, state = 0, self._states.empty
-        else:
+        """An answer, in pieces, of a session or of none: see `Answers.answer`."""
+        if session_id is not None:
             await self.get(session_id)
-            if request.memory == "write":
-                async with aclosing(self._answer_and_learn(session_id, request)) as pieces:
-                    async for piece in pieces:
-                        yield piece
-                return
-            record, state = await self._states.newest(session_id)
-            version = record.version
-        async with aclosing(self._answer(state, request, [])) as pieces:
+        async with aclosing(self._answers.answer(session_id, request)) as pieces:
             async for piece in pieces:
-                yield replace(piece, version=version)
+                yield piece
 
     def prepare(self, request: CompletionRequest) -> CompletionRequest:
         """The request with its prompt in tokens. Raises InvalidRequest where it is not one for this model."""
-        return prepare(request, self.model.tokenizer, self._limits.max_prompt_tokens)
+        return self._answers.prepare(request)
 
     async def check(self) -> None:
         """Whether requests can be served. Raises StoreUnavailable."""
         await self._store.ping()
-
-    async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
-        async with self._writers.turn(session_id):
-            record, state = await self._states.newest(session_id)
-            said: list[int] = []
-            async with aclosing(self._answer(state, request, said)) as pieces:
-                async for piece in pieces:
-                    if piece.finish_reason is not None:
-                        with self._observer.working("ingest", len(said)):
-                            state = await self._engine.ingest(state, said, urgent=True)
-                        record = await self._write(record, state, said)
-                    yield replace(piece, version=record.version)
-
-    async def _answer(
-        self, state: State, request: CompletionRequest, said: list[int]
-    ) -> AsyncGenerator[AnswerPiece, None]:
-        """Generate, and collect in `said` the tokens of prompt and answer."""
-        prompt = encode(self.prepare(request).prompt, self.model.tokenizer)
-        said.extend(prompt)
-        text = AnswerText(self.model.tokenizer, request.stops, with_tokens=request.sampling.num_logprobs is not None)
-        finish: Finish = "stop"
-        tokens = self._engine.generate(
-            state,
-            prompt,
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            recall=request.memory != "off",
-            echo=request.echo,
-        )
-        sampling = request.sampling
-        asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)
-        async with aclosing(tokens):
-            with self._observer.answering(asked) as telling:
-                async for drawn in tokens:
-                    if isinstance(drawn, Read):
-                        if piece := text.echo(drawn.drawn):
-                            yield AnswerPiece(piece, text.take_tokens())
-                        continue
-                    if request.echo and len(said) == len(prompt) and (piece := text.echo_rest()):
-                        yield AnswerPiece(piece, text.take_tokens())
-                    if isinstance(drawn, str):
-                        finish = drawn
-                        break
-                    telling.drawn()
-                    said.append(drawn.token)
-                    if piece := text.feed(drawn):
-                        yield AnswerPiece(piece, text.take_tokens())
-                    if text.stopped:
-                        break
-                rest = text.finish()
-                finish = "stop" if text.stopped else finish
-                telling.finished(finish)
-        usage = Usage(len(prompt), len(said) - len(prompt), len(said))
-        yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
-
-    async def _write(self, record: SessionRecord, state: State, tokens: Sequence[int]) -> SessionRecord:
-        """The session after reading some tokens. Raises VersionConflict where another version came first."""
-        writing = self._writing(record.head, secrets.token_hex(8), tokens, state)
-        try:
-            with self._observer.working("commit"):
-                record = await self._ledger.change(record.id, lambda record: history.write(record, writing))
-        except Overtaken:
-            raise VersionConflict(f"session {record.id} moved on from version {record.version} meanwhile") from None
-        failpoints.reach("after_commit")
-        self._keep(record, writing.write_id, state)
-        return record
-
-    def _writing(self, base: Version, write_id: str, tokens: Sequence[int], state: State) -> Writing:
-        return Writing(base, write_id, tokens, state.num_bytes, self._limits.num_kept_versions)
-
-    def _keep(self, record: SessionRecord, write_id: str, state: State) -> None:
-        if record.head.write_id == write_id:
-            self._states.keep(record.id, record.head, state)
 
     async def _fork(
         self, session_id: str, number: int | None, metadata: Mapping[str, str] | None, ttl_seconds: int | None

@@ -107,6 +107,11 @@ class States:
             if not held.is_stored and len(self._tasks) < _MAX_EVICTED:
                 self._spawn(self._store_evicted(held))
 
+    def keep_newest(self, record: SessionRecord, write_id: str, state: State) -> None:
+        """`keep` the state that a write made, unless the session has gone on from there already."""
+        if record.head.write_id == write_id:
+            self.keep(record.id, record.head, state)
+
     def forget(self, session_id: str) -> None:
         """A session is gone."""
         self._cache.drop(session_id)

@@ -1,0 +1,139 @@
+"""Answers: find a session's state, generate from it, and commit what was said where it is to be learnt."""
+
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from titans.state import State
+from titans.tokenizer import Tokenizer
+
+from titans_server import failpoints
+from titans_server.engine import Engine, Finish, Read
+from titans_server.errors import InvalidRequest, VersionConflict
+from titans_server.events import AnswerPiece, Usage
+from titans_server.observer import Asked, Observer
+from titans_server.prompts import CompletionRequest, encode, prepare
+from titans_server.sessions import history
+from titans_server.sessions.history import Overtaken, Writing
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.record import SessionRecord
+from titans_server.states import States
+from titans_server.stopping import AnswerText
+from titans_server.writers import Writers
+
+
+class Answers:
+    """Answers of the sessions on one engine. Lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        states: States,
+        tokenizer: Tokenizer,
+        writers: Writers,
+        *,
+        max_prompt_tokens: int,
+        num_kept_versions: int,
+        observer: Observer,
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._states = states
+        self._tokenizer = tokenizer
+        self._writers = writers
+        self._max_prompt_tokens = max_prompt_tokens
+        self._num_kept = num_kept_versions
+        self._observer = observer
+
+    def prepare(self, request: CompletionRequest) -> CompletionRequest:
+        """The request with its prompt in tokens. Raises InvalidRequest where it is not one for this model."""
+        return prepare(request, self._tokenizer, self._max_prompt_tokens)
+
+    async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+        """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
+
+        Without a session the model answers as one of which no document was read; nothing is kept of it.
+        """
+        if session_id is None:
+            if request.memory == "write":
+                raise InvalidRequest("there is no session that could learn this: name one", param="memory")
+            version, state = 0, self._states.empty
+        else:
+            if request.memory == "write":
+                async with aclosing(self._answer_and_learn(session_id, request)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            record, state = await self._states.newest(session_id)
+            version = record.version
+        async with aclosing(self._answer(state, request, [])) as pieces:
+            async for piece in pieces:
+                yield replace(piece, version=version)
+
+    async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+        async with self._writers.turn(session_id):
+            record, state = await self._states.newest(session_id)
+            said: list[int] = []
+            async with aclosing(self._answer(state, request, said)) as pieces:
+                async for piece in pieces:
+                    if piece.finish_reason is not None:
+                        with self._observer.working("ingest", len(said)):
+                            state = await self._engine.ingest(state, said, urgent=True)
+                        record = await self._write(record, state, said)
+                    yield replace(piece, version=record.version)
+
+    async def _answer(
+        self, state: State, request: CompletionRequest, said: list[int]
+    ) -> AsyncGenerator[AnswerPiece, None]:
+        """Generate, and collect in `said` the tokens of prompt and answer."""
+        prompt = encode(self.prepare(request).prompt, self._tokenizer)
+        said.extend(prompt)
+        text = AnswerText(self._tokenizer, request.stops, with_tokens=request.sampling.num_logprobs is not None)
+        finish: Finish = "stop"
+        tokens = self._engine.generate(
+            state,
+            prompt,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            recall=request.memory != "off",
+            echo=request.echo,
+        )
+        sampling = request.sampling
+        asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)
+        async with aclosing(tokens):
+            with self._observer.answering(asked) as telling:
+                async for drawn in tokens:
+                    if isinstance(drawn, Read):
+                        if piece := text.echo(drawn.drawn):
+                            yield AnswerPiece(piece, text.take_tokens())
+                        continue
+                    if request.echo and len(said) == len(prompt) and (piece := text.echo_rest()):
+                        yield AnswerPiece(piece, text.take_tokens())
+                    if isinstance(drawn, str):
+                        finish = drawn
+                        break
+                    telling.drawn()
+                    said.append(drawn.token)
+                    if piece := text.feed(drawn):
+                        yield AnswerPiece(piece, text.take_tokens())
+                    if text.stopped:
+                        break
+                rest = text.finish()
+                finish = "stop" if text.stopped else finish
+                telling.finished(finish)
+        usage = Usage(len(prompt), len(said) - len(prompt), len(said))
+        yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
+
+    async def _write(self, record: SessionRecord, state: State, tokens: Sequence[int]) -> SessionRecord:
+        """The session after reading some tokens. Raises VersionConflict where another version came first."""
+        writing = Writing(record.head, secrets.token_hex(8), tokens, state.num_bytes, self._num_kept)
+        try:
+            with self._observer.working("commit"):
+                record = await self._ledger.change(record.id, lambda record: history.write(record, writing))
+        except Overtaken:
+            raise VersionConflict(f"session {record.id} moved on from version {record.version} meanwhile") from None
+        failpoints.reach("after_commit")
+        self._states.keep_newest(record, writing.write_id, state)
+        return record
