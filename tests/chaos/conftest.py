@@ -7,6 +7,7 @@ import pytest
 from support.launcher import Launcher
 from support.life import Outcome
 from support.models import TinyCheckpoint, write_tiny_checkpoint
+from support.servers import ServerProcess
 from support.sweep import Sweep
 from support.table import Table
 from support.world import StoreKind, World
@@ -85,6 +86,13 @@ def redis(make_world: Callable[[StoreKind], World]) -> World:
 def world(request: pytest.FixtureRequest, make_world: Callable[[StoreKind], World]) -> World:
     """Either of them, by the parameter."""
     return make_world(request.param)
+
+
+@pytest.fixture
+def twin(world: World) -> Iterator[ServerProcess]:
+    """A second server on the world's store."""
+    with world.new_server() as twin:
+        yield twin
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A document that was accepted, 202, is learnt once, whatever happens to its server: another one goes on with it."""
 
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -13,13 +12,6 @@ from support.world import World
 
 MOMENTS = ["before_blob", "after_blob", "before_append", "after_append", "after_commit"]
 SECONDS = 60.0  # the lease takes 3 s to run out; the machine may have other things to do
-
-
-@pytest.fixture
-def twin(world: World) -> Iterator[ServerProcess]:
-    """A second server on the world's store."""
-    with world.new_server() as twin:
-        yield twin
 
 
 def create(http: httpx.Client) -> str:

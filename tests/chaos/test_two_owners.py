@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,6 @@ from support.world import World
 REFUSED = {(412, "version_conflict"), (429, "session_busy"), (409, "version_conflict")}
 each_store = pytest.mark.parametrize("world", ["sqlite", "redis"], indirect=True)
 TAKEOVER_SECONDS = 10.0  # on a machine that has other things to do
-
-
-@pytest.fixture
-def twin(world: World) -> Iterator[ServerProcess]:
-    """A second server on the world's store."""
-    with world.new_server() as twin:
-        yield twin
 
 
 @dataclass(frozen=True)
@@ -82,17 +76,24 @@ def test_of_writes_through_two_servers_none_is_lost(world: World, twin: ServerPr
             raise LostError(f"the same documents in the same order are answered from differently: {answers_of_all}")
 
 
-@each_store
-def test_of_a_document_whose_server_stood_still_before_its_commit_nothing_is_lost(
-    world: World, twin: ServerProcess, table: Table
-) -> None:
-    """The other server's commit comes in between, for sure: the one that stood still learns again, on top of it."""
+@contextmanager
+def overtaken(world: World, twin: ServerProcess, table: Table) -> Iterator[tuple[str, list[Written | None]]]:
+    """A session, and what the twin writes to it when the world's server stands still, before its first commit."""
     session, theirs = create(twin), list[Written | None]()
     world.restart_with(TITANS_FAILPOINTS="before_append=stop")
     with (
         table.attempt(world.kind, "two servers", "one stands still before its commit"),
         when_stopped(world.server.pid, lambda: theirs.append(write(twin, session, "Theirs. "))),
     ):
+        yield session, theirs
+
+
+@each_store
+def test_of_a_document_whose_server_stood_still_before_its_commit_nothing_is_lost(
+    world: World, twin: ServerProcess, table: Table
+) -> None:
+    """The other server's commit comes in between, for sure: the one that stood still learns again, on top of it."""
+    with overtaken(world, twin, table) as (session, theirs):
         ours = write(world.server, session, "Ours, which is longer. ")
         if [theirs[0] and theirs[0].version, ours and ours.version] != [1, 2]:
             raise LostError(f"theirs is {theirs}, ours is {ours}")
@@ -112,12 +113,7 @@ def test_of_a_document_whose_server_stood_still_before_its_commit_nothing_is_los
 def test_an_answer_whose_server_stood_still_before_its_commit_is_refused(
     world: World, twin: ServerProcess, table: Table
 ) -> None:
-    session, theirs = create(twin), list[Written | None]()
-    world.restart_with(TITANS_FAILPOINTS="before_append=stop")
-    with (
-        table.attempt(world.kind, "two servers", "one stands still before its commit"),
-        when_stopped(world.server.pid, lambda: theirs.append(write(twin, session, "Theirs. "))),
-    ):
+    with overtaken(world, twin, table) as (session, theirs):
         path, body = f"/v1/sessions/{session}/completions", ASK | {"memory": "write"}
         response = world.server.http.post(path, json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (412, "version_conflict")
