@@ -1,22 +1,6 @@
-"""Sessions in Redis, shared by any number of servers. As durable as that Redis: see `redis_client.check`.
-
-The keys of a session carry its id as a hash tag, so that a cluster keeps them on one node and one script may touch
-them all. A blob stands under the session that wrote it, wherever its forks are: reading it needs no transaction.
-
-    titans:{<id>}:session        a hash: revision and write_id, which the scripts compare, and record, as JSON
-    titans:{<id>}:log            a hash: log entries by number
-    titans:{<id>}:blob:<name>    a snapshot
-    titans:{<id>}:uses:<name>    a hash: the sessions that point at it, or are about to, and since when
-
-What spans sessions is an index, written before what it leads to and removed after it: it may hold too much, and
-never too little.
-
-    titans:{owner:<digest>}:sessions   a sorted set by created_at      titans:due       by due_at
-    titans:{owner:<digest>}:bytes      a hash: stored_bytes            titans:expires   by expires_at
-"""
+"""Sessions in Redis, shared by any number of servers. As durable as that Redis: see `redis_client.check`."""
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
@@ -25,46 +9,25 @@ from typing import Any, TypeVar
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
 from titans_server.sessions.record import SessionRecord, not_found, taken
+from titans_server.sessions.redis_layout import (
+    COMMIT,
+    CREATE,
+    DUE,
+    EXPIRES,
+    UNUSE,
+    USE,
+    blob_keys,
+    owner_keys,
+    record_fields,
+    session_keys,
+)
 from titans_server.sessions.store import Commit, Usage
 from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
 
-# Redis runs a script alone and whole. One that starts short of memory is refused at its first write. What is asked for
-# again is written again: it is the same, and replicas are waited for again.
-_CREATE = """
-local kept = redis.call('HGET', KEYS[1], 'record')
-if kept and kept ~= ARGV[3] then return kept end
-redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
-for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-return ARGV[3]
-"""
-_COMMIT = """
-local at = redis.call('HMGET', KEYS[1], 'revision', 'write_id', 'expires_at')
-if not at[1] or tonumber(at[3]) <= tonumber(ARGV[5]) then return {false, false} end
-local again = at[1] == ARGV[1] and at[2] == ARGV[2]
-if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 and not again then return {at[1], at[2]} end
-redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
-local drops = 7 + 2 * tonumber(ARGV[6])
-for i = 7, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-for i = drops, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
-return {ARGV[1], ARGV[2]}
-"""
-_USE = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
-return 1
-"""
-_UNUSE = """
-redis.call('HDEL', KEYS[2], ARGV[1])
-if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[1]) end
-"""
-
-_DUE = "titans:due"
-_EXPIRES = "titans:expires"
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
 _REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
-_NEVER = 1e12  # seconds since the epoch
 _WORKERS = 32  # operations at once
 
 
@@ -106,7 +69,8 @@ class RedisStore:
         """Log entries by number."""
         if not numbers:
             return []
-        return list(await self._run(self._client.hmget(_keys(session_id)[1], [str(number) for number in numbers])))
+        names = [str(number) for number in numbers]
+        return list(await self._run(self._client.hmget(session_keys(session_id)[1], names)))
 
     async def write_blob(self, session_id: str, data: bytes) -> str:
         """Keep a blob, used by its session."""
@@ -114,7 +78,7 @@ class RedisStore:
 
     async def read_blob(self, name: str) -> bytes | None:
         """A blob."""
-        data: bytes | None = await self._run(self._client.get(_blob_keys(name)[0]))
+        data: bytes | None = await self._run(self._client.get(blob_keys(name)[0]))
         return data
 
     async def delete(self, session_id: str) -> None:
@@ -127,7 +91,7 @@ class RedisStore:
 
     async def usage(self, owner: str) -> Usage:
         """What the owner's sessions take."""
-        sizes = await self._run(self._client.hvals(_owner_keys(owner)[1]))
+        sizes = await self._run(self._client.hvals(owner_keys(owner)[1]))
         return Usage(len(sizes), sum(map(int, sizes)))
 
     async def due(self) -> Sequence[str]:
@@ -157,16 +121,16 @@ class RedisStore:
     async def _create(self, commit: Commit) -> None:
         record = commit.record
         for name in record.snapshots():
-            if not await self._client.eval(_USE, 2, *_blob_keys(name), record.id, time.time()):
+            if not await self._client.eval(USE, 2, *blob_keys(name), record.id, time.time()):
                 raise VersionConflict(f"a snapshot for session {record.id} is there no more")
         await self._index(record)
         entries = [x for entry in commit.append.items() for x in entry]
-        kept = await self._write(_CREATE, *_keys(record.id), *_fields(record), *entries)
+        kept = await self._write(CREATE, *session_keys(record.id), *record_fields(record), *entries)
         if SessionRecord.from_json(kept) != record:
             raise taken(record.id)
 
     async def _get(self, session_id: str) -> SessionRecord:
-        text = await self._client.hget(_keys(session_id)[0], "record")
+        text = await self._client.hget(session_keys(session_id)[0], "record")
         if text is None:
             raise not_found(session_id)
         record = SessionRecord.from_json(text)
@@ -177,10 +141,10 @@ class RedisStore:
     async def _commit(self, commit: Commit) -> None:
         record = commit.record
         if record.due_at is not None:
-            await self._client.zadd(_DUE, {record.id: record.due_at})
+            await self._client.zadd(DUE, {record.id: record.due_at})
         entries = [x for entry in commit.append.items() for x in entry]
-        fields = (*_fields(record), time.time(), len(commit.append), *entries, *commit.drop)
-        revision, write_id = await self._write(_COMMIT, *_keys(record.id), *fields)
+        fields = (*record_fields(record), time.time(), len(commit.append), *entries, *commit.drop)
+        revision, write_id = await self._write(COMMIT, *session_keys(record.id), *fields)
         if revision is None or write_id is None:
             raise not_found(record.id)
         record.is_replaced_at(int(revision), write_id.decode())
@@ -201,7 +165,7 @@ class RedisStore:
 
     async def _write_blob(self, session_id: str, data: bytes) -> str:
         name = f"{session_id}/{uuid.uuid4().hex}"
-        blob, uses = _blob_keys(name)
+        blob, uses = blob_keys(name)
         await self._client.hset(uses, session_id, str(time.time()))  # first: a blob without it would stay for ever
         await self._client.set(blob, data)
         return name
@@ -211,35 +175,35 @@ class RedisStore:
         await self._remove(record)
 
     async def _remove(self, record: SessionRecord) -> None:
-        if not await self._client.delete(*_keys(record.id)):
+        if not await self._client.delete(*session_keys(record.id)):
             raise not_found(record.id)
         await self._unuse(record.id, record.snapshots())
         await self._unindex(record.owner, record.id)
 
     async def _unuse(self, session_id: str, names: Iterable[str]) -> None:
         for name in names:
-            await self._client.eval(_UNUSE, 2, *_blob_keys(name), session_id)
+            await self._client.eval(UNUSE, 2, *blob_keys(name), session_id)
 
     async def _index(self, record: SessionRecord) -> None:
-        sessions, sizes = _owner_keys(record.owner)
+        sessions, sizes = owner_keys(record.owner)
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.zadd(sessions, {record.id: record.created_at})
             pipe.hset(sizes, record.id, str(record.stored_bytes))
             if record.expires_at is not None:
-                pipe.zadd(_EXPIRES, {record.id: record.expires_at})
+                pipe.zadd(EXPIRES, {record.id: record.expires_at})
             await pipe.execute()
 
     async def _unindex(self, owner: str, session_id: str) -> None:
-        sessions, sizes = _owner_keys(owner)
+        sessions, sizes = owner_keys(owner)
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.zrem(sessions, session_id)
             pipe.hdel(sizes, session_id)
-            pipe.zrem(_DUE, session_id)
-            pipe.zrem(_EXPIRES, session_id)
+            pipe.zrem(DUE, session_id)
+            pipe.zrem(EXPIRES, session_id)
             await pipe.execute()
 
     async def _list(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
-        key = _owner_keys(owner)[0]
+        key = owner_keys(owner)[0]
         start, records = 0, dict[str, SessionRecord]()
         if after is not None:
             rank = await self._client.zrevrank(key, after)
@@ -263,28 +227,28 @@ class RedisStore:
 
     async def _due(self) -> Sequence[str]:
         now, found = time.time(), []
-        for name in await self._client.zrangebyscore(_DUE, 0, now):
+        for name in await self._client.zrangebyscore(DUE, 0, now):
             try:
                 record = await self._find(name.decode())
             except StateCorrupted:
                 found.append(name.decode())  # whoever goes on with it will say so
                 continue
             if record is None or record.due_at is None:
-                await self._client.zrem(_DUE, name)
+                await self._client.zrem(DUE, name)
             elif record.due_at < now:
                 found.append(record.id)
         return found
 
     async def _sweep(self) -> None:
         now = time.time()
-        for name in await self._client.zrangebyscore(_EXPIRES, 0, now):
-            text = await self._client.hget(_keys(name.decode())[0], "record")
+        for name in await self._client.zrangebyscore(EXPIRES, 0, now):
+            text = await self._client.hget(session_keys(name.decode())[0], "record")
             try:
                 record = SessionRecord.from_json(text) if text else None
             except StateCorrupted:
                 continue  # it is left as it is
             if record is None or record.expires_at is None:
-                await self._client.zrem(_EXPIRES, name)
+                await self._client.zrem(EXPIRES, name)
             elif record.is_expired(now):
                 await self._remove(record)
         async for key in self._client.scan_iter(match="titans:*:uses:*", count=1000):
@@ -307,26 +271,6 @@ class RedisStore:
 
     async def _sweep_index(self, key: bytes, now: float) -> None:
         for name in await self._client.zrangebyscore(key, 0, now - _ORPHAN_SECONDS):
-            if not await self._client.exists(_keys(name.decode())[0]):
+            if not await self._client.exists(session_keys(name.decode())[0]):
                 await self._client.zrem(key, name)
                 await self._client.hdel(key.decode().removesuffix("sessions") + "bytes", name)
-
-
-def _keys(session_id: str) -> tuple[str, str]:
-    return f"titans:{{{session_id}}}:session", f"titans:{{{session_id}}}:log"
-
-
-def _fields(record: SessionRecord) -> tuple[int, str, str, float]:
-    """What a script writes of a record."""
-    expires_at = _NEVER if record.expires_at is None else record.expires_at
-    return record.revision, record.write_id, record.to_json(), expires_at
-
-
-def _blob_keys(name: str) -> tuple[str, str]:
-    session_id, _, own = name.rpartition("/")
-    return f"titans:{{{session_id}}}:blob:{own}", f"titans:{{{session_id}}}:uses:{own}"
-
-
-def _owner_keys(owner: str) -> tuple[str, str]:
-    tag = "{owner:" + hashlib.sha256(owner.encode()).hexdigest()[:32] + "}"
-    return f"titans:{tag}:sessions", f"titans:{tag}:bytes"
