@@ -21,8 +21,7 @@ _BLOCK = 256  # tokens that attend to all before them at once
 _ROOM = 512  # tokens of a question and its answer
 _STEP = 1_024  # whole chunks of a memory, as a MAC's segment is
 _MANY, _FEW = 16, 1  # answers made together; with full attention each has keys and values of the whole document
-_AT_ONCE = {"cpu": 1}  # documents; a GPU has the work of many to do before it is busy
-_ELSEWHERE = 32
+_AT_ONCE = {"cuda": 32}  # documents: it takes the work of many to keep a GPU busy; elsewhere one
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LocalReader:
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.fingerprint = loaded.name, loaded.fingerprint
         self.titans, self.tokenizer = loaded.model, loaded.tokenizer
-        self.at_once = _AT_ONCE.get(loaded.model.device.type, _ELSEWHERE)
+        self.at_once = _AT_ONCE.get(loaded.model.device.type, 1)
 
     def count(self, text: str) -> int:
         """See `Reader`."""

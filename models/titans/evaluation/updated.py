@@ -25,7 +25,7 @@ class UpdatedTask:
         return min(most_in(num_tokens, 2 * self.facts.cost, self.name), self.facts.most_questions(num_tokens))
 
     def make(self, num_tokens: int, num_questions: int, place: float, rng: random.Random) -> Exam:
-        """See `Task`. The newer value of a fact is one that no other has, old or new."""
+        """See `Task`."""
         made = make_facts(2 * num_questions, rng)
         old, absent = made[:num_questions], made[num_questions:]
         values = rng.sample(range(1_000_000, 10_000_000), num_questions)
