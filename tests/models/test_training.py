@@ -191,3 +191,14 @@ def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
     assert len(set(things)) == len(things)
     alike = [words_in([a]) & words_in([b]) for a, b in itertools.pairwise(facts)]
     assert sum(map(bool, alike)) >= 30
+
+
+def test_a_share_of_the_recipe_is_the_recipe_with_less_of_everything_that_takes_time() -> None:
+    whole, tenth = TrainingConfig(), TrainingConfig().scaled(0.1)
+    assert (tenth.key_steps, tenth.num_facts) == (whole.key_steps // 10, whole.num_facts // 10)
+    assert [s.num_steps for s in tenth.stages] == [s.num_steps // 10 for s in whole.stages]
+    assert whole.scaled(1.0) == whole
+    least = whole.scaled(1e-6)
+    assert least.num_facts - least.held_out_facts >= least.held_out_facts, "enough to learn from, and to ask for"
+    assert least.haystack_tokens > max(stage.num_tokens for stage in least.stages), "a document has room in the texts"
+    assert {stage.num_steps for stage in least.stages} == {1}

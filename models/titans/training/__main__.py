@@ -26,6 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-momentum", action="store_true", help="let the memory have none")
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=share, default=1.0, help="of facts, texts and steps, 0 to 1 (default: all)")
+
+
+def share(text: str) -> float:
+    """Above 0, 1 at most."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"not a share of a whole: {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     args.run.mkdir(parents=True, exist_ok=True)
     body = args.body or find_default_body()
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
-    config = TrainingConfig(seed=args.seed, memory=rule)
+    config = TrainingConfig(seed=args.seed, memory=rule).scaled(args.share)
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
     model = build(backbone, TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True))

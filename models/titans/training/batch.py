@@ -103,6 +103,7 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
 
 def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
     """`count` different facts, in runs; half of the runs are of neighbours in the pool, which are easily confused."""
+    assert count <= len(facts), "more facts are wanted than there are"
     left = dict.fromkeys(facts)
     runs: list[list[int]] = []
     while count:

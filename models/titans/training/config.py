@@ -1,6 +1,6 @@
 """The recipe's numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from titans.config import MemoryConfig
 
@@ -68,6 +68,21 @@ class TrainingConfig:
             Stage(65_536, 2, 30, 24, 24),
         )
     )
+
+    def scaled(self, share: float) -> "TrainingConfig":
+        """The same with a share, 0 to 1, of its facts, texts and steps: where it leads, sooner."""
+
+        def some(count: int, least: int = 1) -> int:
+            return max(least, round(share * count))
+
+        return replace(
+            self,
+            key_steps=some(self.key_steps),
+            value_steps=some(self.value_steps),
+            num_facts=some(self.num_facts, 2 * self.held_out_facts),
+            haystack_tokens=some(self.haystack_tokens, 2 * max(stage.num_tokens for stage in self.stages)),
+            stages=tuple(replace(stage, num_steps=some(stage.num_steps)) for stage in self.stages),
+        )
 
     @property
     def context(self) -> int:
