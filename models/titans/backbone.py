@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,7 +54,7 @@ def load_backbone(path: Path) -> Backbone:
     """
     try:
         return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
-    except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
 
 
@@ -171,15 +170,14 @@ def _read_tokenizer(path: Path) -> RawTokenizer:
 
 
 def _from_gguf(path: Path) -> Backbone:
-    import gguf  # noqa: PLC0415 — only a .gguf needs it
+    from titans.gguf_file import GGUFFile  # noqa: PLC0415 — the package gguf is slow to import, and only a .gguf needs it
 
-    reader = gguf.GGUFReader(path)
-    metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+    file = GGUFFile.open(path)
+    metadata = file.metadata
     if metadata["general.architecture"] != "llama":
         raise ValueError(f"architecture {metadata['general.architecture']!r}, expected 'llama'")
     if "llama.rope.scaling.type" in metadata:
         raise ValueError("rotary scaling is not supported")
-    theirs = {tensor.name: tensor for tensor in reader.tensors}
     num_heads = metadata["llama.attention.head_count"]
     num_kv_heads = metadata.get("llama.attention.head_count_kv", num_heads)
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -193,14 +191,13 @@ def _from_gguf(path: Path) -> Backbone:
         intermediate_size=metadata["llama.feed_forward_length"],
         rope_theta=float(metadata.get("llama.rope.freq_base", 10_000.0)),
         norm_eps=float(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        tie_embeddings=_GGUF_NAMES["head"] not in theirs,
+        tie_embeddings=_GGUF_NAMES["head"] not in file.tensors,
         bos_token=metadata["tokenizer.ggml.bos_token_id"],
         eos_token=metadata["tokenizer.ggml.eos_token_id"],
     )
 
     def get(name: str) -> Tensor:
-        tensor = theirs[name]
-        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        weight = file.tensors[name].dequantize()
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _half_split(weight, num_heads if "attn_q" in name else num_kv_heads)
         return weight
