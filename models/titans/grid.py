@@ -42,6 +42,6 @@ def eight_bits(weight_NK: Tensor) -> Grid | None:
 
 def _fit(groups: Tensor, step: Tensor, lowest: Tensor) -> Grid | None:
     step = step.clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((groups - lowest) / step).round()
-    moved = (lowest + codes * step - groups).abs()
+    codes = (groups - lowest).div_(step).round_()
+    moved = (codes * step).add_(lowest).sub_(groups).abs_()
     return Grid(codes, step, lowest) if (moved <= _OFF_GRID * step).all() else None

@@ -7,6 +7,7 @@ Shapes: R rows · N outputs · K inputs · G = K / 32 groups.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from titans.grid import GROUP, Grid, eight_bits, four_bits
 from titans.native.build import library
 
 _BLOCK = 16  # outputs that are computed together
+_ROWS = 4_096  # that are put on a grid at once; whole blocks
 _FOUR, _EIGHT, _SIXTEEN = 4, 8, 16
 
 
@@ -57,10 +59,10 @@ class NativeMatrix:
         """A float32 matrix; None where the kernels cannot take its shape."""
         if weight_NK.shape[0] % _BLOCK or weight_NK.shape[1] % GROUP:
             return None
-        if (grid := four_bits(weight_NK)) is not None:
-            return cls(_FOUR, weight_NK.shape, _four(grid), team)
-        if (grid := eight_bits(weight_NK)) is not None:
-            return cls(_EIGHT, weight_NK.shape, _eight(grid), team)
+        if (data := _codes(weight_NK, four_bits, _four)) is not None:
+            return cls(_FOUR, weight_NK.shape, data, team)
+        if (data := _codes(weight_NK, eight_bits, _eight)) is not None:
+            return cls(_EIGHT, weight_NK.shape, data, team)
         return cls(_SIXTEEN, weight_NK.shape, _sixteen(weight_NK), team)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -73,13 +75,23 @@ class NativeMatrix:
         return y
 
 
+def _codes(weight_NK: Tensor, find: Callable[[Tensor], Grid | None], lay: Callable[[Grid], Tensor]) -> Tensor | None:
+    """None where weights are off the grid. Not all rows at once: a head's would be seen to be off it too late."""
+    parts: list[Tensor] = []
+    for rows in weight_NK.split(_ROWS):
+        if (grid := find(rows)) is None:
+            return None
+        parts.append(lay(grid))
+    return torch.cat(parts)
+
+
 def _four(grid: Grid) -> Tensor:
     """[N / 16, G, 320] bytes: codes, steps, lowest levels."""
-    codes = grid.codes.int().unflatten(0, (-1, _BLOCK)).unflatten(-1, (4, 4, 2))  # [N / 16, 16, G, 4, 4, 2]
-    words = (codes << (4 * torch.arange(4))[:, None]).sum(-2).permute(0, 2, 3, 1, 4)  # [N / 16, G, 4, 16, 2]
+    codes = grid.codes.to(torch.uint8).unflatten(0, (-1, _BLOCK)).unflatten(-1, (4, 2, 2, 2))
+    low, high = codes.unbind(-2)  # halves of a byte, two of which are a word: [N / 16, 16, G, 4, byte, word]
+    words = (low | high << 4).permute(0, 2, 3, 1, 5, 4).flatten(2)
     levels = _by_block(grid.step), _by_block(grid.lowest)
-    parts = [words.to(torch.uint16).flatten(2), *(x.to(torch.float16) for x in levels)]
-    return torch.cat([_bytes(part) for part in parts], dim=-1)
+    return torch.cat([words, *(_bytes(x.to(torch.float16)) for x in levels)], dim=-1)
 
 
 def _eight(grid: Grid) -> Tensor:
