@@ -32,6 +32,7 @@
     ├── ShuttingDown 503            shutting_down; retryable
     ├── StoreUnavailable 503        store_unavailable; retryable
     └── StateCorrupted 500          state_corrupted: what the store holds is not what was put there; nothing is touched
+                                    but by deleting it
 
 The body is OpenAI's: {"error": {"message", "type", "param", "code"}}. The same names are sent inside a stream.
 """

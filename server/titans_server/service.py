@@ -123,9 +123,12 @@ class SessionService:
 
     async def get(self, session_id: str) -> SessionRecord:
         """A session's record. Raises SessionNotFound."""
-        if not session_id.isascii() or not session_id.replace("_", "").replace("-", "").isalnum():
-            raise SessionNotFound(f"there is no session {session_id!r}")
+        _check_id(session_id)
         return await self._store.get(session_id)
+
+    async def is_listed(self, session_id: str, owner: str) -> bool:
+        """Whether a session is an owner's, also one whose record cannot be read."""
+        return await self._store.is_listed(session_id, owner)
 
     async def sessions_of(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first. Raises SessionNotFound where `after` is none of them."""
@@ -136,10 +139,14 @@ class SessionService:
         return await self._store.usage(owner)
 
     async def delete(self, session_id: str, if_match: int | None = None) -> None:
-        """Forget a session. Raises SessionNotFound, VersionConflict."""
-        await self.get(session_id)
+        """Forget a session, also one whose record cannot be read. Raises SessionNotFound, VersionConflict.
+
+        Raises StateCorrupted where its version is asked for and cannot be read.
+        """
+        _check_id(session_id)
         async with self._writers.turn(session_id):
-            check_match(await self._store.get(session_id), if_match)
+            if if_match is not None:
+                check_match(await self._store.get(session_id), if_match)
             await self._store.delete(session_id)
             self._states.forget(session_id)
 
@@ -271,6 +278,11 @@ class SessionService:
         )
         await self._store.create(Commit(record, log))
         return record
+
+
+def _check_id(session_id: str) -> None:
+    if not session_id.isascii() or not session_id.replace("_", "").replace("-", "").isalnum():
+        raise SessionNotFound(f"there is no session {session_id!r}")
 
 
 def _new_id() -> str:

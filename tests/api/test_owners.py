@@ -3,8 +3,10 @@
 import asyncio
 import concurrent.futures
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,19 @@ def test_each_lists_only_their_own(alice: httpx.Client, mallory: httpx.Client, s
     foreign, unknown = (mallory.get("/v1/sessions", params={"after": name}) for name in (session, UNKNOWN))
     assert foreign.status_code == unknown.status_code == 404
     assert foreign.json() == json_with(unknown, UNKNOWN, session)
+
+
+def test_a_session_that_cannot_be_read_is_deleted_by_its_own_key_alone(
+    server: LiveServer, alice: httpx.Client, mallory: httpx.Client
+) -> None:
+    names = [alice.post("/v1/sessions").json()["id"] for _ in range(2)]
+    with closing(sqlite3.connect(server.store.removeprefix("sqlite:///"))) as database, database:  # type: ignore[attr-defined]
+        database.executemany("UPDATE sessions SET record = '{torn' WHERE id = ?", [(name,) for name in names])
+    for path in (f"/v1/sessions/{names[0]}", f"/v1/conversations/{names[1]}"):
+        assert mallory.delete(path).json()["error"]["code"] == "session_not_found"
+        assert alice.get(path).json()["error"]["code"] == "state_corrupted"
+        assert alice.delete(path).is_success
+        assert alice.get(path).status_code == 404
 
 
 def refused(response: httpx.Response) -> bool:

@@ -147,8 +147,38 @@ def replace_record(world: World, session: str, record: bytes) -> bytes:
         return before
     with closing(sqlite3.connect(world.store.removeprefix("sqlite:///"))) as database, database:
         (text,) = database.execute("SELECT record FROM sessions WHERE id = ?", (session,)).fetchone()
-        database.execute("UPDATE sessions SET record = ? WHERE id = ?", (record.decode(), session))
+        database.execute("UPDATE sessions SET record = CAST(? AS TEXT) WHERE id = ?", (record, session))
     return bytes(text, "utf-8")
+
+
+def traces(world: World, session: str) -> set[str]:
+    """Where the store names a session."""
+    if world.kind == "redis":
+        command = world.redis_server.command
+        found = {str(key) for key in command("KEYS", f"titans:{{{session}}}:*")}
+        indices = [*command("KEYS", "titans:{owner:*}:sessions"), b"titans:due", b"titans:expires"]
+        found |= {str(key) for key in indices if command("ZSCORE", key, session) is not None}
+        return found | {str(key) for key in command("KEYS", "titans:{owner:*}:bytes") if command("HGET", key, session)}
+    path = Path(world.store.removeprefix("sqlite:///"))
+    columns = {"sessions": "id", "log": "session", "pointers": "session"}
+    with closing(sqlite3.connect(path)) as database:
+        return {path.name for path in path.with_name(path.name + ".states").glob(f"{session}-*")} | {
+            table
+            for table, column in columns.items()
+            if database.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (session,)).fetchone()
+        }
+
+
+def listed(http: httpx.Client, limit: int) -> list[str]:
+    """All sessions that are listed, page by page."""
+    found: list[str] = []
+    while True:
+        path = f"/v1/sessions?limit={limit}" + (f"&after={found[-1]}" if found else "")
+        page = http.get(path).raise_for_status().json()
+        found += [session["id"] for session in page["data"]]
+        if not page["has_more"]:
+            return found
+        assert len(page["data"]) == limit
 
 
 def with_accepted(world: World) -> str:
@@ -188,6 +218,40 @@ def test_a_record_that_cannot_be_read_keeps_no_other_accepted_document_waiting(w
         world.recover()
         await_version(world, broken, 2)
     assert "Traceback" not in said
+
+
+def test_a_session_whose_record_cannot_be_read_is_left_out_of_lists_and_can_be_deleted(
+    world: World, table: Table
+) -> None:
+    world.recover()
+    http = world.server.http
+    oldest = with_first(http)
+    torn, not_text, lacking = (with_first(http) for _ in range(3))
+    fork = str(http.post(f"/v1/sessions/{torn}/fork").raise_for_status().json()["id"])
+    newest = with_first(http)
+    whole = [name for name in listed(http, 100) if name not in {torn, not_text, lacking}]
+    assert {oldest, fork, newest} <= set(whole)
+    answers = [ask(http, session).json()["text"] for session in (oldest, fork, newest)]
+    for session, record in ((torn, b'{"id":"ses'), (not_text, b"\xff\xfe{"), (lacking, b'{"format":2}')):
+        replace_record(world, session, record)
+    with table.attempt(world.kind, "record torn", "it is listed and deleted"):
+        already = len(world.server.log)
+        assert [listed(http, limit) for limit in (1, 2, 100)] == [whole] * 3
+        assert http.get("/v1/sessions", params={"after": torn, "limit": 1}).json()["data"][0]["id"] == oldest
+        for session in (torn, not_text, lacking):
+            path = f"/v1/sessions/{session}"
+            for response in (http.get(path), ask(http, session), http.delete(path, headers={"If-Match": '"1"'})):
+                assert code(response) == (500, "state_corrupted")
+            assert http.delete(path).status_code == 204
+            assert code(http.delete(path)) == code(http.get(path)) == (404, "session_not_found")
+        assert "Traceback" not in world.server.log[already:]
+        assert f"session {torn} is left out of a list: " in world.server.log[already:]
+        if [ask(http, session).json()["text"] for session in (oldest, fork, newest)] != answers:
+            raise LostError("another session is not what it was")
+        assert learn(http, fork, SECOND).json()["version"] == 2
+        assert traces(world, oldest)
+        assert not (traces(world, not_text) | traces(world, lacking))
+        assert listed(http, 100) == whole
 
 
 def forged(state: bytes, fingerprint: str, **parts: torch.Tensor) -> bytes:

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from support.redis_server import RedisServer
-from titans_server.errors import StateCorrupted, StoreUnavailable
+from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.redis import RedisStore
-from titans_server.sessions.store import Commit
+from titans_server.sessions.store import Commit, Usage
 
 STATE = os.urandom(1 << 20)
 
@@ -133,6 +133,33 @@ async def test_an_altered_record_is_refused(server: RedisServer, store: RedisSto
     server.command("HSET", f"titans:{{{record.id}}}:session", "record", "{}")
     with pytest.raises(StateCorrupted):
         await store.get(record.id)
+
+
+async def test_a_session_that_cannot_be_read_takes_with_it_what_is_its_alone(
+    server: RedisServer, store: RedisStore, record: SessionRecord
+) -> None:
+    other = await made(store, owner="other")
+    child, lonely = [await made(store, owner="own", versions=record.versions) for _ in range(2)]
+    commit = await with_snapshot(store, lonely, b"own")
+    await store.commit(commit)
+    for session in (child, lonely):
+        server.command("HSET", f"titans:{{{session.id}}}:session", "record", b"\xff{torn")
+        assert session.id not in [x.id for x in await store.list("own", 10)]
+        await store.delete(session.id)
+        with pytest.raises(SessionNotFound):
+            await store.delete(session.id)
+        assert not await store.is_listed(session.id, "own")
+        assert not server.command("KEYS", f"titans:{{{session.id}}}:*")
+    assert await store.usage("own") == Usage(0, 0)
+    assert [await store.get(x.id) for x in (other, record)] == [other, record]
+    assert await snapshot_of(store, record) == STATE
+
+    (uses,) = server.command("KEYS", f"titans:{{{record.id}}}:uses:*")
+    await store.delete(record.id)
+    assert await snapshot_of(store, record) == STATE, "the child may have pointed at it"
+    server.command("HSET", uses, child.id, "0")  # for longer than an hour
+    await store.sweep()
+    assert await snapshot_of(store, record) is None
 
 
 async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_due_or_swept(

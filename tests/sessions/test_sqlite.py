@@ -86,6 +86,10 @@ async def test_a_record_that_cannot_be_read_is_refused_and_its_accepted_document
     with pytest.raises(StateCorrupted):
         await store.get(record.id)
     assert await store.due() == [record.id]
+    assert list(await store.list("", 10)) == []
+    await store.delete(record.id)
+    assert await store.due() == []
+    assert not blobs(path)
 
 
 CRASH = """

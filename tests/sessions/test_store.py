@@ -229,6 +229,15 @@ async def test_owners_see_their_own_newest_first_page_by_page(store: SessionStor
         await store.list(owner, 10, stranger.id)
 
 
+async def test_a_session_is_listed_as_its_owners_alone(store: SessionStore) -> None:
+    record = await made(store, owner=f"owner {os.urandom(4).hex()}")
+    assert await store.is_listed(record.id, record.owner)
+    assert not await store.is_listed(record.id, "")
+    assert not await store.is_listed(a_session().id, record.owner)
+    await store.delete(record.id)
+    assert not await store.is_listed(record.id, record.owner)
+
+
 async def test_usage_counts_sessions_and_what_they_take(store: SessionStore) -> None:
     owner = f"owner {os.urandom(4).hex()}"
     assert await store.usage(owner) == Usage(0, 0)

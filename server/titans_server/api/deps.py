@@ -10,7 +10,7 @@ from fastapi import Depends, Header, Request
 from titans_server.api.documents import DocumentReader
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
-from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded
+from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
 from titans_server.sessions.record import not_found
@@ -63,6 +63,17 @@ async def own_session(session_id: str, caller: From, service: Service) -> str:
     return session_id
 
 
+async def own_session_to_delete(session_id: str, caller: From, service: Service) -> str:
+    """`own_session`, and where its record cannot be read, whose it is by the store's list."""
+    try:
+        return await own_session(session_id, caller, service)
+    except StateCorrupted as error:
+        if not await service.is_listed(session_id, caller.owner):
+            raise not_found(session_id) from error
+        request_info.about_session(session_id)
+        return session_id
+
+
 async def room(caller: From, service: Service) -> None:
     """Raises QuotaExceeded where the caller's sessions may take no more bytes."""
     await _check_room(caller, service, num_new=0)
@@ -87,6 +98,7 @@ async def _check_room(caller: Caller, service: SessionService, num_new: int) -> 
 Room = Depends(room)  # of every route that has a session learn
 RoomForAnother = Depends(room_for_another)  # of every route that makes one
 OwnSession = Annotated[str, Depends(own_session)]  # what every route takes that has {session_id} in its path
+OwnSessionToDelete = Annotated[str, Depends(own_session_to_delete)]  # but for those that delete it
 
 
 class Replying:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, RoomForAnother, Service, room
+from titans_server.api.deps import Context, From, OwnSession, OwnSessionToDelete, Reply, RoomForAnother, Service, room
 from titans_server.api.preconditions import IfMatch, show
 from titans_server.api.schemas import Completion, CreateCompletion, CreateSession, Session, SessionList
 from titans_server.errors import InvalidRequest
@@ -42,7 +42,7 @@ async def get_session(session_id: OwnSession, service: Service, response: Respon
 
 
 @router.delete(SESSION, status_code=204)
-async def delete_session(session_id: OwnSession, service: Service, if_match: IfMatch) -> None:
+async def delete_session(session_id: OwnSessionToDelete, service: Service, if_match: IfMatch) -> None:
     """Forget a session and its states."""
     await service.delete(session_id, if_match)
 

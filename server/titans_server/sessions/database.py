@@ -1,15 +1,19 @@
 """The blocking half of the SQLite store: one connection, used by one thread."""
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 
-from titans_server.errors import StoreUnavailable, VersionConflict
+from titans_server.errors import StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions.blobs import BlobFolder
 from titans_server.sessions.record import SessionRecord, from_format_1, not_found, taken
 from titans_server.sessions.store import Commit, Usage
+
+_log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 2
 _SCHEMA = """
@@ -114,14 +118,21 @@ class Database:
     def delete(self, session_id: str) -> None:
         """See SessionStore."""
         with self._transaction():
-            self.get(session_id)
+            query = "SELECT 1 FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
+            if not self._db.execute(query, (session_id, time.time())).fetchone():
+                raise not_found(session_id)
             unused = self._delete(session_id)
         self._remove(unused)
 
+    def is_listed(self, session_id: str, owner: str) -> bool:
+        """See SessionStore."""
+        query = "SELECT 1 FROM sessions WHERE id = ? AND owner = ? AND ifnull(expires_at > ?, 1)"
+        return self._db.execute(query, (session_id, owner, time.time())).fetchone() is not None
+
     def list(self, owner: str, limit: int, after: str | None) -> Sequence[SessionRecord]:
         """See SessionStore."""
-        query = f"SELECT {_RECORD} FROM sessions WHERE owner = ? AND ifnull(expires_at > ?, 1)"
-        values: list[str | float | int] = [owner, time.time()]
+        query = f"SELECT id, {_RECORD} FROM sessions WHERE owner = ? AND ifnull(expires_at > ?, 1)"
+        values: list[str | float] = [owner, time.time()]
         if after is not None:
             place = "SELECT created_at, id FROM sessions WHERE id = ? AND owner = ?"
             row = self._db.execute(place, (after, owner)).fetchone()
@@ -129,8 +140,8 @@ class Database:
                 raise not_found(after)
             query += " AND (created_at, id) < (?, ?)"
             values += row
-        rows = self._db.execute(query + " ORDER BY created_at DESC, id DESC LIMIT ?", (*values, limit))
-        return [SessionRecord.from_json(text) for (text,) in rows]
+        with closing(self._db.execute(query + " ORDER BY created_at DESC, id DESC", values)) as rows:
+            return list(islice(_readable(rows), limit))
 
     def usage(self, owner: str) -> Usage:
         """See SessionStore."""
@@ -238,6 +249,15 @@ class Database:
         finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+
+
+def _readable(rows: Iterable[tuple[str, bytes]]) -> Iterator[SessionRecord]:
+    """The records of rows of id and record, one by one, but for those that cannot be read."""
+    for session_id, text in rows:
+        try:
+            yield SessionRecord.from_json(text)
+        except StateCorrupted as error:
+            _log.warning("session %s is left out of a list: %s", session_id, error.message)
 
 
 def _fields(record: SessionRecord) -> tuple[int, str, float | None, float | None, int, str]:

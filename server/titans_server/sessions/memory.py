@@ -73,6 +73,10 @@ class MemoryStore:
         """Forget a session."""
         self._remove(self._find(session_id).record)
 
+    async def is_listed(self, session_id: str, owner: str) -> bool:
+        """Whether a session is the owner's."""
+        return any(record.id == session_id for record in self._of(owner))
+
     async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first."""
         records = sorted(self._of(owner), key=lambda record: (record.created_at, record.id), reverse=True)

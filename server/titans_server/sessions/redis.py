@@ -1,6 +1,7 @@
 """Sessions in Redis, shared by any number of servers. As durable as that Redis: see `redis_client.check`."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
@@ -20,11 +21,15 @@ from titans_server.sessions.redis_layout import (
     owner_keys,
     record_fields,
     session_keys,
+    sizes_key,
+    used_blob,
 )
 from titans_server.sessions.store import Commit, Usage
 from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
 _REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
@@ -84,6 +89,10 @@ class RedisStore:
     async def delete(self, session_id: str) -> None:
         """Forget a session and all that is its alone."""
         await self._run(self._delete(session_id))
+
+    async def is_listed(self, session_id: str, owner: str) -> bool:
+        """Whether a session is the owner's, by the index."""
+        return await self._run(self._client.zscore(owner_keys(owner)[0], session_id)) is not None
 
     async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first."""
@@ -171,14 +180,26 @@ class RedisStore:
         return name
 
     async def _delete(self, session_id: str) -> None:
-        record = await self._get(session_id)
+        try:
+            record = await self._get(session_id)
+        except StateCorrupted:
+            return await self._remove_unreadable(session_id)
         await self._remove(record)
 
     async def _remove(self, record: SessionRecord) -> None:
         if not await self._client.delete(*session_keys(record.id)):
             raise not_found(record.id)
         await self._unuse(record.id, record.snapshots())
-        await self._unindex(record.owner, record.id)
+        await self._unindex(record.id, owner_keys(record.owner)[0])
+
+    async def _remove_unreadable(self, session_id: str) -> None:
+        """What the record would have named is looked for. A blob that another session wrote is left to the sweep."""
+        if not await self._client.delete(*session_keys(session_id)):
+            raise not_found(session_id)
+        async for key in self._client.scan_iter(match=f"titans:{{{session_id}}}:uses:*", count=1000):
+            await self._unuse(session_id, [used_blob(key.decode())])
+        async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
+            await self._unindex(session_id, key.decode())
 
     async def _unuse(self, session_id: str, names: Iterable[str]) -> None:
         for name in names:
@@ -193,11 +214,10 @@ class RedisStore:
                 pipe.zadd(EXPIRES, {record.id: record.expires_at})
             await pipe.execute()
 
-    async def _unindex(self, owner: str, session_id: str) -> None:
-        sessions, sizes = owner_keys(owner)
+    async def _unindex(self, session_id: str, sessions: str) -> None:
         async with self._client.pipeline(transaction=False) as pipe:
             pipe.zrem(sessions, session_id)
-            pipe.hdel(sizes, session_id)
+            pipe.hdel(sizes_key(sessions), session_id)
             pipe.zrem(DUE, session_id)
             pipe.zrem(EXPIRES, session_id)
             await pipe.execute()
@@ -212,7 +232,7 @@ class RedisStore:
             start = rank + 1
         while len(records) < limit:
             names = await self._client.zrevrange(key, start, start + limit - 1)
-            found = await asyncio.gather(*(self._find(name.decode()) for name in names))
+            found = await asyncio.gather(*(self._find_readable(name.decode()) for name in names))
             records |= {record.id: record for record in found if record is not None}
             start += limit
             if len(names) < limit:
@@ -223,6 +243,13 @@ class RedisStore:
         try:
             return await self._get(session_id)
         except SessionNotFound:
+            return None
+
+    async def _find_readable(self, session_id: str) -> SessionRecord | None:
+        try:
+            return await self._find(session_id)
+        except StateCorrupted as error:
+            _log.warning("session %s is left out of a list: %s", session_id, error.message)
             return None
 
     async def _due(self) -> Sequence[str]:
@@ -258,8 +285,7 @@ class RedisStore:
 
     async def _sweep_blob(self, uses: str, now: float) -> None:
         """Take away what a crash left: a use by a session that does not point at the blob."""
-        tag, _, rest = uses.removeprefix("titans:{").partition("}:uses:")
-        name = f"{tag}/{rest}"
+        name = used_blob(uses)
         for session_id, since in (await self._client.hgetall(uses)).items():
             if float(since) < now - _ORPHAN_SECONDS:
                 try:
@@ -273,4 +299,4 @@ class RedisStore:
         for name in await self._client.zrangebyscore(key, 0, now - _ORPHAN_SECONDS):
             if not await self._client.exists(session_keys(name.decode())[0]):
                 await self._client.zrem(key, name)
-                await self._client.hdel(key.decode().removesuffix("sessions") + "bytes", name)
+                await self._client.hdel(sizes_key(key.decode()), name)

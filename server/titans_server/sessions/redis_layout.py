@@ -71,7 +71,19 @@ def blob_keys(name: str) -> tuple[str, str]:
     return f"titans:{{{session_id}}}:blob:{own}", f"titans:{{{session_id}}}:uses:{own}"
 
 
+def used_blob(uses: str) -> str:
+    """The name of the blob whose uses stand under this key."""
+    session_id, _, own = uses.removeprefix("titans:{").partition("}:uses:")
+    return f"{session_id}/{own}"
+
+
 def owner_keys(owner: str) -> tuple[str, str]:
     """Of an owner's sessions and their bytes."""
     tag = "{owner:" + hashlib.sha256(owner.encode()).hexdigest()[:32] + "}"
-    return f"titans:{tag}:sessions", f"titans:{tag}:bytes"
+    sessions = f"titans:{tag}:sessions"
+    return sessions, sizes_key(sessions)
+
+
+def sizes_key(sessions: str) -> str:
+    """Of the bytes of the owner's sessions that stand under this key."""
+    return sessions.removesuffix("sessions") + "bytes"

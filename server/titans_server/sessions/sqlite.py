@@ -69,6 +69,10 @@ class SqliteStore:
         """Forget a session and all that is its alone."""
         await self._run(self._database.delete, session_id)
 
+    async def is_listed(self, session_id: str, owner: str) -> bool:
+        """Whether a session is the owner's, by the row that holds its record."""
+        return await self._run(self._database.is_listed, session_id, owner)
+
     async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first."""
         return await self._run(self._database.list, owner, limit, after)

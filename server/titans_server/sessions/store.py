@@ -79,11 +79,15 @@ class SessionStore(Protocol):
         """A blob; None where it is not there."""
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session and all that is its alone. Raises SessionNotFound."""
+        """Forget a session and all that is its alone, also one that is unreadable. Raises SessionNotFound."""
+
+    async def is_listed(self, session_id: str, owner: str) -> bool:
+        """Whether a session is the owner's, by what the store knows beside the record."""
 
     async def list(self, owner: str, limit: int, after: str | None = None) -> Sequence[SessionRecord]:
         """An owner's sessions, newest first: at most `limit` that come after the session `after`.
 
+        One that is unreadable is left out, which is logged; `after` may name it.
         Raises SessionNotFound where `after` is none of the owner's.
         """
 

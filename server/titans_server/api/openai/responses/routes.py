@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from fastapi import APIRouter
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, Room, RoomForAnother, Service
+from titans_server.api.deps import Context, From, OwnSession, OwnSessionToDelete, Reply, Room, RoomForAnother, Service
 from titans_server.api.openai.answers import prepare
 from titans_server.api.openai.convert import Json
 from titans_server.api.openai.responses.convert import ResponseForm, ResponseFraming, conversation_object, item_list
@@ -52,7 +52,7 @@ async def get_conversation(session_id: OwnSession, service: Service) -> Json:
 
 
 @router.delete(CONVERSATION)
-async def delete_conversation(session_id: OwnSession, service: Service) -> Json:
+async def delete_conversation(session_id: OwnSessionToDelete, service: Service) -> Json:
     """Forget a conversation."""
     await service.delete(session_id)
     return {"id": session_id, "object": "conversation.deleted", "deleted": True}
