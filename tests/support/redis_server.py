@@ -142,10 +142,10 @@ class Failover:
         for server in self._servers:
             server.start()
         master, replica = self._servers
-        self._follow(replica, master)
+        _wait_for(lambda: self._follows(replica, master))
         lines = (
             f"monitor titans 127.0.0.1 {master.port} 1",
-            "down-after-milliseconds titans 1000",
+            "down-after-milliseconds titans 2000",
             "failover-timeout titans 3000",
         )
         self._config.write_text("".join(f"sentinel {line}\n" for line in lines))
@@ -167,15 +167,20 @@ class Failover:
         master.kill()
         _wait_for(lambda: int(self._master_says(b"port")) == replica.port and replica.command("ROLE")[0] == b"master")
         master.start()
-        self._follow(master, replica)
+        _wait_for(lambda: self._follows(*reversed(self._roles())))  # a machine that is busy may see it promoted back
 
     def _roles(self) -> list[RedisServer]:
         port = int(self._master_says(b"port"))
         return sorted(self._servers, key=lambda server: server.port != port)
 
-    def _follow(self, replica: RedisServer, master: RedisServer) -> None:
+    @staticmethod
+    def _follows(replica: RedisServer, master: RedisServer) -> bool:
+        """Whether it does by now; told to where it does not."""
+        kind, *rest = replica.command("ROLE")
+        if kind == b"slave" and rest[1] == master.port:
+            return bool(rest[2] == b"connected")
         replica.command("REPLICAOF", "127.0.0.1", master.port)
-        _wait_for(lambda: replica.command("ROLE")[3] == b"connected")
+        return False
 
     def _master_says(self, field: bytes) -> bytes:
         said = self._sentinel.command("SENTINEL", "MASTER", "titans")
