@@ -38,7 +38,15 @@ def session(run: Run) -> str:
 
 
 @pytest.fixture
-def process(contract: Any, session: str) -> Iterator[subprocess.Popen[bytes]]:
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell has what it runs in the background ignore it, and what is ignored is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def process(contract: Any, session: str, _ctrl_c_is_heard: None) -> Iterator[subprocess.Popen[bytes]]:
     """`titans ask` in a process of its own, in the midst of an answer that does not end."""
     contract.endless = True
     command = [sys.executable, "-m", "titans_client.cli", "--url", contract.url, "ask", session, "Why?"]
