@@ -176,9 +176,14 @@ async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_du
 
     for record in (broken, whole):
         server.command("ZADD", "titans:expires", 1, record.id)
-    expired = await made(store, ttl_seconds=1)
+    expired, expired_and_broken = [await made(store, ttl_seconds=1) for _ in range(2)]
+    server.command("HSET", f"titans:{{{expired_and_broken.id}}}:session", "record", "{")
+    with pytest.raises(SessionNotFound):
+        await store.get(expired_and_broken.id)
     await store.sweep()
-    assert server.command("KEYS", f"titans:{{{expired.id}}}:*") == []
+    for session in (expired, expired_and_broken):
+        assert server.command("KEYS", f"titans:{{{session.id}}}:*") == []
+    assert await store.usage("") == Usage(2, 0)
     server.command("HSET", key, "record", text)
     assert (await store.get(broken.id)).drafts == (draft,)
 

@@ -92,7 +92,7 @@ class Database:
         row = self._db.execute(query, (session_id, time.time())).fetchone()
         if row is None:
             raise not_found(session_id)
-        return SessionRecord.from_json(row[0])
+        return SessionRecord.from_json(row[0], session_id)
 
     def commit(self, commit: Commit) -> None:
         """See SessionStore."""
@@ -255,7 +255,7 @@ def _readable(rows: Iterable[tuple[str, bytes]]) -> Iterator[SessionRecord]:
     """The records of rows of id and record, one by one, but for those that cannot be read."""
     for session_id, text in rows:
         try:
-            yield SessionRecord.from_json(text)
+            yield SessionRecord.from_json(text, session_id)
         except StateCorrupted as error:
             _log.warning("session %s is left out of a list: %s", session_id, error.message)
 

@@ -186,8 +186,8 @@ class SessionRecord:
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "SessionRecord":
-        """The inverse of `to_json`. Raises StateCorrupted where the text is nothing that it wrote."""
+    def from_json(cls, text: str | bytes, session_id: str) -> "SessionRecord":
+        """The inverse of `to_json`. Raises StateCorrupted where the text is nothing that it wrote for this session."""
         try:
             fields = json.loads(text)
             found = fields.pop("format", 1)
@@ -200,6 +200,8 @@ class SessionRecord:
             record = cls(**fields)
             if not record.versions:
                 raise ValueError("no version")
+            if record.id != session_id:
+                raise ValueError("another session's")
             return record
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StateCorrupted("the store holds a session record that cannot be read") from error

@@ -135,17 +135,19 @@ class RedisStore:
         await self._index(record)
         entries = [x for entry in commit.append.items() for x in entry]
         kept = await self._write(CREATE, *session_keys(record.id), *record_fields(record), *entries)
-        if SessionRecord.from_json(kept) != record:
+        if SessionRecord.from_json(kept, record.id) != record:
             raise taken(record.id)
 
     async def _get(self, session_id: str) -> SessionRecord:
-        text = await self._client.hget(session_keys(session_id)[0], "record")
-        if text is None:
+        text, expires_at = await self._read(session_id)
+        if text is None or expires_at <= time.time():
             raise not_found(session_id)
-        record = SessionRecord.from_json(text)
-        if record.is_expired(time.time()):
-            raise not_found(session_id)
-        return record
+        return SessionRecord.from_json(text, session_id)
+
+    async def _read(self, session_id: str) -> tuple[bytes | None, float]:
+        """The text of the record, which a script wrote together with when the session is gone."""
+        text, expires_at = await self._client.hmget(session_keys(session_id)[0], ["record", "expires_at"])
+        return text, float(expires_at or "inf")
 
     async def _commit(self, commit: Commit) -> None:
         record = commit.record
@@ -269,19 +271,21 @@ class RedisStore:
     async def _sweep(self) -> None:
         now = time.time()
         for name in await self._client.zrangebyscore(EXPIRES, 0, now):
-            text = await self._client.hget(session_keys(name.decode())[0], "record")
-            try:
-                record = SessionRecord.from_json(text) if text else None
-            except StateCorrupted:
-                continue  # it is left as it is
-            if record is None or record.expires_at is None:
-                await self._client.zrem(EXPIRES, name)
-            elif record.is_expired(now):
-                await self._remove(record)
+            await self._sweep_session(name.decode(), now)
         async for key in self._client.scan_iter(match="titans:*:uses:*", count=1000):
             await self._sweep_blob(key.decode(), now)
         async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
             await self._sweep_index(key, now)
+
+    async def _sweep_session(self, session_id: str, now: float) -> None:
+        text, expires_at = await self._read(session_id)
+        if text is None:
+            await self._client.zrem(EXPIRES, session_id)
+        elif expires_at <= now:
+            try:
+                await self._remove(SessionRecord.from_json(text, session_id))
+            except StateCorrupted:
+                await self._remove_unreadable(session_id)
 
     async def _sweep_blob(self, uses: str, now: float) -> None:
         """Take away what a crash left: a use by a session that does not point at the blob."""
