@@ -1,10 +1,11 @@
 """A model's large matrices laid out for the processor that multiplies with them: the same products in less time.
 
-At batch 1 every token reads every weight once, so bytes are time. Two layouts, kept side by side:
+At batch 1 every token reads every weight once, so bytes are time. Weights on a grid (a GGUF's four or eight bits) are
+kept as their codes, and the project's own kernels (`titans.native`) multiply with these, however many rows there are.
+Where there are no kernels, or no grid, there are two layouts side by side:
 
     many rows   bfloat16, in the order in which oneDNN's kernels read them
-    few rows    the codes that the weights are where they are on a grid (a GGUF's four or eight bits), else bfloat16, as
-                the project's own kernels read them (`titans.native`); where there are none, four bits as torch's do
+    few rows    bfloat16 as our kernels read them; where there are none, four bits as torch's do
 
 Where there are kernels, whole runs of layers are one call for them, and no product is made by itself but the head's.
 
@@ -24,25 +25,26 @@ from titans.native.build import library
 from titans.native.matrix import NativeMatrix, Team
 from titans.native.walk import walks_of
 
-_FEW = {4: 8, 8: 4, 16: 2}  # rows by bits a weight: with more, oneDNN is faster (measured)
-_FEW_OF_TORCH = 5
+_FEW, _FEW_OF_TORCH = 2, 5  # rows: with more, oneDNN is faster (measured)
 
 
 class PackedLinear(nn.Module):
     """A linear layer without bias, for inference alone: it has no parameters, and stays where it is."""
 
     def __init__(self, weight_NK: Tensor, team: Team | None = None) -> None:
-        """`weight_NK`: float32. Few rows are the team's."""
+        """`weight_NK`: float32."""
         super().__init__()
         self.num_outputs, self.num_inputs = weight_NK.shape
-        self._many = torch.ops.mkldnn._reorder_linear_weight(weight_NK.bfloat16(), None)
         self.native = NativeMatrix.pack(weight_NK, team) if team else None
         self._four_bits = None if self.native else FourBits.pack(weight_NK)
-        self.few = _FEW[self.native.kind] if self.native else _FEW_OF_TORCH if self._four_bits else 0
+        self._few = _FEW if self.native else _FEW_OF_TORCH if self._four_bits else 0
+        self._many: Tensor | None = None  # of codes the kernels take any number of rows
+        if not (self.native and self.native.has_codes):
+            self._many = torch.ops.mkldnn._reorder_linear_weight(weight_NK.bfloat16(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], bfloat16."""
-        if x.numel() > self.few * self.num_inputs:
+        if self._many is not None and x.numel() > self._few * self.num_inputs:
             many: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._many, None, "none", [], "")
             return many
         return self.native(x) if self.native else self._by_torch(x)

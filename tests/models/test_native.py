@@ -1,5 +1,6 @@
 """The project's own kernels against torch: the same numbers, however many rows and threads there are."""
 
+import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,26 @@ def test_products_are_exact_but_for_their_own_rounding(bits: int, num_outputs: i
         assert (y[:, 0] - expected[:rows]).norm() < 0.0025 * expected[:rows].norm()
         alone = torch.stack([matrix(row) for row in x[:rows]])
         assert torch.equal(y[:, 0], alone), "a row's product depends on that row alone"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_products_of_what_is_large_small_zero_or_no_number(bits: int) -> None:
+    weight = weight_of(bits, 32, 96)
+    matrix = NativeMatrix.pack(weight, Team(1))
+    assert matrix is not None
+    x = torch.randn(8, 96).bfloat16()
+    x[0, 7] = 1000.0  # one input far above all others
+    x[1] *= 1e30
+    x[2] *= 1e-30
+    x[3] = 0.0
+    for row, value in ((4, math.inf), (5, -math.inf), (6, math.nan)):
+        x[row, 40] = value
+    x[7] = 3.0
+    y, expected = matrix(x), F.linear(x.double(), weight.double())
+    for row in (0, 1, 2, 7):
+        assert (y[row] - expected[row]).norm() < 0.0025 * expected[row].norm()
+    assert torch.equal(y[3], torch.zeros(32).bfloat16())
+    assert not y[4:7].isfinite().any(), "it is not hidden"
 
 
 def test_weights_off_the_grid_are_not_put_on_one() -> None:

@@ -14,7 +14,7 @@ import torch
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_SETS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512bf16".split()
+_SETS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16".split()
 _FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-m{x}" for x in _SETS)]
 _COMPILERS = "c++", "g++", "clang++"
 _SECONDS = 300

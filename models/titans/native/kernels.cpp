@@ -1,12 +1,16 @@
 // What one token costs in arithmetic, without what it costs to call an operation: products of a few rows with large
-// matrices, and whole runs of a body's layers. For x86-64 processors that multiply bfloat16 (AVX-512 BF16).
+// matrices, and whole runs of a body's layers. For x86-64 processors that multiply bfloat16 (AVX-512 BF16, VNNI).
 //
 // Weights lie in blocks of 16 outputs, and in a block in groups of 32 inputs, so that a product reads them from the
 // first byte to the last. Three kinds:
 //
 //     FOUR     256 bytes of codes, then 16 steps and 16 lowest levels in half precision: w = code * step + lowest
-//     EIGHT    512 bytes, an int8 code each, input by input, then 16 steps in float32: w = code * step
+//     EIGHT    512 bytes of codes, then 16 steps in float32: w = (code - 128) * step
 //     SIXTEEN  1024 bytes: pairs of inputs in bfloat16
+//
+// Codes meet inputs in fixed point, 16 bits with one scale a row: two bytes, each of which is multiplied with four codes
+// at once (VNNI). A group's sum is exact. In a row's norm that is nearer to it than bfloat16 can be, by five times at
+// least.
 //
 // A product's rows, and a session's tokens, are computed each as it would be alone: how many there are changes no bit.
 //
@@ -24,6 +28,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -33,6 +38,7 @@ namespace {
 constexpr int BLOCK = 16;
 constexpr int GROUP = 32;
 constexpr int SPINS = 4'000;
+constexpr float LARGEST = 127 * 256;  // of what has a high and a low byte
 
 enum Kind : int64_t { FOUR = 4, EIGHT = 8, SIXTEEN = 16 };
 
@@ -165,77 +171,107 @@ __m512 exponential(__m512 x) {  // e^x within 2e-7: 2^n 2^f, |f| <= 1/2
 
 // ---- products
 
-struct Inputs {  // rows of a product: as they are, in bfloat16 pairs, and their sums group by group
-    std::vector<float> exact;
-    std::vector<uint16_t> rounded;
-    std::vector<float> sums;
+struct Inputs {  // rows of a product, as matrices of codes take them, of bfloat16, or both
+    bool codes = false, pairs = false;
+    std::vector<int8_t> high, low;    // [R, K]: x = (256 high + low) * scale
+    std::vector<float> scales;        // [R]
+    std::vector<int32_t> sums;        // [R, K / 32], of 256 high + low
+    std::vector<uint16_t> rounded;    // [R, K] bfloat16
 
     void resize(int64_t rows, int64_t most_inputs) {
-        exact.resize(rows * most_inputs);
-        rounded.resize(rows * most_inputs);
-        sums.resize(rows * (most_inputs / GROUP));
+        high.resize(codes ? rows * most_inputs : 0);
+        low.resize(high.size());
+        scales.resize(codes ? rows : 0);
+        sums.resize(high.size() / GROUP);
+        rounded.resize(pairs ? rows * most_inputs : 0);
     }
 
-    void round(int64_t row, int64_t num_inputs) {
-        const float *x = exact.data() + row * num_inputs;
-        uint16_t *r = rounded.data() + row * num_inputs;
-        float *sum = sums.data() + row * (num_inputs / GROUP);
-        for (int64_t k = 0; k < num_inputs; k += GROUP) {
-            narrow(_mm512_loadu_ps(x + k), r + k);
-            narrow(_mm512_loadu_ps(x + k + 16), r + k + 16);
-            sum[k / GROUP] = _mm512_reduce_add_ps(_mm512_add_ps(widen(r + k), widen(r + k + 16)));
+    void take(int64_t row, const float *x, int64_t num_inputs) {
+        if (codes) fix(row, x, num_inputs);
+        if (pairs)
+            for (int64_t k = 0; k < num_inputs; k += 16)
+                narrow(_mm512_loadu_ps(x + k), rounded.data() + row * num_inputs + k);
+    }
+
+  private:
+    void fix(int64_t row, const float *x, int64_t num_inputs) {
+        __m512 most = _mm512_setzero_ps();
+        __mmask16 no_numbers = 0;
+        for (int64_t k = 0; k < num_inputs; k += 16) {
+            const __m512 y = _mm512_loadu_ps(x + k);
+            most = _mm512_max_ps(most, _mm512_abs_ps(y));
+            no_numbers |= _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
         }
+        const float largest = _mm512_reduce_max_ps(most);
+        const bool finite = !no_numbers && largest <= std::numeric_limits<float>::max();
+        const __m512 by = _mm512_set1_ps(finite && largest > 0 ? LARGEST / largest : 0.0f);
+        scales[row] = finite ? largest / LARGEST : std::numeric_limits<float>::quiet_NaN();
+        const auto half_group = [&](int64_t k) {
+            const __m512i all = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), by));
+            const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(all, _mm512_set1_epi32(128)), 8);
+            const __m512i lower = _mm512_sub_epi32(all, _mm512_slli_epi32(upper, 8));
+            const int64_t at = row * num_inputs + k;
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(high.data() + at), _mm512_cvtepi32_epi8(upper));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(low.data() + at), _mm512_cvtepi32_epi8(lower));
+            return all;
+        };
+        for (int64_t k = 0; k < num_inputs; k += GROUP)
+            sums[(row * num_inputs + k) / GROUP] =
+                _mm512_reduce_add_epi32(_mm512_add_epi32(half_group(k), half_group(k + 16)));
     }
 };
 
-__m512i broadcast_pair(const uint16_t *x) {
-    int pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return _mm512_set1_epi32(pair);
+template <class T> __m512i broadcast(const T *x) {  // four bytes
+    int word;
+    std::memcpy(&word, x, sizeof word);
+    return _mm512_set1_epi32(word);
 }
 
-// bfloat16 of 0 to 15, twice: the permutation looks at five bits, of which the fifth belongs to the next code
-__m512i levels() {
-    alignas(64) static const uint16_t table[32] = {
-        0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0,
-        0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
-    return _mm512_load_si512(table);
-}
+// Of R rows and B blocks, what one group adds: four codes of each output at a time with four inputs of each row.
+template <int R, int B> struct Sums {
+    __m512i high[R][B], low[R][B];
+
+    Sums() {
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) high[r][b] = low[r][b] = _mm512_setzero_si512();
+    }
+
+    void add(const __m512i (&codes)[B], const Inputs &x, int64_t at, int64_t num_inputs) {
+        for (int r = 0; r < R; ++r) {
+            const __m512i upper = broadcast(x.high.data() + r * num_inputs + at);
+            const __m512i lower = broadcast(x.low.data() + r * num_inputs + at);
+            for (int b = 0; b < B; ++b) {
+                high[r][b] = _mm512_dpbusd_epi32(high[r][b], codes[b], upper);
+                low[r][b] = _mm512_dpbusd_epi32(low[r][b], codes[b], lower);
+            }
+        }
+    }
+
+    __m512i whole(int r, int b) const { return _mm512_add_epi32(_mm512_slli_epi32(high[r][b], 8), low[r][b]); }
+};
 
 template <int R, int B>
 void four(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
-    const __m512i table = levels();
+    const __m512i nibble = _mm512_set1_epi8(15);
     const int64_t num_groups = m.num_inputs / GROUP;
     for (int64_t g = 0; g < num_groups; ++g) {
-        __m512 odd[R][B], even[R][B];
-        for (int r = 0; r < R; ++r)
-            for (int b = 0; b < B; ++b) odd[r][b] = even[r][b] = _mm512_setzero_ps();
+        Sums<R, B> sums;
         const uint8_t *at[B];
         for (int b = 0; b < B; ++b) at[b] = m.block(block + b) + g * 320;
-        for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
             __m512i codes[B];
-            for (int b = 0; b < B; ++b) codes[b] = _mm512_loadu_si512(at[b] + 64 * i);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                __m512bh w[B];
-                for (int b = 0; b < B; ++b)
-                    w[b] = pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[b], 4 * j), table));
-                for (int r = 0; r < R; ++r) {
-                    const uint16_t *pair = x.rounded.data() + (row + r) * m.num_inputs + g * GROUP + 8 * i + 2 * j;
-                    const __m512bh v = pairs(broadcast_pair(pair));
-                    for (int b = 0; b < B; ++b) {
-                        __m512 &sum = j % 2 ? odd[r][b] : even[r][b];
-                        sum = _mm512_dpbf16_ps(sum, w[b], v);
-                    }
-                }
+            for (int b = 0; b < B; ++b) {
+                const __m512i both = _mm512_loadu_si512(at[b] + 64 * (i / 2));
+                codes[b] = _mm512_and_si512(i % 2 ? _mm512_srli_epi16(both, 4) : both, nibble);
             }
+            sums.add(codes, x, row * m.num_inputs + g * GROUP + 4 * i, m.num_inputs);
         }
         for (int b = 0; b < B; ++b) {
             const __m512 step = half(at[b] + 256), lowest = half(at[b] + 288);
             for (int r = 0; r < R; ++r) {
-                const __m512 sum = _mm512_set1_ps(x.sums[(row + r) * num_groups + g]);
-                total[r][b] = _mm512_fmadd_ps(_mm512_add_ps(odd[r][b], even[r][b]), step, total[r][b]);
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(x.sums[(row + r) * num_groups + g]));
+                total[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.whole(r, b)), step, total[r][b]);
                 total[r][b] = _mm512_fmadd_ps(lowest, sum, total[r][b]);
             }
         }
@@ -244,28 +280,24 @@ void four(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (
 
 template <int R, int B>
 void eight(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
-    for (int64_t g = 0; g < m.num_inputs / GROUP; ++g) {
-        __m512 sum[R][B];
+    const int64_t num_groups = m.num_inputs / GROUP;
+    for (int64_t g = 0; g < num_groups; ++g) {
+        Sums<R, B> sums;
         const uint8_t *at[B];
-        for (int b = 0; b < B; ++b) {
-            at[b] = m.block(block + b) + g * 576;
-            for (int r = 0; r < R; ++r) sum[r][b] = _mm512_setzero_ps();
+        for (int b = 0; b < B; ++b) at[b] = m.block(block + b) + g * 576;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            __m512i codes[B];
+            for (int b = 0; b < B; ++b) codes[b] = _mm512_loadu_si512(at[b] + 64 * i);
+            sums.add(codes, x, row * m.num_inputs + g * GROUP + 4 * i, m.num_inputs);
         }
-#pragma GCC unroll 4
-        for (int k = 0; k < GROUP; ++k) {
-            __m512 w[B];
+        for (int r = 0; r < R; ++r) {
+            const __m512i shift = _mm512_set1_epi32(128 * x.sums[(row + r) * num_groups + g]);
             for (int b = 0; b < B; ++b) {
-                const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at[b] + 16 * k));
-                w[b] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-            }
-            for (int r = 0; r < R; ++r) {
-                const __m512 v = _mm512_set1_ps(x.exact[(row + r) * m.num_inputs + g * GROUP + k]);
-                for (int b = 0; b < B; ++b) sum[r][b] = _mm512_fmadd_ps(w[b], v, sum[r][b]);
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums.whole(r, b), shift));
+                total[r][b] = _mm512_fmadd_ps(sum, _mm512_loadu_ps(at[b] + 512), total[r][b]);
             }
         }
-        for (int b = 0; b < B; ++b)
-            for (int r = 0; r < R; ++r)
-                total[r][b] = _mm512_fmadd_ps(sum[r][b], _mm512_loadu_ps(at[b] + 512), total[r][b]);
     }
 }
 
@@ -275,7 +307,7 @@ void sixteen(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m51
     for (int b = 0; b < B; ++b) at[b] = m.block(block + b);
     for (int64_t k = 0; k < m.num_inputs; k += 2)
         for (int r = 0; r < R; ++r) {
-            const __m512bh v = pairs(broadcast_pair(x.rounded.data() + (row + r) * m.num_inputs + k));
+            const __m512bh v = pairs(broadcast(x.rounded.data() + (row + r) * m.num_inputs + k));
             for (int b = 0; b < B; ++b)
                 total[r][b] = _mm512_dpbf16_ps(total[r][b], pairs(_mm512_loadu_si512(at[b] + 32 * k)), v);
         }
@@ -290,7 +322,10 @@ void tile(const Matrix &m, int64_t block, const Inputs &x, int64_t row, Take &&t
     else if (m.kind == EIGHT) eight<R, B>(m, block, x, row, total);
     else sixteen<R, B>(m, block, x, row, total);
     for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) take(row + r, (block + b) * BLOCK, total[r][b]);
+        for (int b = 0; b < B; ++b) {
+            const __m512 scale = _mm512_set1_ps(m.kind == SIXTEEN ? 1.0f : x.scales[row + r]);
+            take(row + r, (block + b) * BLOCK, _mm512_mul_ps(total[r][b], scale));
+        }
 }
 
 // The outputs of some blocks for all rows; `take` is given a row, the first of 16 outputs and these.
@@ -367,14 +402,20 @@ struct Tokens {  // of a call: each session's next ones
 struct Scratch {  // of a call
     std::vector<float> h, qkv, mixed, inner;  // [R, ...]
     std::vector<Turn> turns;                  // [R]
-    Inputs normed, whole;
+    Inputs inputs;
 };
 
 struct Own {  // of a thread in a call
     std::vector<float> scores;      // [H / G, W + P + 16]
     std::vector<uint16_t> rounded;  // [H / G, E]
     std::vector<float> turned;      // [E]
+    std::vector<float> normed;      // [D]
 };
+
+__m512i alternating(int from) {  // eight of one vector and eight of another, by turns
+    const __m512i order = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_add_epi32(order, _mm512_set1_epi32(from));
+}
 
 // The sums of 16 vectors, in order.
 __m512 sums(const __m512 *x) {
@@ -393,22 +434,44 @@ __m512 sums(const __m512 *x) {
 
 // e^(x - the largest), in place. Returns 1 / their sum.
 float raise(float *x, int64_t count) {
-    const float top = *std::max_element(x, x + count);
-    __m512 total = _mm512_setzero_ps();
+    const auto within = [&](int64_t s) {
+        return static_cast<__mmask16>(count - s >= 16 ? 0xFFFF : (1u << (count - s)) - 1);
+    };
+    __m512 most = _mm512_set1_ps(x[0]), total = _mm512_setzero_ps();
+    for (int64_t s = 0; s < count; s += 16) most = _mm512_mask_max_ps(most, within(s), most, _mm512_loadu_ps(x + s));
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
     for (int64_t s = 0; s < count; s += 16) {
-        const __mmask16 in = static_cast<__mmask16>(count - s >= 16 ? 0xFFFF : (1u << (count - s)) - 1);
-        const __m512 raised = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, x + s), _mm512_set1_ps(top)));
-        _mm512_mask_storeu_ps(x + s, in, raised);
-        total = _mm512_add_ps(total, _mm512_maskz_mov_ps(in, raised));
+        const __m512 raised = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(within(s), x + s), top));
+        _mm512_mask_storeu_ps(x + s, within(s), raised);
+        total = _mm512_add_ps(total, _mm512_maskz_mov_ps(within(s), raised));
     }
     return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-// What Q query heads of one kv head, from `first` on, see in its ring.
-template <int Q>
+// Q query heads' products with 16 keys of a ring.
+template <int Q, int E>
+void score(const uint16_t *keys, const Own &own, int64_t dim, float scale, float *const (&to)[Q]) {
+    for (int q = 0; q < Q; ++q) {
+        __m512 products[BLOCK];
+#pragma GCC unroll 16
+        for (int i = 0; i < BLOCK; ++i) {
+            products[i] = _mm512_setzero_ps();
+            const int64_t end = E ? E : dim;
+#pragma GCC unroll 4
+            for (int64_t e = 0; e < end; e += 32)
+                products[i] = _mm512_dpbf16_ps(products[i], pairs(_mm512_loadu_si512(keys + i * dim + e)),
+                                               pairs(_mm512_loadu_si512(own.rounded.data() + q * dim + e)));
+        }
+        _mm512_storeu_ps(to[q], _mm512_mul_ps(sums(products), _mm512_set1_ps(scale)));
+    }
+}
+
+// What Q query heads of one kv head, from `first` on, see in its ring. E: the size of a head, 0 for any.
+template <int Q, int E>
 void look(const Body &body, const Layer &layer, int64_t head, int64_t first, int64_t seen, const Turn &turn,
           const float *qkv, const uint16_t *keys, const uint16_t *values, float *mixed, Own &own) {
-    const int64_t dim = body.head_dim, lasting = body.num_persistent, count = seen + lasting;
+    constexpr int AT_ONCE = E ? E / 32 : 1;  // vectors of 32 values
+    const int64_t dim = E ? E : body.head_dim, lasting = body.num_persistent, count = seen + lasting;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     float *scores[Q];
     for (int q = 0; q < Q; ++q) {
@@ -417,17 +480,11 @@ void look(const Body &body, const Layer &layer, int64_t head, int64_t first, int
         for (int64_t e = 0; e < dim; e += 16)
             narrow(_mm512_loadu_ps(own.turned.data() + e), own.rounded.data() + q * dim + e);
     }
-    for (int64_t s = 0; s < seen; s += BLOCK)
-        for (int q = 0; q < Q; ++q) {
-            __m512 products[BLOCK];
-            for (int i = 0; i < BLOCK; ++i) {
-                products[i] = _mm512_setzero_ps();
-                for (int64_t e = 0; e < dim; e += 32)
-                    products[i] = _mm512_dpbf16_ps(products[i], pairs(_mm512_loadu_si512(keys + (s + i) * dim + e)),
-                                                   pairs(_mm512_loadu_si512(own.rounded.data() + q * dim + e)));
-            }
-            _mm512_storeu_ps(scores[q] + s, _mm512_mul_ps(sums(products), _mm512_set1_ps(scale)));
-        }
+    for (int64_t s = 0; s < seen; s += BLOCK) {
+        float *to[Q];
+        for (int q = 0; q < Q; ++q) to[q] = scores[q] + s;
+        score<Q, E>(keys + s * dim, own, dim, scale, to);
+    }
     float whole[Q];
     for (int q = 0; q < Q; ++q) {
         Turn::apply(qkv + (first + q) * dim, turn.far_cos, turn.far_sin, own.turned.data());
@@ -440,25 +497,36 @@ void look(const Body &body, const Layer &layer, int64_t head, int64_t first, int
         }
         whole[q] = raise(scores[q], count);
     }
-    for (int64_t e = 0; e < dim; e += 32) {
-        __m512 left[Q], right[Q];
-        for (int q = 0; q < Q; ++q) left[q] = right[q] = _mm512_setzero_ps();
+    for (int64_t e = 0; e < dim; e += 32 * AT_ONCE) {
+        __m512 even[Q][AT_ONCE], odd[Q][AT_ONCE];
+        for (int q = 0; q < Q; ++q)
+            for (int i = 0; i < AT_ONCE; ++i) even[q][i] = odd[q][i] = _mm512_setzero_ps();
         const auto add = [&](int64_t s, const uint16_t *value) {
-            const __m512 a = widen(value + e), b = widen(value + e + 16);
+            __m512 a[AT_ONCE], b[AT_ONCE];
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const __m512i both = _mm512_loadu_si512(value + e + 32 * i);
+                a[i] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                b[i] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF0000)));
+            }
             for (int q = 0; q < Q; ++q) {
                 const __m512 share = _mm512_set1_ps(scores[q][s]);
-                left[q] = _mm512_fmadd_ps(share, a, left[q]);
-                right[q] = _mm512_fmadd_ps(share, b, right[q]);
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    even[q][i] = _mm512_fmadd_ps(share, a[i], even[q][i]);
+                    odd[q][i] = _mm512_fmadd_ps(share, b[i], odd[q][i]);
+                }
             }
         };
         for (int64_t s = 0; s < seen; ++s) add(s, values + s * dim);
         for (int64_t p = 0; p < lasting; ++p)
             add(seen + p, layer.persistent_values + (p * body.num_kv_heads + head) * dim);
-        for (int q = 0; q < Q; ++q) {
-            float *to = mixed + (first + q) * dim + e;
-            _mm512_storeu_ps(to, _mm512_mul_ps(left[q], _mm512_set1_ps(whole[q])));
-            _mm512_storeu_ps(to + 16, _mm512_mul_ps(right[q], _mm512_set1_ps(whole[q])));
-        }
+        for (int q = 0; q < Q; ++q)
+            for (int i = 0; i < AT_ONCE; ++i) {
+                float *to = mixed + (first + q) * dim + e + 32 * i;
+                const __m512 a = _mm512_mul_ps(even[q][i], _mm512_set1_ps(whole[q]));
+                const __m512 b = _mm512_mul_ps(odd[q][i], _mm512_set1_ps(whole[q]));
+                _mm512_storeu_ps(to, _mm512_permutex2var_ps(a, alternating(0), b));
+                _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(a, alternating(8), b));
+            }
     }
 }
 
@@ -473,9 +541,13 @@ void attend(const Body &body, const Layer &layer, int64_t head, int64_t position
         narrow(_mm512_loadu_ps(own.turned.data() + e), keys + slot * dim + e);
         narrow(_mm512_loadu_ps(v + e), values + slot * dim + e);
     }
+    const auto look_at = [&]<int Q>(int64_t first) {
+        if (dim == 64) look<Q, 64>(body, layer, head, first, seen, turn, qkv, keys, values, mixed, own);
+        else look<Q, 0>(body, layer, head, first, seen, turn, qkv, keys, values, mixed, own);
+    };
     int64_t i = head * shared;
-    for (; i + 3 <= end; i += 3) look<3>(body, layer, head, i, seen, turn, qkv, keys, values, mixed, own);
-    for (; i < end; ++i) look<1>(body, layer, head, i, seen, turn, qkv, keys, values, mixed, own);
+    for (; i + 3 <= end; i += 3) look_at.template operator()<3>(i);
+    for (; i < end; ++i) look_at.template operator()<1>(i);
 }
 
 // One layer, as one of a team's threads computes it.
@@ -486,16 +558,13 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
     const Share ours = team.share(rows, index);
     const auto normed = [&](const float *weight) {
         for (int64_t r = ours.begin; r < ours.end; ++r) {
-            norm(all.h.data() + r * size, weight, body.eps, size, all.normed.exact.data() + r * size);
-            all.normed.round(r, size);
+            norm(all.h.data() + r * size, weight, body.eps, size, own.normed.data());
+            all.inputs.take(r, own.normed.data(), size);
         }
         team.barrier.wait();
     };
     const auto whole = [&](const std::vector<float> &from, int64_t width) {
-        for (int64_t r = ours.begin; r < ours.end; ++r) {
-            std::copy_n(from.data() + r * width, width, all.whole.exact.data() + r * width);
-            all.whole.round(r, width);
-        }
+        for (int64_t r = ours.begin; r < ours.end; ++r) all.inputs.take(r, from.data() + r * width, width);
         team.barrier.wait();
     };
     const auto add = [&](int64_t row, int64_t n, __m512 x) {
@@ -504,7 +573,7 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
     };
 
     normed(layer.attention_norm);
-    multiply(layer.qkv, team.share(qkv_size / BLOCK, index), all.normed, rows,
+    multiply(layer.qkv, team.share(qkv_size / BLOCK, index), all.inputs, rows,
              [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(all.qkv.data() + r * qkv_size + n, x); });
     team.barrier.wait();
 
@@ -519,23 +588,23 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
     team.barrier.wait();
 
     whole(all.mixed, heads_size);
-    multiply(layer.out, team.share(size / BLOCK, index), all.whole, rows, add);
+    multiply(layer.out, team.share(size / BLOCK, index), all.inputs, rows, add);
     team.barrier.wait();
 
     normed(layer.mlp_norm);
     const Share gates = team.share(inner / BLOCK, index), ups = {gates.begin + inner / BLOCK, gates.end + inner / BLOCK};
-    multiply(layer.gate_up, gates, all.normed, rows, [&](int64_t r, int64_t n, __m512 x) {
+    multiply(layer.gate_up, gates, all.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
         const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
         _mm512_storeu_ps(all.inner.data() + r * inner + n, _mm512_div_ps(x, _mm512_add_ps(one, exponential(minus))));
     });
-    multiply(layer.gate_up, ups, all.normed, rows, [&](int64_t r, int64_t n, __m512 x) {
+    multiply(layer.gate_up, ups, all.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
         float *to = all.inner.data() + r * inner + n - inner;
         _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), x));
     });
     team.barrier.wait();
 
     whole(all.inner, inner);
-    multiply(layer.down, team.share(size / BLOCK, index), all.whole, rows, add);
+    multiply(layer.down, team.share(size / BLOCK, index), all.inputs, rows, add);
     team.barrier.wait();
 }
 
@@ -549,12 +618,18 @@ void titans_end(Team *team) { delete team; }
 
 // x [R, K] bfloat16 to y [R, N] bfloat16.
 void titans_multiply(Team *team, const Matrix *matrix, int64_t rows, const uint16_t *x, uint16_t *y) {
-    Inputs inputs;
+    const bool codes = matrix->kind != SIXTEEN;
+    Inputs inputs{.codes = codes, .pairs = !codes};
     inputs.resize(rows, matrix->num_inputs);
-    for (int64_t i = 0; i < rows * matrix->num_inputs; i += 16)
-        _mm512_storeu_ps(inputs.exact.data() + i, widen(x + i));
-    for (int64_t r = 0; r < rows; ++r) inputs.round(r, matrix->num_inputs);
     team->run([&](int index) {
+        const Share ours = team->share(rows, index);
+        std::vector<float> row(matrix->num_inputs);
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            for (int64_t k = 0; k < matrix->num_inputs; k += 16)
+                _mm512_storeu_ps(row.data() + k, widen(x + r * matrix->num_inputs + k));
+            inputs.take(r, row.data(), matrix->num_inputs);
+        }
+        team->barrier.wait();
         multiply(*matrix, team->share(matrix->num_outputs / BLOCK, index), inputs, rows,
                  [&](int64_t r, int64_t n, __m512 total) { narrow(total, y + r * matrix->num_outputs + n); });
     });
@@ -573,8 +648,10 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
     all.qkv.resize(rows * layers[0].qkv.num_outputs);
     all.mixed.resize(rows * heads_size);
     all.inner.resize(rows * body->inner);
-    all.normed.resize(rows, size);
-    all.whole.resize(rows, std::max(heads_size, body->inner));
+    for (int64_t i = 0; i < num_layers; ++i)
+        for (const Matrix *matrix : {&layers[i].qkv, &layers[i].out, &layers[i].gate_up, &layers[i].down})
+            (matrix->kind == SIXTEEN ? all.inputs.pairs : all.inputs.codes) = true;
+    all.inputs.resize(rows, std::max({size, heads_size, body->inner}));
     for (int64_t r = 0; r < rows; ++r) all.turns.emplace_back(tokens.position(r), *body);
     for (int64_t i = 0; i < rows * size; i += 16) _mm512_storeu_ps(all.h.data() + i, widen(h + i));
     team->run([&](int index) {
@@ -583,6 +660,7 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
         own.scores.resize(shared * (body->window + body->num_persistent + BLOCK));
         own.rounded.resize(shared * body->head_dim);
         own.turned.resize(body->head_dim);
+        own.normed.resize(size);
         for (int64_t i = 0; i < num_layers; ++i)
             run_layer(*body, layers[i], tokens, keys[i], values[i], all, own, *team, index);
     });

@@ -1,4 +1,4 @@
-"""Large matrices as the kernels read them, and a few rows' products with them.
+"""Large matrices as the kernels read them, and products with them.
 
 Weights that are on a grid (`titans.grid`) are kept as the codes that they are, others in bfloat16. `kernels.cpp` says
 how they lie.
@@ -65,6 +65,11 @@ class NativeMatrix:
             return cls(_EIGHT, weight_NK.shape, data, team)
         return cls(_SIXTEEN, weight_NK.shape, _sixteen(weight_NK), team)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether its weights were on a grid."""
+        return self.kind != _SIXTEEN
+
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N], bfloat16."""
         x = x.contiguous()
@@ -87,17 +92,18 @@ def _codes(weight_NK: Tensor, find: Callable[[Tensor], Grid | None], lay: Callab
 
 def _four(grid: Grid) -> Tensor:
     """[N / 16, G, 320] bytes: codes, steps, lowest levels."""
-    codes = grid.codes.to(torch.uint8).unflatten(0, (-1, _BLOCK)).unflatten(-1, (4, 2, 2, 2))
-    low, high = codes.unbind(-2)  # halves of a byte, two of which are a word: [N / 16, 16, G, 4, byte, word]
-    words = (low | high << 4).permute(0, 2, 3, 1, 5, 4).flatten(2)
+    codes = grid.codes.to(torch.uint8).unflatten(0, (-1, _BLOCK)).unflatten(-1, (4, 2, 4))
+    low, high = codes.unbind(-2)  # halves of a byte, four of which are a word: [N / 16, 16, G, 4, byte]
+    words = (low | high << 4).permute(0, 2, 3, 1, 4).flatten(2)
     levels = _by_block(grid.step), _by_block(grid.lowest)
     return torch.cat([words, *(_bytes(x.to(torch.float16)) for x in levels)], dim=-1)
 
 
 def _eight(grid: Grid) -> Tensor:
     """[N / 16, G, 576] bytes: codes, steps."""
-    codes = grid.codes.to(torch.int8).unflatten(0, (-1, _BLOCK)).permute(0, 2, 3, 1).flatten(2)
-    return torch.cat((_bytes(codes), _bytes(_by_block(grid.step))), dim=-1)
+    codes = (grid.codes + 128).to(torch.uint8).unflatten(0, (-1, _BLOCK)).unflatten(-1, (8, 4))
+    words = codes.permute(0, 2, 3, 1, 4).flatten(2)  # four bytes are a word
+    return torch.cat((words, _bytes(_by_block(grid.step))), dim=-1)
 
 
 def _sixteen(weight_NK: Tensor) -> Tensor:
