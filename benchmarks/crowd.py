@@ -1,6 +1,7 @@
 """Row 4: many sessions at once, each making an answer, a quarter as many learning a document: through HTTP.
 
-Beside the same answers one by one, and beside what the products of a step alone would allow.
+Beside the same answers one by one, beside what the products of a step alone would allow and, where there are no
+documents, beside llama.cpp with as many slots, in process.
 """
 
 import argparse
@@ -11,7 +12,8 @@ import time
 
 import httpx
 from machine import print_machine, products
-from serving import Answer, Book, answer, learn, server
+from peers import LlamaCppSlots, has_llama_cpp
+from serving import PROMPT, Answer, Book, answer, learn, server
 from titans.checkpoint import load
 from titans_client import AsyncClient, Client
 
@@ -38,6 +40,16 @@ async def together(url: str, sessions: list[str], count: int, documents: list[st
     return answers, learnt, seconds
 
 
+def with_slots(book: Book, num: int, count: int) -> float:
+    """Tokens a second of llama.cpp: as many answers of as many tokens, each of 512 tokens of its own."""
+    peer = LlamaCppSlots(num, 512 + count + 8)
+    for slot in range(num):
+        peer.read(slot, book.tokens(512, 512 * slot))
+    seconds = peer.say(book.tokenizer.encode(PROMPT), count)
+    peer.close()
+    return num * count / seconds
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,7 +59,10 @@ def main() -> None:
     print_machine()
     book, model = Book(), load().model
     print("slowest: the last answer's time in the first one's; ceiling: what the products of a step alone would allow")
-    heads = ("sessions", "documents", "said, tok/s", "learnt, tok/s", "p50, ms", "p99, ms", "slowest", "ceiling")
+    heads = (
+        *("sessions", "documents", "said, tok/s", "learnt, tok/s", "p50, ms", "p99, ms", "slowest", "ceiling"),
+        *(("llama.cpp", "ratio") if has_llama_cpp() else ()),
+    )
     print(" ".join(f"{head:>13}" for head in heads))
     with server(max_requests="512") as url, Client(url) as client:
         sessions = [learn(client, book.text(512, 512 * i))[0] for i in range(max(args.sessions))]
@@ -60,7 +75,11 @@ def main() -> None:
             ends = [said.times[-1] for said in answers]
             shown = f"{rate:.1f}", f"{learnt / took:.0f}", f"{p50:.0f}", f"{p99:.0f}", f"{max(ends) / min(ends):.2f}"
             share_of_ceiling = f"{rate * products(model, num) / num:.0%}"
-            print(" ".join(f"{x:>13}" for x in (num, len(documents), *shown, share_of_ceiling)), flush=True)
+            theirs = []
+            if not documents and has_llama_cpp():
+                peer = with_slots(book, num, args.tokens)
+                theirs = [f"{peer:.1f}", f"{rate / peer:.1f}x"]
+            print(" ".join(f"{x:>13}" for x in (num, len(documents), *shown, share_of_ceiling, *theirs)), flush=True)
         one_by_one = [asyncio.run(together(url, [session], args.tokens, [])) for session in sessions[:4]]
         rate = statistics.median(args.tokens / took for _, _, took in one_by_one)
         print(f"one by one: {rate:.1f} tokens/s")

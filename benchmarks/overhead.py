@@ -8,7 +8,7 @@ import time
 import httpx
 import torch
 from machine import print_machine
-from serving import Book, answer, learn, server
+from serving import PROMPT, Book, answer, learn, server
 from titans.checkpoint import load
 from titans.sampling import SamplingParams
 from titans.state import State
@@ -29,7 +29,7 @@ async def through_http(url: str, sessions: list[str], count: int) -> float:
 
 async def in_process(runner: Runner, states: list[State], prompt: list[int], count: int) -> float:
     """Tokens a second."""
-    engine = Engine(runner, eos_token=2)
+    engine = Engine([runner], eos_token=2)
     engine.start()
 
     async def one(state: State) -> int:
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     print_machine()
     loaded, book = load(), Book()
-    runner, prompt = Runner(loaded.model), book.tokenizer.encode("The man said that")
+    runner, prompt = Runner(loaded.model), book.tokenizer.encode(PROMPT)
     print(f"{'answers':>8} {'HTTP, tok/s':>12} {'in process':>12} {'share':>7}")
     with server() as url, Client(url) as client:
         sessions = [learn(client, book.text(512, 512 * i))[0] for i in range(max(args.sessions))]

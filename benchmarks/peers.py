@@ -4,6 +4,7 @@ import time
 from importlib.util import find_spec
 from typing import Protocol
 
+import numpy as np
 import torch
 from titans.backbone import find_default_body
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -84,8 +85,65 @@ class LlamaCpp:
         return times
 
 
+class LlamaCppSlots:
+    """llama.cpp with so many slots: what its server does for as many clients, in process."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        """`context`: tokens of each."""
+        import llama_cpp  # noqa: PLC0415 — see above
+
+        self._cpp, threads = llama_cpp, torch.get_num_threads()
+        self._model = llama_cpp.Llama(str(find_default_body()), n_ctx=8, verbose=False)  # for its weights
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max, settings.kv_unified = slots * -(-context // 256) * 256, slots, False
+        settings.n_batch = settings.n_ubatch = 512
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model.model, settings)
+        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._places = [0] * slots
+
+    def read(self, slot: int, tokens: list[int]) -> None:
+        """Tokens of a slot, none of which is scored."""
+        for start in range(0, len(tokens), 512):
+            self._run([(slot, token, False) for token in tokens[start : start + 512]])
+
+    def say(self, prompt: list[int], count: int) -> float:
+        """Seconds for `count` tokens of every slot after the same prompt in each."""
+        started = time.perf_counter()
+        slots = range(len(self._places))
+        for i, token in enumerate(prompt, 1):
+            self._run([(slot, token, i == len(prompt)) for slot in slots])
+        size = self._model.n_vocab()
+        for i in range(count):
+            rows = [self._cpp.llama_get_logits_ith(self._context, slot) for slot in slots]
+            chosen = [int(np.ctypeslib.as_array(row, (size,)).argmax()) for row in rows]
+            if i + 1 < count:
+                self._run([(slot, token, True) for slot, token in zip(slots, chosen, strict=True)])
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Let go of its keys and values."""
+        self._cpp.llama_batch_free(self._batch)
+        self._cpp.llama_free(self._context)
+
+    def _run(self, rows: list[tuple[int, int, bool]]) -> None:
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (slot, token, is_scored) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self._places[slot], 1
+            batch.seq_id[i][0], batch.logits[i] = slot, is_scored
+            self._places[slot] += 1
+        if self._cpp.llama_decode(self._context, batch):
+            raise RuntimeError("llama.cpp could not decode a batch")
+
+
+def has_llama_cpp() -> bool:
+    """Whether it is installed."""
+    return find_spec("llama_cpp") is not None
+
+
 def peers(context: int) -> list[Peer]:
     """Those that are installed; `context`: the most tokens that they will hold, and where it is 0 none is wanted."""
     if not context:
         return []
-    return [Transformers(), *([LlamaCpp(context)] if find_spec("llama_cpp") else [])]
+    return [Transformers(), *([LlamaCpp(context)] if has_llama_cpp() else [])]

@@ -17,6 +17,7 @@ from titans.backbone import find_default_body, load_backbone
 from titans.tokenizer import Tokenizer
 from titans_client import Client, TitansError
 
+PROMPT = "The man said that"
 BOOK = Path(__file__).parents[1] / "examples" / "sherlock-holmes.txt"
 
 
@@ -76,7 +77,7 @@ class Answer:
         return (self.times[-1] - self.times[0]) / max(1, self.num_tokens - 1)
 
 
-async def answer(http: httpx.AsyncClient, session: str, count: int, prompt: str = "The man said that") -> Answer:
+async def answer(http: httpx.AsyncClient, session: str, count: int, prompt: str = PROMPT) -> Answer:
     """`count` tokens of a session, greedily; the end of text is forbidden."""
     models = (await http.get("/v1/models")).json()["data"]
     body = {

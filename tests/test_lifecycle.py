@@ -142,9 +142,9 @@ async def test_whoever_is_hurried_waits_for_nothing(life: Lifecycle[str], worker
 def test_a_server_that_loads_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = app._load
 
-    def slowly(settings: Settings) -> object:
+    def slowly(settings: Settings, device: str) -> object:
         time.sleep(1.5)
-        return load(settings)
+        return load(settings, device)
 
     checkpoint = write_tiny_checkpoint(tmp_path)
     monkeypatch.setattr(app, "_load", slowly)

@@ -61,6 +61,10 @@ class State:
         """A copy that shares nothing."""
         return self.map(lambda _, x: x.clone())
 
+    def to(self, device: torch.device | str) -> "State":
+        """The state on a device; a copy, unless it is there."""
+        return self.map(lambda _, x: x.to(device))
+
     @property
     def batch_size(self) -> int:
         """B."""

@@ -108,11 +108,12 @@ async def _serve(
 ) -> None:
     """Load the model and put the service together; what has to be closed goes on the stack."""
     observer = Observers([metrics, Meter(), *([] if tracing is None else [tracing])])
-    loaded = await asyncio.to_thread(_load, settings)
-    runner = Runner(loaded.model)
-    await asyncio.to_thread(runner.warm_up)
+    loaded, *others = [await asyncio.to_thread(_load, settings, device) for device in settings.devices]
+    runners = [Runner(each.model) for each in (loaded, *others)]
+    for runner in runners:
+        await asyncio.to_thread(runner.warm_up)
     engine = Engine(
-        runner,
+        runners,
         eos_token=loaded.tokenizer.eos_token,
         max_running=settings.max_running,
         max_requests=settings.max_requests,
@@ -130,7 +131,7 @@ async def _serve(
     service.start()
     streams = Streams(_stream_limits(settings))
     stack.push_async_callback(streams.close)
-    device = str(loaded.model.device)
+    device = ",".join(str(runner.device) for runner in runners)
     metrics.serve(_Gauged(engine, cache), model_name=model.name, fingerprint=model.fingerprint, device=device)
     if tracing is not None:
         tracing.serve(model.name)
@@ -186,9 +187,9 @@ def _stream_limits(settings: Settings) -> StreamLimits:
     )
 
 
-def _load(settings: Settings) -> checkpoint.Loaded:
+def _load(settings: Settings, name: str) -> checkpoint.Loaded:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = None if settings.device == "auto" else torch.device(settings.device)
+    device = None if name == "auto" else torch.device(name)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)

@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     store: str = "sqlite:///.titans/titans.db"
     body: Path | None = None
     memory: Path | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     max_running: int = Field(default=64, ge=1)
@@ -54,6 +54,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     traces: bool = False
+
+    @property
+    def devices(self) -> list[str]:
+        """Each of which runs the model."""
+        return self.device.split(",")
 
     @property
     def is_reachable_from_elsewhere(self) -> bool:

@@ -179,6 +179,7 @@ class States:
             if loaded is None:
                 raise StateCorrupted(f"the snapshot of session {record.id} at version {version.number} is missing")
             state = loaded
+        state = await self._engine.place(state)
         if not version.num_to_replay:
             return state
         tokens = (await self._ledger.read(record.id, version.entries))[-version.num_to_replay :]

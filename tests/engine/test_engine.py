@@ -21,7 +21,7 @@ GREEDY = SamplingParams(temperature=0)
 
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(Runner(make_tiny()), eos_token=2, max_running=4, max_requests=32)
+    engine = Engine([Runner(make_tiny())], eos_token=2, max_running=4, max_requests=32)
     engine.start()
     yield engine
     await engine.close()
@@ -62,7 +62,7 @@ async def test_sessions_at_once_are_each_as_alone(engine: Engine) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 async def test_sessions_at_once_on_a_gpu_are_each_as_alone_on_a_cpu(engine: Engine) -> None:
-    other = Engine(Runner(make_tiny().cuda()), eos_token=2, max_running=4, max_requests=32)
+    other = Engine([Runner(make_tiny().cuda())], eos_token=2, max_running=4, max_requests=32)
     other.start()
     documents = [tokens(n, seed=n) for n in (100, 3, 57, 16, 31)]
     alone = [await engine.ingest(engine.new_state(), d) for d in documents]
@@ -144,12 +144,12 @@ async def test_a_closed_answer_stops_being_computed(engine: Engine) -> None:
             break
     async with asyncio.timeout(20):
         await answer(engine, engine.new_state(), tokens(3, seed=1))
-        while len(engine._scheduler):  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
+        while engine.num_requests:  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
             await asyncio.sleep(0.01)
 
 
 async def test_too_many_requests_are_refused() -> None:
-    engine = Engine(Runner(make_tiny()), eos_token=2, max_requests=2)
+    engine = Engine([Runner(make_tiny())], eos_token=2, max_requests=2)
     tasks = [asyncio.create_task(engine.ingest(engine.new_state(), tokens(50, seed=i))) for i in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
@@ -184,7 +184,7 @@ class Diary(Observer):
 
 async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_portion_of_documents() -> None:
     diary = Diary()
-    engine = Engine(Runner(make_tiny()), eos_token=2, observer=diary)
+    engine = Engine([Runner(make_tiny())], eos_token=2, observer=diary)
     engine.start()
     async with aclosing(engine.generate(engine.new_state(), [5], max_tokens=10**6, sampling=GREEDY)) as stream:
         await anext(stream)
@@ -223,7 +223,7 @@ class Surprised(Observer):
 
 async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
     observer, read = Surprised(), tokens(40, seed=1)
-    engine = Engine(Runner(make_tiny()), eos_token=2, observer=observer)
+    engine = Engine([Runner(make_tiny())], eos_token=2, observer=observer)
     engine.start()
     before = engine.new_state()
     after = await engine.ingest(before, read)
@@ -238,7 +238,7 @@ async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
 async def test_a_session_is_opened_between_the_tokens_of_others() -> None:
     """A layer a step where no step has time for two; and what is said does not change by it."""
     diary = Diary()
-    engine = Engine(Runner(make_tiny()), eos_token=2, observer=diary, portion_seconds=1e-6)
+    engine = Engine([Runner(make_tiny())], eos_token=2, observer=diary, portion_seconds=1e-6)
     engine.start()
     state = await engine.ingest(engine.new_state(), tokens(60, seed=1))
     other = await engine.ingest(engine.new_state(), tokens(60, seed=1))

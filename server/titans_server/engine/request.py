@@ -36,10 +36,7 @@ class Ingestion:
     done: "Future[State]" = field(default_factory=Future)
     urgent: bool = False  # an answer waits for it
     num_done: int = 0
-    before: "State" = field(init=False)  # the state as it was given
-
-    def __post_init__(self) -> None:
-        self.before = self.state
+    before: "State" = field(init=False)  # the state as it was given, where it is computed
 
     @property
     def cancelled(self) -> bool:

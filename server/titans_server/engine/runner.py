@@ -32,6 +32,11 @@ class Runner:
         self._pools = {True: Pool(), False: Pool()}
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
+
+    @property
     def window(self) -> int:
         """Tokens that the model takes at once."""
         return self._model.config.window
@@ -61,6 +66,9 @@ class Runner:
 
     def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
         """One chunk of each document, all in one batch; each request then holds its new state."""
+        for request, _ in chunks:
+            if not request.num_done:
+                request.before = request.state = self._here(request.state)
         lengths = [size for _, size in chunks]
         parts = [r.tokens[r.num_done : r.num_done + size] for r, size in chunks]
         tokens = self._padded(parts)
@@ -155,7 +163,9 @@ class Runner:
             self._opened.move_to_end(key)
             return self._opened[key][1].map(lambda _, x: x.clone())
         until = time.perf_counter() + seconds
-        for stream in self._opening.setdefault(request, self._model.opening(request.state, recall=request.recall)):
+        if request not in self._opening:
+            self._opening[request] = self._model.opening(self._here(request.state), recall=request.recall)
+        for stream in self._opening[request]:
             if stream is not None:
                 del self._opening[request]
                 self._opened[key] = request.state, stream
@@ -164,6 +174,10 @@ class Runner:
         if len(self._opened) > _OPENED:
             self._opened.popitem(last=False)
         return None
+
+    def _here(self, state: State) -> State:
+        """A state that may be on another device."""
+        return state if state.position.device == self.device else state.to(self.device)
 
     def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
         drawn = self._samplers[request].draw(scores)
