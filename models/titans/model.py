@@ -142,13 +142,15 @@ class TitansModel(nn.Module):
         `state` comes from `new_state` or `ingest`, not from a stream, and is not changed.
         `write`: the stream learns what it reads. `recall=False`: the memories answer nothing from here on.
         """
-        *_, stream = self.opening(state, recall=recall, write=write)
+        *_, stream = self.opening(state, write=write)
         assert stream is not None
-        return stream
+        return Stream(stream.state.clone(), stream.upper, write, recall)
 
-    def opening(self, state: State, *, recall: bool = True, write: bool = False) -> Iterator[Stream | None]:
-        """`open` bit by bit, a layer at a time, for those who have other things to do meanwhile; the stream is last."""
-        state = state.clone()
+    def opening(self, state: State, *, write: bool = False) -> Iterator[Stream | None]:
+        """`open` bit by bit, a layer at a time, for those who have other things to do meanwhile; the stream is last.
+
+        It shares tensors with the state: it is to be copied before it moves on.
+        """
         if not write:
             layers = (step.settle(parts, state.position) for step, parts in zip(self.lower, state.layers, strict=True))
             state = State(state.position, tuple(layers), state.tail)
@@ -165,7 +167,7 @@ class TitansModel(nn.Module):
             for i, walk in enumerate(walks):
                 h_BTD, upper[i : i + 1] = walk(h_BTD, call, upper[i : i + 1])
                 yield None
-        yield Stream(state, tuple(upper), write, recall)
+        yield Stream(state, tuple(upper), write, recall=True)
 
     def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Sequence[int] | None = None) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] of tokens that follow a stream, normed, and the stream after them.

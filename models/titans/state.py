@@ -62,8 +62,8 @@ class State:
         return self.map(lambda _, x: x.clone())
 
     def to(self, device: torch.device | str) -> "State":
-        """The state on a device; a copy, unless it is there."""
-        return self.map(lambda _, x: x.to(device))
+        """The state on a device; itself, where it is there."""
+        return self if self.position.device == torch.device(device) else self.map(lambda _, x: x.to(device))
 
     @property
     def batch_size(self) -> int:

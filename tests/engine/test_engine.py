@@ -1,9 +1,12 @@
 """The engine on a tiny model: real thread, real event loop, real arithmetic."""
 
 import asyncio
+import gc
 import itertools
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State, Stream
-from titans_server.engine import Engine, Read
+from titans_server.engine import Engine, Read, openings
 from titans_server.engine.runner import Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
 from titans_server.observer import Computed, Observer
@@ -87,21 +90,62 @@ async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> No
 async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, opening = list[State](), TitansModel.opening
+    opened, opening = list[int](), TitansModel.opening
 
-    def noted(self: TitansModel, state: State, *, recall: bool) -> Iterator[Stream | None]:
-        opened.append(state)
-        yield from opening(self, state, recall=recall)
+    def noted(self: TitansModel, state: State) -> Iterator[Stream | None]:
+        opened.append(id(state))
+        yield from opening(self, state)
 
     monkeypatch.setattr(TitansModel, "opening", noted)
+    monkeypatch.setattr(openings, "_KEPT", 8)
     states = [await engine.ingest(engine.new_state(), tokens(40, seed=i)) for i in range(12)]
     first = [await answer(engine, state, [5, 6]) for state in states[:3]]
     assert [await answer(engine, state, [5, 6]) for state in states[:3]] == first
-    assert opened == states[:3]
+    assert [opened.count(id(state)) for state in states[:3]] == [1, 1, 1]
     for state in states:
         await answer(engine, state, [5, 6])
     assert await answer(engine, states[0], [5, 6]) == first[0]
-    assert opened == [*states, states[0]], "only the last few are kept"
+    assert opened.count(id(states[0])) == 2, "only the last few are kept"
+
+
+async def test_a_session_is_opened_before_anybody_asks_where_there_is_nothing_else_to_do(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, prepare = threading.Semaphore(0), Runner.prepare
+
+    def noted(self: Runner) -> None:
+        prepare(self)
+        if not self.has_spare_work:
+            expected.release()
+
+    monkeypatch.setattr(Runner, "prepare", noted)
+    unasked = await engine.ingest(engine.new_state(), tokens(100, seed=1))
+    assert await asyncio.to_thread(expected.acquire, timeout=20)
+    opened = engine._runners[0]._openings._opened
+    assert set(opened) == {id(unasked)}
+
+    def failing(*_: object) -> NoReturn:
+        raise AssertionError("it is open already")
+
+    monkeypatch.setattr(TitansModel, "opening", failing)
+    assert len(await answer(engine, unasked, [5, 6])) > 1
+    del unasked
+    gc.collect()
+    assert not opened, "it is kept as long as its state"
+
+
+async def test_what_fails_before_anybody_asks_is_said_once_and_harms_nobody(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object) -> NoReturn:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TitansModel, "opening", failing)
+        state = await engine.ingest(engine.new_state(), tokens(100, seed=1))
+        await asyncio.sleep(0.3)
+        assert caplog.text.count("preparing failed") == 1
+    assert len(await answer(engine, state, [5, 6])) > 1
 
 
 async def test_answering_leaves_the_state_alone(engine: Engine) -> None:

@@ -1,18 +1,13 @@
 """Runs a step on the model. Owned by the compute thread; knows nothing of queues or clients."""
 
-import time
-from collections import OrderedDict
-from collections.abc import Iterator
-
 import torch
 from titans.model import TitansModel
 from titans.sampling import Drawn, Sampler, told
 from titans.state import State, Stream
 
+from titans_server.engine.openings import Openings
 from titans_server.engine.pool import Pool
 from titans_server.engine.request import Generation, Ingestion
-
-_OPENED = 8  # of 7 MB each with the shipped model
 
 
 class Runner:
@@ -20,11 +15,8 @@ class Runner:
 
     def __init__(self, model: TitansModel) -> None:
         self._model = model
-        self._opening: dict[Generation, Iterator[Stream | None]] = {}
+        self._openings = Openings(model)
         self._prefilling: dict[Generation, Stream] = {}
-        self._opened: OrderedDict[tuple[int, bool], tuple[State, Stream]] = (
-            OrderedDict()
-        )  # as first opened, the last few
         self._last_hidden: dict[Generation, torch.Tensor] = {}  # [D], of prompts that are told of
         self._samplers: dict[Generation, Sampler] = {}
         self._last_token: dict[Generation, int] = {}
@@ -68,7 +60,7 @@ class Runner:
         """One chunk of each document, all in one batch; each request then holds its new state."""
         for request, _ in chunks:
             if not request.num_done:
-                request.before = request.state = self._here(request.state)
+                request.before = request.state = request.state.to(self.device)
         lengths = [size for _, size in chunks]
         parts = [r.tokens[r.num_done : r.num_done + size] for r, size in chunks]
         tokens = self._padded(parts)
@@ -79,6 +71,18 @@ class Runner:
         for (request, size), state in zip(chunks, states, strict=True):
             request.state = state
             request.num_done += size
+            if request.num_done == len(request.tokens):
+                self._openings.expect(state)
+
+    @property
+    def has_spare_work(self) -> bool:
+        """Whether there is something to do that nobody waits for."""
+        return self._openings.has_expected()
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Do a little of it."""
+        self._openings.prepare()
 
     @torch.inference_mode()
     def surprise(self, request: Ingestion) -> float:
@@ -96,7 +100,8 @@ class Runner:
 
         Returns what is to be told of these tokens, and the answer's first token at the prompt's end.
         """
-        stream = self._prefilling.pop(request, None) or self._open(request, seconds)
+        stream = self._prefilling.pop(request, None)
+        stream = stream or self._openings.stream(request.state, recall=request.recall, seconds=seconds)
         if stream is None:
             return [], None
         tokens = request.prompt[request.num_read : request.num_read + size]
@@ -140,7 +145,6 @@ class Runner:
     @torch.inference_mode()
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
-        self._opening.pop(request, None)
         self._prefilling.pop(request, None)
         self._last_hidden.pop(request, None)
         self._samplers.pop(request, None)
@@ -152,32 +156,6 @@ class Runner:
             last = members.pop()
             if last is not request:
                 members[row] = last
-
-    def _open(self, request: Generation, seconds: float) -> Stream | None:
-        """A stream of its own on a state; None where that takes longer, or has taken a part of the time already.
-
-        Whoever asks the same state again does not wait for its last window again.
-        """
-        key = id(request.state), request.recall  # (the state is kept beside, so that no other has its id)
-        if key in self._opened:
-            self._opened.move_to_end(key)
-            return self._opened[key][1].map(lambda _, x: x.clone())
-        until = time.perf_counter() + seconds
-        if request not in self._opening:
-            self._opening[request] = self._model.opening(self._here(request.state), recall=request.recall)
-        for stream in self._opening[request]:
-            if stream is not None:
-                del self._opening[request]
-                self._opened[key] = request.state, stream
-            if stream is not None or time.perf_counter() >= until:
-                break
-        if len(self._opened) > _OPENED:
-            self._opened.popitem(last=False)
-        return None
-
-    def _here(self, state: State) -> State:
-        """A state that may be on another device."""
-        return state if state.position.device == self.device else state.to(self.device)
 
     def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
         drawn = self._samplers[request].draw(scores)

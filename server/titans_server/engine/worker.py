@@ -21,6 +21,8 @@ from titans_server.observer import Computed, Observer
 
 log = logging.getLogger(__name__)
 
+_IDLE_SECONDS = 0.05  # without work, before spare work is done: a document's next portion may be on its way
+
 
 class Worker:
     """Requests in, each of which is answered in its own way."""
@@ -43,6 +45,7 @@ class Worker:
         self._inbox: list[Generation | Ingestion] = []
         self._num_requests = 0
         self._closing = False
+        self._is_idle = False  # there was nothing to do for a while
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"compute on {runner.device}")
 
@@ -101,25 +104,41 @@ class Worker:
 
     def _run(self) -> None:
         while self._take_in():
-            for request in self._scheduler.cancelled():
-                self._end(request)
-            step = self._scheduler.next_step()
-            self._guard("decode", step.decode, partial(self._decode, step.decode))
-            for request, size in step.prefill:
-                self._guard("prefill", [request], partial(self._prefill, request, size, step.seconds))
-            self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
+            if len(self._scheduler):
+                self._step()
+            else:
+                self._prepare()
         for request in self._scheduler.all_requests():
             self._fail(request, ShuttingDown("the server is shutting down"))
 
     def _take_in(self) -> bool:
-        """Wait for work; False when the engine is closing."""
+        """Wait for work; False when the engine is closing. Where there is spare work, waiting ends after a while."""
         with self._wake:
             while not (self._inbox or len(self._scheduler) or self._closing):
-                self._wake.wait()
+                patience = 0.0 if self._is_idle else _IDLE_SECONDS
+                if not self._wake.wait(patience if self._runner.has_spare_work else None):
+                    self._is_idle = True
+                    return True
+            self._is_idle = False
             for request in self._inbox:
                 self._scheduler.add(request)
             self._inbox.clear()
             return not self._closing
+
+    def _step(self) -> None:
+        for request in self._scheduler.cancelled():
+            self._end(request)
+        step = self._scheduler.next_step()
+        self._guard("decode", step.decode, partial(self._decode, step.decode))
+        for request, size in step.prefill:
+            self._guard("prefill", [request], partial(self._prefill, request, size, step.seconds))
+        self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
+
+    def _prepare(self) -> None:
+        try:
+            self._runner.prepare()
+        except Exception:
+            log.exception("preparing failed")
 
     def _guard(self, kind: Computed, requests: Sequence[Ingestion | Generation], compute: Callable[[], int]) -> None:
         """A fault in a batch ends the batch's requests, not the engine. `compute` returns how many tokens it was."""

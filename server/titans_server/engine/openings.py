@@ -1,0 +1,80 @@
+"""Sessions' states opened: what an answer begins from, kept as long as the state is.
+
+Opening takes the last window through the layers above the memory, a layer at a time, so that others need not wait for
+all of it. It is done when somebody asks, or before, when there is nothing else to do: who has read a document is likely
+to be asked about it. Owned by the compute thread; states may be let go of on any.
+"""
+
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from titans.model import TitansModel
+from titans.state import State, Stream
+
+_KEPT = 64  # of 2.4 MB each with the shipped model; the rest of a stream is the state's own
+_UNDER_WAY = 8
+_LATELY = 16
+
+
+class _Opened(NamedTuple):
+    state: "weakref.ref[State]"
+    stream: Stream  # shares what it can with the state
+
+
+class Openings:
+    """Streams by the states that they are on."""
+
+    def __init__(self, model: TitansModel) -> None:
+        self._model = model
+        self._opened = OrderedDict[int, _Opened]()  # by the state's id; the one least lately asked first
+        self._under_way = OrderedDict[int, Iterator[Stream | None]]()  # likewise; these keep their states
+        self._lately: deque[weakref.ref[State]] = deque(maxlen=_LATELY)  # states that nobody has asked yet
+
+    def stream(self, state: State, *, recall: bool, seconds: float) -> Stream | None:
+        """A stream of its own on a state. None: it has been opened for so many seconds, or to its end; ask again."""
+        if (opened := self._opened.get(id(state))) is None:
+            self._advance(state, seconds)
+            return None
+        self._opened.move_to_end(id(state))
+        return replace(opened.stream.map(lambda _, x: x.clone()), recall=recall)
+
+    def expect(self, state: State) -> None:
+        """Somebody may ask this state soon."""
+        self._lately.append(weakref.ref(state))
+
+    def has_expected(self) -> bool:
+        """Whether `prepare` has something to do; drops what has been done or is gone."""
+        while self._lately:
+            state = self._lately[-1]()
+            if state is not None and id(state) not in self._opened:
+                return True
+            self._lately.pop()
+        return False
+
+    def prepare(self) -> None:
+        """Take the last state that is expected to be asked a layer further."""
+        if self.has_expected() and (state := self._lately[-1]()) is not None:
+            try:
+                self._advance(state, 0.0)
+            except Exception:
+                self._lately.pop()  # no further try: whoever asks will hear of it
+                raise
+
+    def _advance(self, state: State, seconds: float) -> None:
+        until, key = time.perf_counter() + seconds, id(state)
+        opening = self._under_way.pop(key, None) or self._model.opening(state.to(self._model.device))
+        for stream in opening:
+            if stream is not None:
+                gone = weakref.ref(state, lambda _: self._opened.pop(key, None))
+                self._opened[key] = _Opened(gone, stream)
+                break
+            if time.perf_counter() >= until:
+                self._under_way[key] = opening
+                break
+        for some, most in ((self._opened, _KEPT), (self._under_way, _UNDER_WAY)):
+            if len(some) > most:
+                some.popitem(last=False)
