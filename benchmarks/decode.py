@@ -1,6 +1,7 @@
 """Row 3: time between the tokens of one answer after more and more text, through HTTP, beside others in process.
 
-Ours after a session has read so much; theirs with so much in their cache. Alternating; medians and ratios.
+Ours after a session has read so much; theirs with so much in their cache. Alternating, also between
+lengths; medians and ratios.
 """
 
 import argparse
@@ -24,23 +25,23 @@ def main() -> None:
     args = parser.parse_args()
     print_machine()
     print(f"{1e3 * products(load().model, 1):.1f} ms a token of products alone")
-    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + args.tokens * args.repeats + 8)
+    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + args.tokens + 8)
     print(f"{'tokens':>9} {'ours, ms':>9} {'first':>7}" + "".join(f"{x.name:>14} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
-        for length in args.lengths:
-            session, _, _ = learn(client, book.text(length))
-            for other in others if length <= args.peers_up_to else []:
-                other.read(book.tokens(length))
-            times = defaultdict[str, list[float]](list)
-            for _ in range(args.repeats):
+        sessions = {length: learn(client, book.text(length))[0] for length in args.lengths}
+        times = {length: defaultdict[str, list[float]](list) for length in args.lengths}
+        for _ in range(args.repeats):
+            for length, session in sessions.items():
                 said = answer_once(url, session, args.tokens)
-                times["ours"].append(said.between)
-                times["first"].append(said.first)
+                times[length]["ours"].append(said.between)
+                times[length]["first"].append(said.first)
                 for other in others if length <= args.peers_up_to else []:
-                    times[other.name].append(statistics.mean(other.say(args.tokens)))
-            ours, first = (1e3 * statistics.median(times.pop(x)) for x in ("ours", "first"))
+                    other.read(book.tokens(length))
+                    times[length][other.name].append(statistics.mean(other.say(args.tokens)))
+        for length, each in times.items():
+            ours, first = (1e3 * statistics.median(each.pop(x)) for x in ("ours", "first"))
             line = f"{length:>9,} {ours:>9.1f} {first:>7.0f}"
-            for theirs in (1e3 * statistics.median(x) for x in times.values()):
+            for theirs in (1e3 * statistics.median(x) for x in each.values()):
                 line += f"{theirs:>14.1f} {theirs / ours:>6.1f}x"
             print(line, flush=True)
 

@@ -1,5 +1,6 @@
 """Titans: language models with a neural memory that learns while it reads (arXiv 2501.00663)."""
 
+from titans import waiting  # noqa: F401 — first
 from titans.backbone import Backbone, BackboneError, load_backbone
 from titans.checkpoint import CheckpointError, Loaded, load
 from titans.config import BackboneConfig, MemoryConfig, TitansConfig
