@@ -53,7 +53,7 @@ def test_products_of_what_is_large_small_zero_or_no_number(bits: int) -> None:
     weight = weight_of(bits, 32, 96)
     matrix = NativeMatrix.pack(weight, Team(1))
     assert matrix is not None
-    x = torch.randn(8, 96).bfloat16()
+    x = torch.randn(9, 96).bfloat16()
     x[0, 7] = 1000.0  # one input far above all others
     x[1] *= 1e30
     x[2] *= 1e-30
@@ -61,10 +61,12 @@ def test_products_of_what_is_large_small_zero_or_no_number(bits: int) -> None:
     for row, value in ((4, math.inf), (5, -math.inf), (6, math.nan)):
         x[row, 40] = value
     x[7] = 3.0
+    x[8] *= 1e-37
     y, expected = matrix(x), F.linear(x.double(), weight.double())
     for row in (0, 1, 2, 7):
         assert (y[row] - expected[row]).norm() < 0.0025 * expected[row].norm()
     assert torch.equal(y[3], torch.zeros(32).bfloat16())
+    assert y[8].abs().max() < 1e-30
     assert not y[4:7].isfinite().any(), "it is not hidden"
 
 

@@ -38,7 +38,8 @@ namespace {
 constexpr int BLOCK = 16;
 constexpr int GROUP = 32;
 constexpr int SPINS = 4'000;
-constexpr float LARGEST = 127 * 256;  // of what has a high and a low byte
+constexpr float LARGEST = 127 * 256;   // of what has a high and a low byte
+constexpr float SMALLEST = 1e-30f;     // rows below it are 0: their scale has no inverse
 
 enum Kind : int64_t { FOUR = 4, EIGHT = 8, SIXTEEN = 16 };
 
@@ -204,7 +205,7 @@ struct Inputs {  // rows of a product, as matrices of codes take them, of bfloat
         }
         const float largest = _mm512_reduce_max_ps(most);
         const bool finite = !no_numbers && largest <= std::numeric_limits<float>::max();
-        const __m512 by = _mm512_set1_ps(finite && largest > 0 ? LARGEST / largest : 0.0f);
+        const __m512 by = _mm512_set1_ps(finite && largest > SMALLEST ? LARGEST / largest : 0.0f);
         scales[row] = finite ? largest / LARGEST : std::numeric_limits<float>::quiet_NaN();
         const auto half_group = [&](int64_t k) {
             const __m512i all = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), by));
