@@ -42,6 +42,10 @@ class Openings:
         self._opened.move_to_end(id(state))
         return replace(opened.stream.map(lambda _, x: x.clone()), recall=recall)
 
+    def abandon(self, state: State) -> None:
+        """Whoever wanted this state opened does so no more; what has been opened to its end stays."""
+        self._under_way.pop(id(state), None)
+
     def expect(self, state: State) -> None:
         """Somebody may ask this state soon."""
         self._lately.append(weakref.ref(state))

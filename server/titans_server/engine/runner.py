@@ -145,6 +145,7 @@ class Runner:
     @torch.inference_mode()
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
+        self._openings.abandon(request.state)
         self._prefilling.pop(request, None)
         self._last_hidden.pop(request, None)
         self._samplers.pop(request, None)

@@ -1,0 +1,60 @@
+"""What answers begin from: opened once a state, a layer at a time, and let go of with it."""
+
+import gc
+import weakref
+
+import torch
+from support.models import make_tiny
+from titans.model import TitansModel
+from titans.state import State, Stream
+from titans_server.engine.openings import Openings
+
+
+def read(model: TitansModel, seed: int) -> State:
+    tokens = torch.randint(3, 259, (1, 40), generator=torch.Generator().manual_seed(seed))
+    return model.ingest(tokens, model.new_state())
+
+
+def tensors_of(stream: Stream) -> dict[str, torch.Tensor]:
+    found = dict[str, torch.Tensor]()
+    stream.map(found.setdefault)
+    return found
+
+
+def test_a_state_is_opened_a_layer_at_a_time_and_each_asker_has_a_copy() -> None:
+    model = make_tiny()
+    openings, state = Openings(model), read(model, 1)
+    tries = 1
+    while (stream := openings.stream(state, recall=False, seconds=0.0)) is None:
+        tries += 1
+    assert tries > len(model.upper)
+    expected = tensors_of(model.open(state))
+    for name, x in tensors_of(stream).items():
+        assert torch.equal(x, expected[name]), name
+    assert not stream.recall
+    again = openings.stream(state, recall=True, seconds=0.0)
+    assert again is not None and again.recall
+    for x in tensors_of(stream).values():
+        x.zero_()
+    for name, x in tensors_of(again).items():
+        assert torch.equal(x, expected[name]), "it is a copy of its own"
+
+
+def test_a_state_that_is_let_go_of_takes_what_was_opened_with_it() -> None:
+    model = make_tiny()
+    openings, whole, begun = Openings(model), read(model, 1), read(model, 2)
+    while openings.stream(whole, recall=True, seconds=0.0) is None:
+        pass
+    assert openings.stream(begun, recall=True, seconds=0.0) is None
+    assert (len(openings._opened), len(openings._under_way)) == (1, 1)
+    openings.abandon(begun)
+    openings.abandon(whole)
+    assert (len(openings._opened), len(openings._under_way)) == (1, 0), "what is whole stays"
+    refs = weakref.ref(whole), weakref.ref(begun)
+    openings.expect(whole)
+    del whole, begun
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    assert not openings._opened
+    assert not openings.has_expected()
+    openings.prepare()
