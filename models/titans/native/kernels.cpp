@@ -9,8 +9,8 @@
 //     SIXTEEN  1024 bytes: pairs of inputs in bfloat16
 //
 // Codes meet inputs in fixed point, 16 bits with one scale a row: two bytes, each of which is multiplied with four codes
-// at once (VNNI). A group's sum is exact. By its norm a row is nearer so than in bfloat16: fifty times where it is normally
-// distributed, and where one of 1,536 inputs is far above all others, which is the worst, still four times.
+// at once (VNNI). A group's sum is exact. By its norm a row is nearer so than in bfloat16: fifty times where it is
+// normally distributed, and where one of 1,536 inputs is far above all others, which is the worst, still four times.
 //
 // A product's rows, and a session's tokens, are computed each as it would be alone: how many there are changes no bit.
 //
