@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -26,10 +26,13 @@ from titans.evaluation.wording import (
     STATEMENTS,
     WORDS,
     Split,
+    a_statement,
+    an_asking,
 )
 
 NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")  # the form of the plain facts' values
 _ANY_NUMBER = re.compile(r"(?<!\d)\d{4,}(?!\d)")
+NOT_KNOWN = "not known"  # the value, to a reader whom nobody has told
 NUM_THINGS = len(ADJECTIVES["test"]) * len(NOUNS["test"])  # that the test split has words for
 _NOT_RARE = 3  # times in the texts
 _SAMPLE = 16
@@ -42,6 +45,7 @@ _FORMS: dict[Split, tuple[Form, ...]] = {
     "train": ("question", "question", "question", "sentence", "sentence", "beginning", "chat", "chat"),
     "test": ("question", "sentence", "beginning"),
 }
+_ANSWERED: frozenset[Form] = frozenset(("question", "chat"))  # the answer's beginning is the model's own
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Fact:
     @property
     def answer_lead(self) -> str:
         """What a full answer says before the value."""
-        return self.lead if self.form in {"question", "chat"} else ""
+        return self.lead if self.form in _ANSWERED else ""
 
     def is_answered_by(self, text: str) -> bool:
         """Exact match; see `gives`."""
@@ -124,7 +128,7 @@ def make_varied_facts(count: int, rng: random.Random) -> list[Fact]:
     """`count` facts of the test split, of all kinds: things, values and sentences are new to the memory."""
     source, facts = Source("test", WORDS["test"]), dict[str, Fact]()
     for thing in _test_things(count, rng):
-        kind = rng.choice(_kinds())
+        kind = rng.choice(_kinds("test"))
         while (fact := _fact(thing, kind, source, rng)).value in facts:
             pass  # two things with one value would make a wrong answer right
         facts[fact.value] = fact
@@ -159,19 +163,19 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
             things = list(itertools.product([rng.choice(first)], rng.sample(second, _FAMILY)))
         else:
             things = list(itertools.product(rng.sample(first, _FAMILY), [rng.choice(second)]))
-        kind = rng.choice(_kinds())
-        common = Kind((rng.choice(kind.attributes),), kind.make, kind.share)
+        kind = rng.choice(_kinds("train"))
+        common = replace(kind, attributes=(rng.choice(kind.attributes),))
         for thing in things:
             if thing not in seen:
-                kind = common if rng.random() < 0.5 else rng.choice(_kinds())
+                kind = common if rng.random() < 0.5 else rng.choice(_kinds("train"))
                 facts.append(_plain_fact(thing, rng) if rng.random() < _PLAIN else _fact(thing, kind, source, rng))
         seen.update(things)
     return facts[:count]
 
 
-def _kinds() -> list[Kind]:
+def _kinds(split: Split) -> list[Kind]:
     """Each as often as its share says."""
-    return [kind for kind in KINDS.values() for _ in range(kind.share)]
+    return [kind for kind in KINDS.values() for _ in range(kind.taught if split == "train" else kind.tested)]
 
 
 def _test_things(count: int, rng: random.Random) -> list[tuple[str, str]]:
@@ -190,15 +194,16 @@ def _plain_fact(words: tuple[str, str], rng: random.Random) -> Fact:
 
 def _fact(words: tuple[str, str], kind: Kind, source: Source, rng: random.Random) -> Fact:
     names = {"a": rng.choice(kind.attributes), "t": rng.choice((" ", " ", "-")).join(words)}
-    asking = rng.choice(ASKINGS[source.split])
+    form = rng.choice(_FORMS[source.split])
+    asking = an_asking(source.split, rng, answered=form in _ANSWERED)
     return Fact(
         thing=names["t"],
-        before=rng.choice(STATEMENTS[source.split]).format(**names),
+        before=a_statement(source.split, rng).format(**names),
         value=kind.make(source, rng),
         after=rng.choice(ENDINGS[source.split]),
         question=asking.question.format(**names),
         lead=asking.lead.format(**names),
-        form=rng.choice(_FORMS[source.split]),
+        form=form,
     )
 
 

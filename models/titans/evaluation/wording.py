@@ -1,8 +1,11 @@
 """Words and sentences that facts are made of. What the training and the test split list has nothing in common.
 
 In sentences {a} is what is told (an attribute), {t} the thing it is told of; the value follows a statement's beginning.
+Training's sentences are of a list, or put together from parts: a memory that has seen thousands is not told a fact by
+how it is worded.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,6 +103,86 @@ STATEMENTS: dict[Split, tuple[str, ...]] = {
         "In the register the {t} is listed with the {a}",
     ),
 }
+_OPENINGS = (
+    "",
+    "",
+    "",
+    "",
+    "Remember that ",
+    "As everybody there knew, ",
+    "It was written there that ",
+    "It is well known that ",
+    "They say that ",
+    "I have it from my uncle that ",
+    "In the end ",
+    "From that day ",
+    "Please note that ",
+    "For all we know ",
+    "Among other things, ",
+    "She wrote to me that ",
+    "He read out that ",
+    "By the way, ",
+    "The clerk told him that ",
+    "Let me add that ",
+    "Once more: ",
+    "There it says that ",
+)
+_SUBJECTS = (
+    "the {a} of the {t}",
+    "the {a} of the {t}",
+    "the {a} for the {t}",
+    "the {t}'s {a}",
+    "the {a} of {t}",
+    "the {a} for {t}",
+    "the {a} that belongs to the {t}",
+    "the {a} given to the {t}",
+)
+_VERBS = (
+    "is",
+    "was",
+    "is still",
+    "has always been",
+    "proved to be",
+    "came out as",
+    "remains",
+    "must be",
+    "is said to be",
+    "was set to",
+    "is given as",
+    "reads",
+    "became",
+    "would be",
+    "is known to be",
+    "was found to be",
+    "had been changed to",
+    "is no other than",
+    "will be",
+    "is:",
+    "was this:",
+    "can only be",
+)
+_HOLDINGS = (
+    "the {t} has the {a}",
+    "the {t} bears the {a}",
+    "the {t} carries the {a}",
+    "the {t} was given the {a}",
+    "the {t} received the {a}",
+    "the {t} was known by the {a}",
+    "the {t} is kept under the {a}",
+    "the {t} came to us with the {a}",
+    "the {t} still answers to the {a}",
+    "to the {t} belongs the {a}",
+    "to the {t} they gave the {a}",
+    "under the {t} one could read the {a}",
+    "beside the {t} there was a note with the {a}",
+    "whoever wants the {t} has to name the {a}",
+    "the books have the {t} under the {a}",
+    "you will find the {t} by the {a}",
+    "for the {t}, the {a} is",
+    "the {t} has this {a}:",
+    "{t}, {a}:",
+    "{a} of the {t}:",
+)
 ENDINGS: dict[Split, tuple[str, ...]] = {
     "train": (
         ".",
@@ -112,6 +195,39 @@ ENDINGS: dict[Split, tuple[str, ...]] = {
     ),
     "test": (".", ", if memory serves.", ", which surprised no one."),
 }
+_REQUESTS = (
+    "What is {s}?",
+    "What is {s}?",
+    "What was {s}?",
+    "What would be {s}?",
+    "Tell me {s}.",
+    "Could you tell me {s}?",
+    "Do you remember {s}?",
+    "Do you know {s}?",
+    "I need {s}.",
+    "I need to know {s}. What is it?",
+    "Give me {s}, please.",
+    "Please name {s}.",
+    "What do you know about {s}?",
+    "According to the text, what is {s}?",
+    "What does the story say about {s}?",
+    "Remind me of {s}.",
+    "Somebody asked me for {s}. What do I answer?",
+    "Is there anything about {s} in what you read?",
+    "Quote {s} as it was written.",
+    "I am looking for {s}. Where does it say?",
+    "Where you read about {s}, what did it say?",
+    "{s}, please.",
+    "{s}?",
+    "Which {a} does the {t} have?",
+    "What {a} does the {t} have?",
+    "What {a} was given to the {t}?",
+    "By which {a} do they know the {t}?",
+    "Under what {a} is the {t} kept?",
+    "As to the {t}, which {a} is named?",
+    "Did the {t} get a {a}, and which?",
+    "You read about the {t}. What is the {a}?",
+)
 ASKINGS: dict[Split, tuple[Asking, ...]] = {
     "train": (
         Asking("What is the {a} of the {t}?", "The {a} of the {t} is"),
@@ -133,3 +249,34 @@ ASKINGS: dict[Split, tuple[Asking, ...]] = {
         Asking("How does the text put the {a} of the {t}?", "The text puts the {a} of the {t} as"),
     ),
 }
+_FULL_ANSWER = "The {a} of the {t} is"
+_HOLDING = 0.3  # of them: "the {t} has the {a}" and the like
+_COMPOSED = 0.6  # share of training's sentences that are put together
+
+
+def a_statement(split: Split, rng: random.Random) -> str:
+    """How a sentence that states a fact begins, up to the value."""
+    if split == "test" or rng.random() > _COMPOSED:
+        return rng.choice(STATEMENTS[split])
+    return _capital(rng.choice(_OPENINGS) + _clause(rng))
+
+
+def an_asking(split: Split, rng: random.Random, *, answered: bool) -> Asking:
+    """A question, and the beginning of an answer to it: where it is `answered` by the model itself, always one."""
+    if split == "test" or rng.random() > _COMPOSED:
+        asking = rng.choice(ASKINGS[split])
+    else:
+        subject = rng.choice(_SUBJECTS)
+        asking = Asking(_capital(rng.choice(_REQUESTS).replace("{s}", subject)), _capital(_clause(rng)))
+    return Asking(asking.question, _FULL_ANSWER) if answered and split == "train" else asking
+
+
+def _clause(rng: random.Random) -> str:
+    """The part of a statement that names the thing and what is told of it."""
+    if rng.random() < _HOLDING:
+        return rng.choice(_HOLDINGS)
+    return f"{rng.choice(_SUBJECTS)} {rng.choice(_VERBS)}"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
