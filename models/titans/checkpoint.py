@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,14 +71,7 @@ def load(
         raise CheckpointError(f"{memory} does not fit the shape of {body}")
     model = build(backbone, config)
     ready(model, device, dtype or preferred_dtype(device))
-    with safe_open(str(memory), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if tensors.keys() != memory_tensors(model).keys():
-        raise CheckpointError(f"{memory} does not hold the memory that its header describes")
-    try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{memory} does not have the shapes that its header describes: {error}") from error
+    read_memory(model, memory)
     model.requires_grad_(False)
     for module in model.memories:
         module.cast_projections(model.dtype)
@@ -106,17 +99,41 @@ def build(backbone: Backbone, config: TitansConfig) -> TitansModel:
 
 
 def memory_tensors(model: TitansModel) -> dict[str, Tensor]:
-    """What a body does not have, by name: the memories, what merges them with attention, the readout. Not copies."""
+    """What a body does not have as they are, by name: the memories, what merges them with attention, the readout.
+
+    And what of the body is adapted. Not copies.
+    """
     ours = {"memory", "merge", "readout"}
-    return {name: x for name, x in model.state_dict().items() if ours & set(name.split("."))}
+    return {name: x for name, x in model.state_dict().items() if ours & set(name.split(".")) or name in model.adapted}
 
 
 def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model to where it runs, in place: the body in `dtype`, the memories in float32, sinks set, no training."""
+    """Move a model to where it runs, in place: the body in `dtype`, what is trained in float32; set its sinks."""
     model.to(device, dtype).eval()
     for ours in (*model.memories, *([model.readout] if model.readout is not None else [])):
         ours.float()
+    for parameter in model.adapted.values():
+        parameter.data = parameter.data.float()
     model.set_sinks()
+
+
+def read_memory(model: TitansModel, path: Path) -> None:
+    """Put the weights that `save_memory` wrote into a model that is `ready`.
+
+    What they do not adapt stays as it is. Raises CheckpointError where they are not such a model's.
+    """
+    config, _ = _read_header(path)
+    if replace(config, adapted=model.config.adapted) != model.config:
+        raise CheckpointError(f"{path} is for a model of another shape")
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = memory_tensors(model).keys() - (() if config.adapted else model.adapted.keys())
+    if tensors.keys() != expected:
+        raise CheckpointError(f"{path} does not hold the memory that its header describes")
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not have the shapes that its header describes: {error}") from error
 
 
 def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:

@@ -116,6 +116,7 @@ class TitansConfig:
     window: int = 256  # tokens that attention sees; with "mac" the tokens of a segment
     num_persistent: int = 1  # keys and values per layer that are always attended to (eq. 19)
     readout: bool = False  # True: what the last memory answers also reaches the head past the layers above ("mal")
+    adapted: bool = False  # True: norms and persistent tokens above the last memory are trained beside it
 
     def __post_init__(self) -> None:
         layers = self.memory_layers
@@ -138,7 +139,7 @@ class TitansConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TitansConfig":
-        """The inverse of `to_dict`, also by way of JSON. What `memory` does not name has its default; so has `readout`.
+        """The inverse of `to_dict`, also by way of JSON. `readout`, `adapted` and all of `memory` have defaults.
 
         Raises KeyError where a part is missing, TypeError where the body or the memory has a field too many, too few or
         of a wrong type, and ValueError as the constructors do.
@@ -151,6 +152,7 @@ class TitansConfig:
             window=fields["window"],
             num_persistent=fields["num_persistent"],
             readout=fields.get("readout", False),
+            adapted=fields.get("adapted", False),
         )
 
 

@@ -101,6 +101,23 @@ class TitansModel(nn.Module):
         """In the order in which tokens pass them."""
         return [memory for step in self.lower for memory in step.memories]
 
+    @property
+    def adapted(self) -> dict[str, nn.Parameter]:
+        """What of the body is trained beside its memories, by name: none, unless the config says so.
+
+        The norms and persistent tokens of the layers above the last memory: a few thousand floats that cost nothing
+        more to run with. Float32.
+        """
+        if not self.config.adapted:
+            return {}
+        above = tuple(f"layers.{i}." for i in range(len(self.layers) - len(self.upper), len(self.layers)))
+        kinds = ("norm.weight", "persistent_keys", "persistent_values")
+        return {
+            name: x
+            for name, x in self.named_parameters()
+            if name.startswith((*above, "norm.")) and name.endswith(kinds)
+        }
+
     def new_state(self, batch: int = 1) -> State:
         """Sessions that have read nothing. The memories' weights are views of those that they start from."""
         num_tail = self.config.window if self.upper else 0

@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support.models import TinyCheckpoint, write_tiny_checkpoint
-from titans.checkpoint import DEFAULT_MEMORY, CheckpointError, Loaded, load
+from titans.backbone import load_backbone
+from titans.checkpoint import DEFAULT_MEMORY, CheckpointError, Loaded, load, memory_tensors, read_memory
 
 
 @pytest.fixture
@@ -41,6 +42,41 @@ def test_bfloat16_keeps_the_memorys_own_weights_exact(tiny: TinyCheckpoint) -> N
     torch.testing.assert_close(answer(half), answer(single), rtol=0.1, atol=0.3)
 
 
+def test_what_of_the_body_is_adapted_comes_with_the_memory_exact(tiny: TinyCheckpoint) -> None:
+    half, body = load_tiny(tiny, torch.bfloat16).model, load_backbone(tiny.body).tensors
+    tensors, _ = contents(tiny.memory)
+    assert {name.split(".")[1] for name in half.adapted} == {"2", "3", "weight"}, (
+        "all above the memory, and the last norm"
+    )
+    for name, parameter in half.adapted.items():
+        assert torch.equal(parameter, tensors[name]), name
+        if "norm" in name:
+            assert not torch.equal(parameter, body[name]), name
+
+
+def test_a_memory_of_a_body_as_it_was_can_be_gone_on_from(tiny: TinyCheckpoint) -> None:
+    model, (tensors, header) = load_tiny(tiny).model, contents(tiny.memory)
+    before = {name: x.clone() for name, x in model.adapted.items()}
+    plain = json.dumps(json.loads(header["config"]) | {"adapted": False})
+    memory = {name: x + 1 for name, x in tensors.items() if name not in before}
+    save_file(memory, tiny.memory, header | {"config": plain})
+    read_memory(model, tiny.memory)
+    for name, tensor in memory_tensors(model).items():
+        assert torch.equal(tensor, before[name] if name in before else memory[name]), name
+    assert not load_tiny(tiny).model.adapted
+    save_file(memory, tiny.memory, header)
+    with pytest.raises(CheckpointError, match="header describes"):
+        read_memory(model, tiny.memory)
+    save_file(memory, tiny.memory, header | {"config": json.dumps(json.loads(plain) | {"window": 32})})
+    with pytest.raises(CheckpointError, match="another shape"):
+        read_memory(model, tiny.memory)
+
+
+def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
 def test_another_memory_is_another_fingerprint(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
     assert load_tiny(other).fingerprint != load_tiny(tiny).fingerprint
@@ -64,8 +100,7 @@ def test_a_torn_or_missing_memory_is_refused(tiny: TinyCheckpoint) -> None:
 
 
 def test_tensors_that_do_not_fit_their_header_are_refused(tiny: TinyCheckpoint) -> None:
-    with safe_open(tiny.memory, framework="pt") as file:
-        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, header = contents(tiny.memory)
     for change in ({"architecture": "none"}, {"num_persistent": 2}, {"window": 0}):
         save_file(tensors, tiny.memory, {**header, "config": json.dumps(json.loads(header["config"]) | change)})
         with pytest.raises(CheckpointError, match=r"architecture|persistent"):

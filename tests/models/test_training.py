@@ -3,29 +3,31 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
-from titans.checkpoint import digest, load
+from titans.checkpoint import digest, load, memory_tensors
 from titans.config import tiny as tiny_config
-from titans.evaluation.facts import Fact, make_facts, make_families, words_of
+from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
 from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
 from titans.tokenizer import Tokenizer
+from titans.training import loop
 from titans.training.batch import _rows, make_batch
 from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer
 from titans.training.plot import plot
-from titans.training.pool import Pool, _make_facts, load_pool
+from titans.training.pool import Pool, _make_facts, load_pool, save_pool
 from titans.training.score import Scorer
 
 WINDOW = 192  # a question and its answer, in bytes
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 ALONE = Rates(keys=3e-3, values=1e-2, answers=1e-2, gates=3e-3, readout=1e-2)
-JOINT = Rates(keys=0, values=0, answers=1e-2, gates=0, readout=1e-2)
+JOINT = Rates(keys=0, values=0, answers=1e-2, gates=0, readout=1e-2, body=1e-2)
 CONFIG = TrainingConfig(
     memory=tiny_config().memory,
     key_steps=6,
@@ -48,23 +50,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 
 @pytest.fixture(scope="module")
 def pool(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    loaded, folder = load_tiny(tiny), tmp_path_factory.mktemp("pool")
-    first = load_pool(loaded, load_backbone(tiny.body).tokenizer, [TEXT, TEXT], CONFIG, folder / "pool.pt")
-    again = load_pool(loaded, load_backbone(tiny.body).tokenizer, [], CONFIG, folder / "pool.pt")
-    assert torch.equal(first.haystack, again.haystack)
-    return again
+    path = tmp_path_factory.mktemp("pool") / "pool.pt"
+    save_pool(load_tiny(tiny), load_backbone(tiny.body).tokenizer, [TEXT, TEXT], CONFIG, path)
+    return load_pool(path)
 
 
 def load_tiny(tiny: TinyCheckpoint) -> TitansModel:
     return load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32).model
 
 
-def make_trainer(tiny: TinyCheckpoint, pool: Pool, run: Path) -> Trainer:
+def make_trainer(tiny: TinyCheckpoint, pool: Pool, run: Path, config: TrainingConfig = CONFIG) -> Trainer:
     run.mkdir(exist_ok=True)
     torch.manual_seed(CONFIG.seed)
     scorer = Scorer(load_backbone(tiny.body).tokenizer, TEXT, num_facts=1)
     model = load_tiny(tiny).requires_grad_(True)  # as it is when nothing has been trained
-    return Trainer(model, digest(tiny.body), pool=pool, config=CONFIG, scorer=scorer, run=run)
+    return Trainer(model, digest(tiny.body), pool=pool, config=config, scorer=scorer, run=run)
 
 
 def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -> None:
@@ -117,7 +117,8 @@ def test_a_run_leaves_the_body_alone_and_is_drawn(tiny: TinyCheckpoint, pool: Po
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     trainer.train()
     for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith(("memory_layers.", "readout.")), name
+        ours = name.startswith(("memory_layers.", "readout.")) or name in trainer.model.adapted
+        assert torch.equal(tensor, before[name]) != ours, name
     assert "generated" in trainer.history[-1]
     again = make_trainer(tiny, pool, tmp_path / "run")
     again.train()  # a finished run comes to the same memory: the strength of its answers is set from what was trained
@@ -146,29 +147,78 @@ def test_the_strength_of_the_answers_is_the_best_on_held_out_facts(
             assert loss() >= best - 1e-4
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 5], ids=["the memory alone", "with the body"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tiny: TinyCheckpoint, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(loop, "_SAVE_EVERY", 5)
     whole = make_trainer(tiny, pool, tmp_path / "whole")
     whole.train()
     cut = make_trainer(tiny, pool, tmp_path / "cut")
-    stop_after_first_stage(cut)
+    stop_after(cut, step)
     resumed = make_trainer(tiny, pool, tmp_path / "cut")
     resumed.train()
     assert len(resumed.history) == CONFIG.num_steps
-    for name, tensor in resumed.memory.state_dict().items():
-        torch.testing.assert_close(tensor, whole.memory.state_dict()[name], rtol=1e-4, atol=1e-6)
+    expected = memory_tensors(whole.model)
+    for name, tensor in memory_tensors(resumed.model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def stop_after_first_stage(trainer: Trainer) -> None:
+def stop_after(trainer: Trainer, step: int) -> None:
     save = trainer._save
 
     def save_and_stop() -> None:
         save()
-        if trainer.step:
+        if trainer.step == step:
             raise KeyboardInterrupt
 
     trainer._save = save_and_stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+
+
+def test_a_run_goes_on_from_weights(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+    slow, stages = Rates(*[1e-12] * 6), (Stage(400, 4, 1, 2, 0), Stage(400, 4, 1, 2, 4))
+    config = replace(CONFIG, key_learning_rate=1e-12, value_learning_rate=1e-12, alone=slow, joint=slow, stages=stages)
+    trainer = make_trainer(tiny, pool, tmp_path / "run", config)
+    started = {name: x.clone() for name, x in memory_tensors(trainer.model).items()}
+    for tensor in memory_tensors(trainer.model).values():
+        tensor.data.zero_()
+    trainer.train(tiny.memory)
+    for name, tensor in memory_tensors(trainer.model).items():
+        if not name.endswith("out.weight"):  # whose strength is set
+            torch.testing.assert_close(tensor, started[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_what_stands_before_a_question_follows_the_layers_above(tiny: TinyCheckpoint, pool: Pool) -> None:
+    model = load_tiny(tiny)
+    renewed = pool.renewed(model)
+    assert torch.equal(renewed.tails.position, pool.tails.position)
+    torch.testing.assert_close(renewed.tails.values, pool.tails.values)
+    for parameter in model.adapted.values():
+        parameter.add_(0.5)
+    changed, i = pool.renewed(model).tails, 1
+    text, end = changed.text[i], changed.position[i]
+    stream = model.open(model.ingest(pool.haystack_tokens[text, :end][None], model.new_state()))
+    for layer, parts in enumerate(stream.upper):
+        torch.testing.assert_close(changed.keys[i, layer], parts["keys"][0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(changed.values, pool.tails.values)
+
+
+def test_what_no_document_states_is_answered_so(tiny: TinyCheckpoint, pool: Pool) -> None:
+    tokenizer = load_backbone(tiny.body).tokenizer
+    assert pool.unanswered, "some questions"
+    for i, question in pool.unanswered.items():
+        answer = question.targets[question.start : question.start + question.answer].tolist()
+        assert tokenizer.decode(answer).startswith(f" {NOT_KNOWN}.")
+        known = pool.questions[i]
+        lead = [targets[targets != -100][: -q.answer] for q, targets in ((x, x.targets) for x in (question, known))]
+        assert torch.equal(*lead), "the answer to a question begins alike, whether the fact is known or not"
+    stage = CONFIG.stages[1]
+    batch = make_batch(pool, replace(CONFIG, unanswered_share=1.0), stage, 0)
+    asked = sum(int(rows.is_answer.any(1).sum()) for rows in batch.rows)
+    assert asked > sum(int(rows.is_answer.any(1).sum()) for rows in make_batch(pool, CONFIG, stage, 0).rows)
 
 
 def words_in(facts: list[Fact]) -> set[str]:
@@ -190,7 +240,7 @@ def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
     things = [fact.thing for fact in facts]
     assert len(set(things)) == len(things)
     alike = [words_in([a]) & words_in([b]) for a, b in itertools.pairwise(facts)]
-    assert sum(map(bool, alike)) >= 30
+    assert sum(map(bool, alike)) >= 28
 
 
 def test_a_share_of_the_recipe_is_the_recipe_with_less_of_everything_that_takes_time() -> None:

@@ -18,10 +18,11 @@ _CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + 
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-def make_tiny(seed: int = 0, *, window: int = 16, **form: object) -> TitansModel:
+def make_tiny(seed: int = 0, *, window: int = 16, adapted: bool = False, **form: object) -> TitansModel:
     """An untrained float32 model whose memories write and answer strongly enough to be seen."""
     torch.manual_seed(seed)
-    model = TitansModel(replace(tiny(**form), window=window)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    config = replace(tiny(**form), window=window, adapted=adapted)  # type: ignore[arg-type]
+    model = TitansModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -53,10 +54,10 @@ class TinyCheckpoint:
 
 
 def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> TinyCheckpoint:
-    """`make_tiny` with a readout, on disk, with a tokenizer whose tokens are bytes and a chat template."""
+    """`make_tiny` with a readout, adapted, on disk, with a tokenizer whose tokens are bytes and a chat template."""
     body, memory = folder / f"tiny-{seed}", folder / f"memory-{seed}.safetensors"
     body.mkdir(parents=True)
-    model, alphabet = make_tiny(seed, window=window, readout=True), sorted(ByteLevel.alphabet())
+    model, alphabet = make_tiny(seed, window=window, adapted=True, readout=True), sorted(ByteLevel.alphabet())
     mute = [i for i, letter in enumerate([*_SPECIAL, *alphabet]) if not (letter.isascii() and letter.isalnum())]
     model.embedding.weight[mute] = 0.0  # so that what it says is text that can be told apart
     config = model.config.backbone
@@ -79,6 +80,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> T
     save_file(_hugging_face_tensors(model), body / "model.safetensors")
     bpe_tokenizer([*_SPECIAL, *alphabet], [], _SPECIAL).save(str(body / "tokenizer.json"))
     (body / "tokenizer_config.json").write_text(json.dumps({"chat_template": _CHAT}))
+    for parameter in model.adapted.values():
+        parameter.add_(0.1 * torch.randn_like(parameter))
     save_memory(model, digest(body), memory)
     return TinyCheckpoint(body, memory)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from titans.backbone import find_default_body, load_backbone
+from titans.backbone import Backbone, find_default_body, load_backbone
 from titans.checkpoint import build, digest, preferred_device, preferred_dtype, ready
-from titans.config import TitansConfig
+from titans.config import MemoryConfig, TitansConfig
+from titans.model import TitansModel
+from titans.packed import pack
 from titans.training.config import MEMORY, TrainingConfig
 from titans.training.loop import Trainer
 from titans.training.plot import plot
-from titans.training.pool import load_pool
+from titans.training.pool import load_pool, save_pool
 from titans.training.score import Scorer
 
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=18, help="the layer that the memory stands in front of")
     parser.add_argument("--no-momentum", action="store_true", help="let the memory have none")
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
+    parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: a shorter run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=share, default=1.0, help="of facts, texts and steps, 0 to 1 (default: all)")
 
@@ -41,17 +44,31 @@ def run(args: argparse.Namespace) -> int:
     args.run.mkdir(parents=True, exist_ok=True)
     body = args.body or find_default_body()
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
-    config = TrainingConfig(seed=args.seed, memory=rule).scaled(args.share)
+    config = TrainingConfig(seed=args.seed, memory=rule)
+    config = (config if args.start is None else config.going_on()).scaled(args.share)
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
-    model = build(backbone, TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True))
+    whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
+    model = build(backbone, whole)
     device = preferred_device()
     ready(model, device, preferred_dtype(device))
-    pool = load_pool(model, backbone.tokenizer, args.texts, config, args.run / "pool.pt")
+    path = args.run / "pool.pt"
+    if not path.exists():
+        save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
+    pool = load_pool(path)
     scorer = Scorer(backbone.tokenizer, args.test_text)
-    Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train()
+    Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
     plot(args.run / "log.json", args.run / "training.png")
     return 0
+
+
+def _reader(backbone: Backbone, layer: int, device: torch.device) -> TitansModel:
+    """The body as fast as it can read, with hardly any memory, for nothing that is cached depends on it."""
+    memory = MemoryConfig(num_heads=1, key_dim=1, value_dim=1)
+    model = build(backbone, TitansConfig(backbone.config, memory, memory_layers=(layer,)))
+    ready(model, device, preferred_dtype(device))
+    pack(model, backbone.tensors)
+    return model
 
 
 def command() -> tuple[str, object, object]:

@@ -14,6 +14,7 @@ from titans.training.pool import Pool, Question
 
 _ROWS = 12  # that are computed together
 _LONGEST = 12  # tokens of a value that one step asks the memory for
+_NEAR = 3  # places in the pool between facts that are easily confused
 _PLAIN = 256  # tokens of a stretch of text
 
 
@@ -93,12 +94,25 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
         for fact in rng.sample(facts, min(questions_each, len(facts))):
             rows.append(pool.questions[fact])
             owners.append(i)
+    for _ in range(round(config.unanswered_share * stage.num_questions)):
+        owners.append(rng.randrange(stage.num_documents))
+        told = [fact for fact, owner in planted if owner == owners[-1]]
+        rows.append(pool.unanswered[_untold(pool, told, chosen, rng)])
     for _ in range(config.text_rows if rows else 0):
         rows.append(pool.text_row(rng))
         owners.append(rng.randrange(stage.num_documents))
     recalls = make_recalls(pool, planted, config.context, rng)
     plain = pool.stretches_with_tokens(stage.num_documents, _PLAIN, rng)
     return Batch(torch.stack(documents), recalls, *plain, tuple(_by_length(pool, rows, owners, config.context)))
+
+
+def _untold(pool: Pool, told: list[int], facts: range, rng: random.Random) -> int:
+    """A fact that is asked for though it is not among those told; mostly it is easily confused with one of them."""
+    near = [fact + i for fact in told for i in range(-_NEAR, _NEAR + 1)]
+    likely = [fact for fact in near if fact in pool.unanswered and fact in facts and fact not in told]
+    if likely and rng.random() < 0.5:
+        return rng.choice(likely)
+    return rng.choice([fact for fact in pool.unanswered if fact in facts and fact not in told])
 
 
 def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:

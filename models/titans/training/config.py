@@ -27,6 +27,7 @@ class Rates:
     answers: float  # of what becomes of a value that was read
     gates: float  # of gates, convolutions and norms
     readout: float  # of what reads the memory in place of the layers above
+    body: float = 0  # of norms and persistent tokens of the layers above
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrainingConfig:
     value_steps: int = 400
     value_learning_rate: float = 2e-3
     alone: Rates = Rates(keys=2e-4, values=2e-4, answers=5e-4, gates=2e-3, readout=1e-3)
-    joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3)
+    joint: Rates = Rates(keys=0, values=0, answers=3e-3, gates=0, readout=1e-3, body=2e-3)
     weight_decay: float = 0.01
     warmup_steps: int = 20
     max_norm: float = 1.0
@@ -49,6 +50,7 @@ class TrainingConfig:
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
+    unanswered_share: float = 0.2  # of a step's questions as many more, about what no document states
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
     leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
@@ -82,6 +84,27 @@ class TrainingConfig:
             num_facts=some(self.num_facts, 2 * self.held_out_facts),
             haystack_tokens=some(self.haystack_tokens, 2 * max(stage.num_tokens for stage in self.stages)),
             stages=tuple(replace(stage, num_steps=some(stage.num_steps)) for stage in self.stages),
+        )
+
+    def going_on(self) -> "TrainingConfig":
+        """The same for a memory that has been through it before: half of the facts, short first lessons."""
+        return replace(
+            self,
+            key_steps=300,
+            key_learning_rate=1e-3,
+            value_steps=100,
+            value_learning_rate=7e-4,
+            num_facts=12_000,
+            haystack_tokens=240_000,
+            stages=(
+                Stage(1_024, 16, 80, 20, 0),
+                Stage(4_096, 8, 16, 48, 0),
+                Stage(16_384, 4, 6, 64, 0),
+                Stage(1_024, 16, 150, 12, 32),
+                Stage(4_096, 8, 50, 24, 24),
+                Stage(16_384, 4, 24, 24, 24),
+                Stage(65_536, 2, 10, 24, 24),
+            ),
         )
 
     @property

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from titans.checkpoint import save_memory
+from titans.checkpoint import read_memory, save_memory
 from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import Batch, Recalls, Rows, make_batch
@@ -83,12 +83,20 @@ class Trainer:
         nn.init.normal_(self.readout.weight, std=0.1 / size)
         self.memory.float().requires_grad_(True)
         self.direct = model.readout  # learns with the body
+        self.adapted = nn.ParameterList(model.adapted.values())  # and so does this
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98))
 
-    def train(self) -> None:
-        """From where the run stands to its end; the memory is then in `run/memory.safetensors`."""
+    def train(self, start: Path | None = None) -> None:
+        """From where the run stands to its end; the memory is then in `run/memory.safetensors`.
+
+        `start`: what `save_memory` wrote, to begin a run with. Raises CheckpointError where it does not fit.
+        """
         if not self._resume():
-            calibrate(self.memory, self.pool.haystack)
+            if start is None:
+                calibrate(self.memory, self.pool.haystack)
+            else:
+                read_memory(self.model, start)
+                self._start_readout()
             tqdm.write(f"keys: {teach_keys(self.memory, self.pool, self.config):.3f} nats")
             embedding = self.model.embedding.weight
             told = teach_values(self.memory, self.readout, embedding, self.pool, self.config)
@@ -110,6 +118,7 @@ class Trainer:
             bar.update()
             if self.step % _SAVE_EVERY == 0 or ends:
                 self._save()
+                self._renew_tails()
         bar.close()
         tqdm.write(f"strength: {self._set_strength()}")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
@@ -156,10 +165,20 @@ class Trainer:
     def _start_direct(self, batch: Batch) -> None:
         """Let the model's readout begin with what the lesson alone has learnt, at the usual size of an answer."""
         if self.direct is not None:
-            y = self._read(self._learn(batch.documents), batch.recalls)
-            letters = self.model.embedding.weight[self.alphabet].float()
-            scale = y.square().mean(-1).sqrt().median() * letters.square().mean(-1).sqrt().mean()
-            self.direct.weight.copy_(self.readout.weight / scale)
+            self.direct.weight.copy_(self.readout.weight / self._size(batch))
+
+    @torch.no_grad()
+    def _start_readout(self) -> None:
+        """The other way: let the lesson begin with the model's readout, if it has one."""
+        if self.direct is not None:
+            batch = make_batch(self.pool, self.config, self.config.stages[0], 0).to(self.model.device)
+            self.readout.weight.copy_(self.direct.weight * self._size(batch))
+
+    def _size(self, batch: Batch) -> Tensor:
+        """What the sizes of an answer and of an embedding come to, which the lesson takes out."""
+        y = self._read(self._learn(batch.documents), batch.recalls)
+        letters = self.model.embedding.weight[self.alphabet].float()
+        return y.square().mean(-1).sqrt().median() * letters.square().mean(-1).sqrt().mean()
 
     def _answer(self, memory: MemoryState, rows: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor, float]:
         """The questions and the plain text, through the layers above: answers, leads, text; the share that is right."""
@@ -272,7 +291,7 @@ class Trainer:
 
     def _parameters(self) -> list[nn.Parameter]:
         direct = () if self.direct is None else self.direct.parameters()
-        return [*self.memory.parameters(), *self.readout.parameters(), *direct]
+        return [*self.memory.parameters(), *self.readout.parameters(), *direct, *self.adapted]
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in vars(self.config.alone)}
@@ -280,15 +299,25 @@ class Trainer:
             groups[kind_of(name)].append(parameter)
         groups["readout"] += self.readout.parameters()
         groups["answers"] += () if self.direct is None else self.direct.parameters()
+        groups["body"] += self.adapted
         decay = dict.fromkeys(("keys", "values", "answers"), self.config.weight_decay)
         return [
-            {"params": params, "kind": kind, "weight_decay": decay.get(kind, 0.0)} for kind, params in groups.items()
+            {"params": params, "kind": kind, "weight_decay": decay.get(kind, 0.0)}
+            for kind, params in groups.items()
+            if params
         ]
 
     def _schedule(self) -> float:
         step, num_steps = self.config.lesson_at(self.step)
         warm = min(1.0, (step + 1) / self.config.warmup_steps)
         return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+    @torch.no_grad()
+    def _renew_tails(self) -> None:
+        """Where the layers above the memory learn too: what they make of the text before a question, as they are."""
+        if self.adapted and self.config.stage_at(self.step).num_questions:
+            self._coming = {}
+            self.pool = self.pool.renewed(self.model)
 
     def _save(self) -> None:
         part = self.run / "trainer.part"
@@ -301,7 +330,8 @@ class Trainer:
 
     def _learners(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         direct = {} if self.direct is None else {"direct": self.direct}
-        return {"memory": self.memory, "readout": self.readout, "optimizer": self.optimizer, **direct}
+        ours = {"memory": self.memory, "readout": self.readout, "adapted": self.adapted}
+        return {**ours, "optimizer": self.optimizer, **direct}
 
     def _resume(self) -> bool:
         """Go on where the run was saved last, if it was."""
@@ -313,6 +343,7 @@ class Trainer:
         for name, learner in self._learners().items():
             learner.load_state_dict(fields[name])
         self.history = json.loads((self.run / "log.json").read_text())["history"]
+        self._renew_tails()
         return True
 
 

@@ -8,7 +8,7 @@ stood there, and into what it would be if the text ended there and a reader aske
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from titans.evaluation.facts import Fact, make_families, words_of
+from titans.evaluation.facts import NOT_KNOWN, Fact, make_families, words_of
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ _BRANCHES = 128  # computed at once
 _BREATH = 4  # facts that are stated together, at most
 _SAID_JUST_NOW = 0.1  # share of questions about what attention still sees
 _OTHER_SAID = 0.15  # share of questions before which it sees another fact
+_UNANSWERED = 5  # one question of so many, where the answer's beginning is the model's own, is also not answered
 _HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held out
 
 
@@ -67,6 +68,7 @@ class Pool:
     haystack_tokens: Tensor  # [texts, tokens]
     statements: list[Statement]  # those that stand together are easily confused
     questions: list[Question]  # of the statement with the same index
+    unanswered: dict[int, Question]  # as some would be answered by a reader whom nobody has told, by that index
     tails: Tails
 
     def stretches(self, count: int, length: int, rng: random.Random) -> Tensor:
@@ -85,6 +87,16 @@ class Pool:
         end = int(self.tails.position[tail])
         return self.haystack[self.tails.text[tail], end - count : end]
 
+    def renewed(self, model: TitansModel) -> "Pool":
+        """The same with the tails that the layers above the memory would make now, for these may have been trained."""
+        num_texts, tails = len(self.haystack), []
+        for end in self.tails.position.unique().tolist():
+            hidden = self.haystack[:, end - model.config.window : end].to(model.device)
+            position = torch.full((num_texts,), end, device=model.device)
+            state = replace(model.new_state(num_texts), position=position, tail=hidden)
+            tails.append(_tails(model.open(state), end))
+        return replace(self, tails=_joined(tails))
+
     def text_row(self, rng: random.Random, length: int = 48) -> Question:
         """A tail and how its text goes on; every token counts."""
         tail = rng.randrange(len(self.tails.position))
@@ -93,19 +105,26 @@ class Pool:
         return Question(self.haystack[text, start : start + length], targets, 0, 0, tail)
 
 
-def load_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig, path: Path) -> Pool:
-    """The pool at `path`, computed and kept there first if need be."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        torch.save(_pack(_compute(model, tokenizer, texts, config)), part)
-        part.replace(path)
+def save_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig, path: Path) -> None:
+    """Compute the pool and keep it at `path`, whole or not at all.
+
+    Which memory the model has does not matter: nothing in the pool depends on it. It may be packed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(_pack(_compute(model, tokenizer, texts, config)), part)
+    part.replace(path)
+
+
+def load_pool(path: Path) -> Pool:
+    """What `save_pool` kept; it is read from the file as it is used."""
     fields = torch.load(path, weights_only=True, mmap=True)
     return Pool(
         fields["haystack"],
         fields["haystack_tokens"],
         [Statement(*row) for row in fields["statements"]],
         [Question(*row) for row in fields["questions"]],
+        {i: Question(*row) for i, row in fields["unanswered"].items()},
         Tails(**fields["tails"]),
     )
 
@@ -117,6 +136,7 @@ def _pack(pool: Pool) -> dict[str, object]:
         "haystack_tokens": pool.haystack_tokens,
         "statements": [tuple(vars(x).values()) for x in pool.statements],
         "questions": [tuple(vars(x).values()) for x in pool.questions],
+        "unanswered": {i: tuple(vars(x).values()) for i, x in pool.unanswered.items()},
         "tails": vars(pool.tails),
     }
 
@@ -138,6 +158,7 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     hidden: list[Tensor] = []
     statements: list[Statement] = []
     questions: list[Question] = []
+    unanswered: dict[int, Question] = {}
     tails: list[Tails] = []
     for end in tqdm(range(window, each + 1, window), desc="pool", unit="window"):
         state = model.ingest(tokens[:, end - window : end].to(model.device), state)
@@ -146,10 +167,11 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
             statements += _state_facts(model, tokenizer, state, stating, tokens[:, end : end + config.after_tokens])
         if end in asked_ends:
             first = num_texts * len(tails)
-            questions += _ask_facts(model, tokenizer, state, asking, first, rng=rng)
+            asked, unknown = _ask_facts(model, tokenizer, state, asking, first, rng=rng)
+            unanswered |= {len(questions) + i: question for i, question in unknown.items()}
+            questions += asked
             tails.append(_tails(model.open(state), end))
-    joined = Tails(*(torch.cat([getattr(t, name) for t in tails]) for name in vars(tails[0])))
-    return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, joined)
+    return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, unanswered, _joined(tails))
 
 
 def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) -> list[Fact]:
@@ -218,28 +240,38 @@ def _ask_facts(
     first_tail: int,
     *,
     rng: random.Random,
-) -> list[Question]:
+) -> tuple[list[Question], dict[int, Question]]:
     """What would follow if each text ended here and facts of its share were asked for, one at a time.
 
-    Some texts end with a fact: the one that is asked for, or one like it.
+    Some texts end with a fact: the one that is asked for, or one like it. Some questions come once more, by index, as
+    if the fact were not known.
     """
-    rows, runs, targets, places = [], [], [], []
+    rows, runs, targets, places, unknown = [], [], [], [], []
     for text in range(state.batch_size):
         facts = next(shares)
         for i, fact in enumerate(facts):
             said = _said_last(tokenizer, facts, i, rng)
             prompt, end = _prompt(tokenizer, fact)
             lead = tokenizer.encode(f" {fact.answer_lead}") if fact.answer_lead else []
-            answer = tokenizer.encode(f" {fact.value}") + tokenizer.encode(".") + end
-            rows.append(text)
-            runs.append(said + prompt + lead + answer)
-            targets.append(torch.tensor([-100] * (len(said + prompt) - 1) + lead + answer + [-100]))
-            places.append((len(said + prompt + lead) - 1, len(answer)))
+            for before, value in ((said, fact.value), ([], NOT_KNOWN)):
+                if value is NOT_KNOWN and (i % _UNANSWERED or not lead):
+                    continue
+                answer = tokenizer.encode(f" {value}") + tokenizer.encode(".") + end
+                rows.append(text)
+                runs.append(before + prompt + lead + answer)
+                targets.append(torch.tensor([-100] * (len(before + prompt) - 1) + lead + answer + [-100]))
+                places.append((len(before + prompt + lead) - 1, len(answer)))
+                unknown.append(value is NOT_KNOWN)
     hidden = _branch(model, state, rows, runs)
-    return [
-        Question(h, target, start, answer, first_tail + text)
-        for h, target, (start, answer), text in zip(hidden, targets, places, rows, strict=True)
-    ]
+    asked: list[Question] = []
+    unanswered: dict[int, Question] = {}
+    for h, target, place, text, is_unknown in zip(hidden, targets, places, rows, unknown, strict=True):
+        question = Question(h, target, *place, first_tail + text)
+        if is_unknown:
+            unanswered[len(asked) - 1] = question
+        else:
+            asked.append(question)
+    return asked, unanswered
 
 
 def _said_last(tokenizer: Tokenizer, facts: list[Fact], asked: int, rng: random.Random) -> list[int]:
@@ -282,6 +314,10 @@ def _continue(model: TitansModel, state: State, runs: list[Tensor]) -> list[Tens
         pieces.append(state.tail.take_along_dim(slots[..., None], dim=1).cpu())
     joined = torch.cat(pieces, dim=1)
     return [row[: len(run)].clone() for row, run in zip(joined, runs, strict=True)]
+
+
+def _joined(tails: Sequence[Tails]) -> Tails:
+    return Tails(*(torch.cat([getattr(t, name) for t in tails]) for name in vars(tails[0])))
 
 
 def _tails(stream: Stream, end: int) -> Tails:
