@@ -23,6 +23,7 @@ from titans.grid import GROUP, four_bits
 from titans.model import TitansModel
 from titans.native.build import library
 from titans.native.matrix import NativeMatrix, Team
+from titans.native.memory import NativeReader
 from titans.native.walk import walks_of
 
 _FEW, _FEW_OF_TORCH = 2, 5  # rows: with more, oneDNN is faster (measured)
@@ -92,3 +93,5 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
             setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team))
     if team is not None:
         model.walks = walks_of(model, team)
+        for memory in model.memories:
+            memory.reader = NativeReader(memory, team) if NativeReader.knows(memory) else None

@@ -4,6 +4,7 @@ import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from support.weights import on_a_grid, weight_of
 from titans.checkpoint import load
 from titans.config import tiny
 from titans.grid import eight_bits, four_bits
+from titans.memory.neural import NeuralMemory
 from titans.model import TitansModel
 from titans.native import build
 from titans.native.matrix import NativeMatrix, Team
+from titans.native.memory import NativeReader
 from titans.packed import PackedLinear, pack
 from titans.state import Stream
 from torch.nn import functional as F
@@ -183,10 +186,59 @@ def test_a_row_is_as_alone_to_the_last_bit_whatever_the_threads() -> None:
             h, together = model(tokens, together)
             for row, stream in enumerate(streams):
                 alone, streams[row] = model(tokens[row : row + 1], stream)
-                torch.testing.assert_close(h[row], alone[0], rtol=0.02, atol=0.02)  # memories are torch's
+                assert torch.equal(h[row], alone[0])
             said.append(h)
         outcomes.append(torch.stack(said))
     assert torch.equal(*outcomes)
+
+
+_MEMORIES: list[dict[str, Any]] = [
+    {},
+    {"conv_width": 12, "products": 4, "value_dim": 112},
+    {"conv_width": 1, "products": 1, "num_heads": 1, "value_dim": 32},
+    {"num_heads": 3, "key_dim": 48, "value_dim": 224, "products": 2},
+]
+
+
+@pytest.mark.parametrize("form", _MEMORIES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
+@torch.inference_mode()
+def test_a_memory_answers_what_torch_does(form: dict[str, Any], num_tokens: int) -> None:
+    torch.manual_seed(num_tokens)
+    config = replace(tiny().memory, **form)
+    ours, exact = NeuralMemory(config, 64), NeuralMemory(config, 64)
+    for parameter in ours.parameters():
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    for linear in (ours.query, ours.out_gate, ours.out):
+        linear.weight.copy_(linear.weight.bfloat16())
+    exact.load_state_dict(ours.state_dict())
+    assert NativeReader.knows(ours)
+    ours.cast_projections(torch.bfloat16)
+    reader = NativeReader(ours, Team(2))
+    weights = torch.randn(5, config.num_heads, config.num_weights)[::2]  # rows that stand apart
+    recent = torch.randn(3, config.num_recent, 64).bfloat16()
+    h_BTD, lengths_B = torch.randn(3, num_tokens, 64).bfloat16(), torch.tensor([num_tokens, 0, num_tokens - 1])
+    expected, _ = exact.read(h_BTD.float(), weights, recent.float())
+    torchs, moved = ours.read(h_BTD, weights, recent, lengths_B)
+    y_BTD, moved_too = reader(h_BTD, weights, recent, lengths_B)
+    assert torch.equal(moved_too, moved)
+    error, torchs_error = ((x.float() - expected).norm() / expected.norm() for x in (y_BTD, torchs))
+    assert error < 1.1 * torchs_error < 0.03
+    for row in range(3):
+        alone, moved_row = reader(h_BTD[row : row + 1], weights[row : row + 1], recent[row : row + 1], None)
+        assert torch.equal(alone[0], y_BTD[row]), "a row is as alone to the last bit"
+        before, one_by_one = recent[row : row + 1], []
+        for token in h_BTD[row : row + 1].split(1, dim=1):
+            y, before = reader(token, weights[row : row + 1], before, None)
+            one_by_one.append(y)
+        assert torch.equal(torch.cat(one_by_one, dim=1), alone) and torch.equal(before, moved_row)
+    shared, _ = reader(h_BTD, weights[:1].expand(3, -1, -1), recent, None)
+    assert torch.equal(shared[0], y_BTD[0]) and not torch.equal(shared[1], y_BTD[1])
+
+
+@pytest.mark.parametrize("form", [{"value_dim": 8}, {"rule": "chunk"}, {"output_norm": True}, {"num_heads": 1}])
+def test_memories_that_the_kernels_do_not_know_stay_with_torch(form: dict[str, Any]) -> None:
+    assert not NativeReader.knows(NeuralMemory(replace(tiny().memory, **form), 64))
 
 
 @pytest.mark.parametrize("form", [{"architecture": "mag"}, {"architecture": "lmm", "memory_layers": (0, 1, 2, 3)}, {}])

@@ -11,6 +11,7 @@ T' = T - conv_width + 1.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ class MemoryState(NamedTuple):
         return self.weights.norm(dim=-1), self.momentum.norm(dim=-1)
 
 
+# NeuralMemory.read, for inference
+Reader = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 def make_rule(config: MemoryConfig) -> Rule:
     """The rule that a config names."""
     return LinearRule(config) if config.rule == "exact" else MLPRule(config)
@@ -55,6 +60,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # True: what chunks compute is computed again in the backward pass, not kept
+        self.reader: Reader | None = None  # a faster `read`, where there is one (`titans.packed`)
         heads, key, value = config.num_heads, config.key_dim, config.value_dim
         self.rule = make_rule(config)
         self.norm = RMSNorm(size, eps)
@@ -159,6 +165,8 @@ class NeuralMemory(nn.Module):
         `weights` [B, H, N] as `settle` gives them. `recent` [B, R, D] as states keep it; the last conv_width - 1 inputs
         will do. `lengths_B` as in `forward`; it counts for `recent` alone.
         """
+        if self.reader is not None:
+            return self.reader(h_BTD, weights, recent, lengths_B)
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])

@@ -1,5 +1,6 @@
 // What one token costs in arithmetic, without what it costs to call an operation: products of a few rows with large
-// matrices, and whole runs of a body's layers. For x86-64 processors that multiply bfloat16 (AVX-512 BF16, VNNI).
+// matrices, whole runs of a body's layers, and what a linear memory answers. For x86-64 processors that multiply
+// bfloat16 (AVX-512 BF16, VNNI).
 //
 // Weights lie in blocks of 16 outputs, and in a block in groups of 32 inputs, so that a product reads them from the
 // first byte to the last. Three kinds:
@@ -18,7 +19,8 @@
 // takes microseconds, and after a while yield, since a core may be shared. A team runs one call at a time.
 //
 // Shapes: B sessions · T tokens · R rows, B T where tokens are meant · N outputs · K inputs · D hidden · H query heads ·
-// G kv heads · E head dim · W window · P persistent.
+// G kv heads · E head dim · W window · P persistent. Of a memory: H heads · K key dim · F floats of a key as the
+// memory sees it · V value dim · C tokens before its own that a query is made of.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -60,6 +62,17 @@ struct Layer {
 struct Body {
     int64_t size, num_heads, num_kv_heads, head_dim, inner, window, num_persistent;
     double theta, eps;
+};
+
+struct Memory {  // what a linear memory is asked through
+    int64_t size, num_heads, key_dim, value_dim, reach, products;
+    double eps;
+    const float *norm, *center;  // [D]
+    const float *taps;           // [C + 1, H, K], the last for a token itself
+    const float *gate_bias;      // [H, V]
+    Matrix query, gate, out;     // of kind SIXTEEN
+
+    int64_t features() const { return key_dim * std::max<int64_t>(1, products); }
 };
 
 // ---- threads
@@ -157,6 +170,11 @@ __m512bh pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 __m512 half(const uint8_t *x) {  // 16 of half precision
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+}
+
+__m512 rounded(__m512 x) {  // to bfloat16 and back
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))), 16));
 }
 
 __m512 exponential(__m512 x) {  // e^x within 2e-7: 2^n 2^f, |f| <= 1/2
@@ -351,6 +369,11 @@ void multiply(const Matrix &m, Share blocks, const Inputs &x, int64_t rows, Take
     for (; block + 4 <= blocks.end; block += 4) some_blocks<4>(m, block, x, rows, take);
     for (; block + 2 <= blocks.end; block += 2) some_blocks<2>(m, block, x, rows, take);
     for (; block < blocks.end; ++block) some_blocks<1>(m, block, x, rows, take);
+}
+
+__m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 // ---- layers
@@ -595,8 +618,7 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
     normed(layer.mlp_norm);
     const Share gates = team.share(inner / BLOCK, index), ups = {gates.begin + inner / BLOCK, gates.end + inner / BLOCK};
     multiply(layer.gate_up, gates, all.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
-        const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
-        _mm512_storeu_ps(all.inner.data() + r * inner + n, _mm512_div_ps(x, _mm512_add_ps(one, exponential(minus))));
+        _mm512_storeu_ps(all.inner.data() + r * inner + n, _mm512_mul_ps(x, sigmoid(x)));
     });
     multiply(layer.gate_up, ups, all.inputs, rows, [&](int64_t r, int64_t n, __m512 x) {
         float *to = all.inner.data() + r * inner + n - inner;
@@ -607,6 +629,84 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
     whole(all.inner, inner);
     multiply(layer.down, team.share(size / BLOCK, index), all.inputs, rows, add);
     team.barrier.wait();
+}
+
+// ---- memories
+
+struct Asked {  // of a call: J = C + T tokens a session, those before and the new ones
+    Inputs joined, fresh, answers;         // [B J, D], [B T, D], [B T, H V]
+    std::vector<float> projected, gates, reads;  // [B J, H K], [B T, H V], [B T, H V]
+};
+
+// A query as the memory sees it, of unit length: the convolution of what its tokens project to [C + 1, H K], then
+// products of neighbours, or SiLU. `own`: room for products + K floats.
+void ask(const Memory &m, int64_t head, const float *projected, float *own, float *to) {
+    const int64_t dim = m.key_dim, width = m.num_heads * dim, first = head * dim;
+    float *query = own + m.products;
+    for (int64_t k = 0; k < dim; k += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i <= m.reach; ++i)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(projected + i * width + first + k),
+                                  _mm512_loadu_ps(m.taps + i * width + first + k), sum);
+        _mm512_storeu_ps(query + k, m.products ? sum : _mm512_mul_ps(sum, sigmoid(sum)));
+    }
+    std::copy(query + dim - m.products, query + dim, own);  // the first floats' neighbours are the last
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = m.products ? 1 : 0; i <= m.products; ++i)
+        for (int64_t k = 0; k < dim; k += 16) {
+            __m512 x = _mm512_loadu_ps(query + k);
+            if (i) x = _mm512_mul_ps(x, _mm512_loadu_ps(query + k - i));
+            _mm512_storeu_ps(to + (i ? i - 1 : 0) * dim + k, x);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+    const __m512 by = _mm512_set1_ps(1.0f / std::max(std::sqrt(_mm512_reduce_add_ps(squares)), 1e-12f));
+    for (int64_t f = 0; f < m.features(); f += 16) _mm512_storeu_ps(to + f, _mm512_mul_ps(_mm512_loadu_ps(to + f), by));
+}
+
+// What T queries [T, F] of one head read from its weights [F, V], 16 N values from `first` on.
+template <int T, int N>
+void read(const float *weights, const float *queries, int64_t features, int64_t values, int64_t first, float *to,
+          int64_t row_size) {
+    __m512 total[T][N];
+    for (int t = 0; t < T; ++t)
+        for (int n = 0; n < N; ++n) total[t][n] = _mm512_setzero_ps();
+    for (int64_t f = 0; f < features; ++f) {
+        __m512 row[N];
+        for (int n = 0; n < N; ++n) row[n] = _mm512_loadu_ps(weights + f * values + first + 16 * n);
+        for (int t = 0; t < T; ++t) {
+            const __m512 q = _mm512_set1_ps(queries[t * features + f]);
+            for (int n = 0; n < N; ++n) total[t][n] = _mm512_fmadd_ps(q, row[n], total[t][n]);
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int n = 0; n < N; ++n) _mm512_storeu_ps(to + t * row_size + first + 16 * n, total[t][n]);
+}
+
+template <int T>
+void read_all(const float *weights, const float *queries, int64_t features, int64_t values, float *to, int64_t row_size) {
+    constexpr int MOST = 7;  // vectors of values at once: a head of 112 in one go
+    int64_t v = 0;
+    for (; v + 16 * MOST <= values; v += 16 * MOST)
+        read<T, MOST>(weights, queries, features, values, v, to, row_size);
+    const int64_t left = (values - v) / 16;
+    if (left & 4) read<T, 4>(weights, queries, features, values, v, to, row_size), v += 64;
+    if (left & 2) read<T, 2>(weights, queries, features, values, v, to, row_size), v += 32;
+    if (left & 1) read<T, 1>(weights, queries, features, values, v, to, row_size);
+}
+
+// What one head of a session answers to its tokens, before the gate.
+void read_session(const Memory &m, int64_t head, const float *weights, const float *projected, int64_t length,
+                  float *reads, std::vector<float> &queries, std::vector<float> &own) {
+    const int64_t features = m.features(), row_size = m.num_heads * m.value_dim;
+    const auto some = [&]<int T>(int64_t start) {
+        for (int t = 0; t < T; ++t)
+            ask(m, head, projected + (start + t) * m.num_heads * m.key_dim, own.data(), queries.data() + t * features);
+        float *to = reads + start * row_size + head * m.value_dim;
+        read_all<T>(weights, queries.data(), features, m.value_dim, to, row_size);
+    };
+    int64_t t = 0;
+    for (; t + 4 <= length; t += 4) some.template operator()<4>(t);
+    for (; t < length; ++t) some.template operator()<1>(t);
 }
 
 }  // namespace
@@ -666,5 +766,67 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
             run_layer(*body, layers[i], tokens, keys[i], values[i], all, own, *team, index);
     });
     for (int64_t i = 0; i < rows * size; i += 16) narrow(_mm512_loadu_ps(all.h.data() + i), h + i);
+}
+
+// What a memory answers to h [B, T, D] bfloat16, writing nothing: y [B, T, D] bfloat16. Session b's weights, [H, F, V]
+// float32, are at weights + b * stride. recent [B, C, D] bfloat16: its last inputs; moved: those after its first
+// lengths[b] tokens.
+void titans_answers(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
+                    const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, uint16_t *y,
+                    uint16_t *moved) {
+    const Memory &m = *memory;
+    const int64_t size = m.size, reach = m.reach, joined = reach + length, rows = batch * length;
+    const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim, head_size = m.features() * m.value_dim;
+    Asked all{.joined{.pairs = true}, .fresh{.pairs = true}, .answers{.pairs = true}};
+    all.joined.resize(batch * joined, size);
+    all.fresh.resize(rows, size);
+    all.answers.resize(rows, values);
+    all.projected.resize(batch * joined * width);
+    all.gates.resize(rows * values);
+    all.reads.resize(rows * values);
+    uint16_t *inputs = all.joined.rounded.data();
+    for (int64_t b = 0; b < batch; ++b)
+        std::copy_n(recent + b * reach * size, reach * size, inputs + b * joined * size);
+    team->run([&](int index) {
+        std::vector<float> row(std::max(size, values)), queries(4 * m.features()), own(m.products + m.key_dim);
+        const Share ours = team->share(rows, index);
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(row.data() + i, widen(h + r * size + i));
+            norm(row.data(), m.norm, m.eps, size, row.data());
+            for (int64_t i = 0; i < size; i += 16) {
+                const __m512 x = rounded(_mm512_loadu_ps(row.data() + i));
+                _mm512_storeu_ps(row.data() + i, _mm512_sub_ps(x, _mm512_loadu_ps(m.center + i)));
+            }
+            all.fresh.take(r, row.data(), size);
+            all.joined.take(r + (r / length + 1) * reach, row.data(), size);
+        }
+        team->barrier.wait();
+        multiply(m.query, team->share(width / BLOCK, index), all.joined, batch * joined,
+                 [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(all.projected.data() + r * width + n, x); });
+        multiply(m.gate, team->share(values / BLOCK, index), all.fresh, rows, [&](int64_t r, int64_t n, __m512 x) {
+            const __m512 gate = sigmoid(_mm512_add_ps(x, _mm512_loadu_ps(m.gate_bias + n)));
+            _mm512_storeu_ps(all.gates.data() + r * values + n, gate);
+        });
+        team->barrier.wait();
+        const Share units = team->share(batch * m.num_heads, index);
+        for (int64_t unit = units.begin; unit < units.end; ++unit) {
+            const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
+            read_session(m, head, weights + b * stride + head * head_size, all.projected.data() + b * joined * width,
+                         length, all.reads.data() + b * length * values, queries, own);
+        }
+        team->barrier.wait();
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            for (int64_t v = 0; v < values; v += 16) {
+                const __m512 x = _mm512_loadu_ps(all.reads.data() + r * values + v);
+                _mm512_storeu_ps(row.data() + v, _mm512_mul_ps(x, _mm512_loadu_ps(all.gates.data() + r * values + v)));
+            }
+            all.answers.take(r, row.data(), values);
+        }
+        team->barrier.wait();
+        multiply(m.out, team->share(size / BLOCK, index), all.answers, rows,
+                 [&](int64_t r, int64_t n, __m512 x) { narrow(x, y + r * size + n); });
+    });
+    for (int64_t b = 0; b < batch; ++b)
+        std::copy_n(inputs + (b * joined + lengths[b]) * size, reach * size, moved + b * reach * size);
 }
 }

@@ -63,6 +63,11 @@ class NativeMatrix:
             return cls(_FOUR, weight_NK.shape, data, team)
         if (data := _codes(weight_NK, eight_bits, _eight)) is not None:
             return cls(_EIGHT, weight_NK.shape, data, team)
+        return cls.in_bfloat16(weight_NK, team)
+
+    @classmethod
+    def in_bfloat16(cls, weight_NK: Tensor, team: Team) -> "NativeMatrix":
+        """A matrix whose sides are whole blocks and groups, on a grid or not."""
         return cls(_SIXTEEN, weight_NK.shape, _sixteen(weight_NK), team)
 
     @property
