@@ -23,7 +23,7 @@ from titans.grid import GROUP, four_bits
 from titans.model import TitansModel
 from titans.native.build import library
 from titans.native.matrix import NativeMatrix, Team
-from titans.native.memory import NativeReader
+from titans.native.memory import NativeMemory
 from titans.native.walk import walks_of
 
 _FEW, _FEW_OF_TORCH = 2, 5  # rows: with more, oneDNN is faster (measured)
@@ -94,4 +94,4 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
     if team is not None:
         model.walks = walks_of(model, team)
         for memory in model.memories:
-            memory.reader = NativeReader(memory, team) if NativeReader.knows(memory) else None
+            memory.kernels = NativeMemory(memory, team) if NativeMemory.knows(memory) else None

@@ -11,9 +11,8 @@ T' = T - conv_width + 1.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,14 @@ class MemoryState(NamedTuple):
         return self.weights.norm(dim=-1), self.momentum.norm(dim=-1)
 
 
-# NeuralMemory.read, for inference
-Reader = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+class Kernels(Protocol):
+    """A faster way to do what NeuralMemory does, for inference."""
+
+    def read(self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `NeuralMemory.read`."""
+
+    def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None) -> MemoryState:
+        """See `NeuralMemory.write`."""
 
 
 def make_rule(config: MemoryConfig) -> Rule:
@@ -60,7 +65,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # True: what chunks compute is computed again in the backward pass, not kept
-        self.reader: Reader | None = None  # a faster `read`, where there is one (`titans.packed`)
+        self.kernels: Kernels | None = None  # where there are any (`titans.packed`)
         heads, key, value = config.num_heads, config.key_dim, config.value_dim
         self.rule = make_rule(config)
         self.norm = RMSNorm(size, eps)
@@ -142,6 +147,8 @@ class NeuralMemory(nn.Module):
 
     def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
         """Write as `forward` does, answering none. T may be 0."""
+        if self.kernels is not None:
+            return self.kernels.write(h_BTD, state, lengths_B)
         return self._absorb(self._input(h_BTD), state, lengths_B, answering=False)[1]
 
     def settle(self, state: MemoryState) -> Tensor:
@@ -165,8 +172,8 @@ class NeuralMemory(nn.Module):
         `weights` [B, H, N] as `settle` gives them. `recent` [B, R, D] as states keep it; the last conv_width - 1 inputs
         will do. `lengths_B` as in `forward`; it counts for `recent` alone.
         """
-        if self.reader is not None:
-            return self.reader(h_BTD, weights, recent, lengths_B)
+        if self.kernels is not None:
+            return self.kernels.read(h_BTD, weights, recent, lengths_B)
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])

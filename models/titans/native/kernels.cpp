@@ -64,15 +64,18 @@ struct Body {
     double theta, eps;
 };
 
-struct Memory {  // what a linear memory is asked through
-    int64_t size, num_heads, key_dim, value_dim, reach, products;
-    double eps;
-    const float *norm, *center;  // [D]
-    const float *taps;           // [C + 1, H, K], the last for a token itself
-    const float *gate_bias;      // [H, V]
-    Matrix query, gate, out;     // of kind SIXTEEN
+struct Memory {  // a linear memory, and what tokens ask and write it through
+    int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum;
+    double eps, most_momentum;
+    const float *norm, *center;                       // [D]
+    const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
+    const float *gate_taps;                           // [gate_reach + 1, D]
+    const float *gates, *gates_bias;                  // [gates, H, D] and [gates, H]: theta, alpha, eta
+    const float *out_gate_bias;                       // [H, V]
+    Matrix query, key, value, out_gate, out;          // of kind SIXTEEN
 
     int64_t features() const { return key_dim * std::max<int64_t>(1, products); }
+    int64_t num_gates() const { return 1 + forgets + has_momentum; }
 };
 
 // ---- threads
@@ -633,29 +636,61 @@ void run_layer(const Body &body, const Layer &layer, const Tokens &tokens, uint1
 
 // ---- memories
 
-struct Asked {  // of a call: J = C + T tokens a session, those before and the new ones
-    Inputs joined, fresh, answers;         // [B J, D], [B T, D], [B T, H V]
-    std::vector<float> projected, gates, reads;  // [B J, H K], [B T, H V], [B T, H V]
+struct Heard {  // of a call: J = C + T tokens a session, those before and the new ones, normed and centred
+    int64_t batch, length, reach, size;
+    Inputs joined{.pairs = true}, fresh{.pairs = true};  // [B J, D] and, of the new ones alone, [B T, D]
+
+    Heard(const Memory &m, int64_t batch, int64_t length, const uint16_t *recent)
+        : batch(batch), length(length), reach(m.reach), size(m.size) {
+        joined.resize(batch * (reach + length), size);
+        fresh.resize(batch * length, size);
+        for (int64_t b = 0; b < batch; ++b)
+            std::copy_n(recent + b * reach * size, reach * size, joined.rounded.data() + b * (reach + length) * size);
+    }
+
+    void take(const Memory &m, int64_t r, const uint16_t *h, float *own) {
+        for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(own + i, widen(h + r * size + i));
+        norm(own, m.norm, m.eps, size, own);
+        for (int64_t i = 0; i < size; i += 16) {
+            const __m512 x = rounded(_mm512_loadu_ps(own + i));
+            _mm512_storeu_ps(own + i, _mm512_sub_ps(x, _mm512_loadu_ps(m.center + i)));
+        }
+        fresh.take(r, own, size);
+        joined.take(r + (r / length + 1) * reach, own, size);
+    }
+
+    int64_t rows() const { return batch * (reach + length); }
+
+    void move(const int64_t *lengths, uint16_t *to) const {  // the last C tokens of those that count
+        for (int64_t b = 0; b < batch; ++b)
+            std::copy_n(joined.rounded.data() + (b * (reach + length) + lengths[b]) * size, reach * size,
+                        to + b * reach * size);
+    }
 };
 
-// A query as the memory sees it, of unit length: the convolution of what its tokens project to [C + 1, H K], then
-// products of neighbours, or SiLU. `own`: room for products + K floats.
-void ask(const Memory &m, int64_t head, const float *projected, float *own, float *to) {
+// Sixteen floats of a causal convolution: x and taps [C + 1, width].
+__m512 convolve(const float *x, const float *taps, int64_t reach, int64_t width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i <= reach; ++i)
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i * width), _mm512_loadu_ps(taps + i * width), sum);
+    return sum;
+}
+
+// A key or query as the memory sees it, of unit length: what its tokens project to [C + 1, H K], convolved, then products
+// of neighbours, or SiLU. `own`: room for products + K floats.
+void feature(const Memory &m, int64_t head, const float *projected, const float *taps, float *own, float *to) {
     const int64_t dim = m.key_dim, width = m.num_heads * dim, first = head * dim;
-    float *query = own + m.products;
+    float *key = own + m.products;
     for (int64_t k = 0; k < dim; k += 16) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i <= m.reach; ++i)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(projected + i * width + first + k),
-                                  _mm512_loadu_ps(m.taps + i * width + first + k), sum);
-        _mm512_storeu_ps(query + k, m.products ? sum : _mm512_mul_ps(sum, sigmoid(sum)));
+        const __m512 x = convolve(projected + first + k, taps + first + k, m.reach, width);
+        _mm512_storeu_ps(key + k, m.products ? x : _mm512_mul_ps(x, sigmoid(x)));
     }
-    std::copy(query + dim - m.products, query + dim, own);  // the first floats' neighbours are the last
+    std::copy(key + dim - m.products, key + dim, own);  // the first floats' neighbours are the last
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = m.products ? 1 : 0; i <= m.products; ++i)
         for (int64_t k = 0; k < dim; k += 16) {
-            __m512 x = _mm512_loadu_ps(query + k);
-            if (i) x = _mm512_mul_ps(x, _mm512_loadu_ps(query + k - i));
+            __m512 x = _mm512_loadu_ps(key + k);
+            if (i) x = _mm512_mul_ps(x, _mm512_loadu_ps(key + k - i));
             _mm512_storeu_ps(to + (i ? i - 1 : 0) * dim + k, x);
             squares = _mm512_fmadd_ps(x, x, squares);
         }
@@ -663,50 +698,176 @@ void ask(const Memory &m, int64_t head, const float *projected, float *own, floa
     for (int64_t f = 0; f < m.features(); f += 16) _mm512_storeu_ps(to + f, _mm512_mul_ps(_mm512_loadu_ps(to + f), by));
 }
 
-// What T queries [T, F] of one head read from its weights [F, V], 16 N values from `first` on.
+// Calls f with <N> and the first column for all columns of a matrix, 16 N at a time.
+template <class F> void in_columns(int64_t columns, F &&f) {
+    int64_t v = 0;
+    for (; v + 112 <= columns; v += 112) f.template operator()<7>(v);  // a head of 112 in one go
+    const int64_t left = (columns - v) / 16;
+    if (left & 4) f.template operator()<4>(v), v += 64;
+    if (left & 2) f.template operator()<2>(v), v += 32;
+    if (left & 1) f.template operator()<1>(v);
+}
+
+// to [T, 16 N] += x [T, F] y [F, 16 N], `count` of the F. Strides are between rows.
 template <int T, int N>
-void read(const float *weights, const float *queries, int64_t features, int64_t values, int64_t first, float *to,
-          int64_t row_size) {
+void add_product(const float *x, int64_t x_stride, const float *y, int64_t stride, int64_t count, float *to,
+                 int64_t to_stride) {
     __m512 total[T][N];
     for (int t = 0; t < T; ++t)
-        for (int n = 0; n < N; ++n) total[t][n] = _mm512_setzero_ps();
-    for (int64_t f = 0; f < features; ++f) {
+        for (int n = 0; n < N; ++n) total[t][n] = _mm512_loadu_ps(to + t * to_stride + 16 * n);
+    for (int64_t f = 0; f < count; ++f) {
         __m512 row[N];
-        for (int n = 0; n < N; ++n) row[n] = _mm512_loadu_ps(weights + f * values + first + 16 * n);
+        for (int n = 0; n < N; ++n) row[n] = _mm512_loadu_ps(y + f * stride + 16 * n);
         for (int t = 0; t < T; ++t) {
-            const __m512 q = _mm512_set1_ps(queries[t * features + f]);
-            for (int n = 0; n < N; ++n) total[t][n] = _mm512_fmadd_ps(q, row[n], total[t][n]);
+            const __m512 one = _mm512_set1_ps(x[t * x_stride + f]);
+            for (int n = 0; n < N; ++n) total[t][n] = _mm512_fmadd_ps(one, row[n], total[t][n]);
         }
     }
     for (int t = 0; t < T; ++t)
-        for (int n = 0; n < N; ++n) _mm512_storeu_ps(to + t * row_size + first + 16 * n, total[t][n]);
+        for (int n = 0; n < N; ++n) _mm512_storeu_ps(to + t * to_stride + 16 * n, total[t][n]);
 }
 
-template <int T>
-void read_all(const float *weights, const float *queries, int64_t features, int64_t values, float *to, int64_t row_size) {
-    constexpr int MOST = 7;  // vectors of values at once: a head of 112 in one go
-    int64_t v = 0;
-    for (; v + 16 * MOST <= values; v += 16 * MOST)
-        read<T, MOST>(weights, queries, features, values, v, to, row_size);
-    const int64_t left = (values - v) / 16;
-    if (left & 4) read<T, 4>(weights, queries, features, values, v, to, row_size), v += 64;
-    if (left & 2) read<T, 2>(weights, queries, features, values, v, to, row_size), v += 32;
-    if (left & 1) read<T, 1>(weights, queries, features, values, v, to, row_size);
+// What keys or queries [T, F] find in weights [F, V], to [T, V].
+void look_up(const float *keys, int64_t length, const float *weights, int64_t features, int64_t values, float *to,
+             int64_t to_stride) {
+    constexpr int64_t AT_ONCE = 32;  // features, whose weights stay in the nearest cache for all tokens
+    for (int64_t t = 0; t < length; ++t) std::fill_n(to + t * to_stride, values, 0.0f);
+    for (int64_t f = 0; f < features; f += AT_ONCE) {
+        const int64_t count = std::min(AT_ONCE, features - f);
+        in_columns(values, [&]<int N>(int64_t v) {
+            const float *y = weights + f * values + v;
+            int64_t t = 0;
+            for (; t + 4 <= length; t += 4)
+                add_product<4, N>(keys + t * features + f, features, y, values, count, to + t * to_stride + v, to_stride);
+            for (; t < length; ++t)
+                add_product<1, N>(keys + t * features + f, features, y, values, count, to + t * to_stride + v, to_stride);
+        });
+    }
 }
 
-// What one head of a session answers to its tokens, before the gate.
-void read_session(const Memory &m, int64_t head, const float *weights, const float *projected, int64_t length,
-                  float *reads, std::vector<float> &queries, std::vector<float> &own) {
-    const int64_t features = m.features(), row_size = m.num_heads * m.value_dim;
-    const auto some = [&]<int T>(int64_t start) {
-        for (int t = 0; t < T; ++t)
-            ask(m, head, projected + (start + t) * m.num_heads * m.key_dim, own.data(), queries.data() + t * features);
-        float *to = reads + start * row_size + head * m.value_dim;
-        read_all<T>(weights, queries.data(), features, m.value_dim, to, row_size);
+// ---- what is written: `titans.memory.linear`, a chunk at a time, one head of one session
+
+struct Gates {  // of one token and head
+    float theta;        // the step, as taken
+    double keep, eta;   // 1 - alpha, and momentum
+};
+
+Gates gates_of(const Memory &m, int64_t head, const float *x) {  // x [D]: what the gates are made of
+    const auto gate = [&](int64_t kind) {
+        const float *weights = m.gates + (kind * m.num_heads + head) * m.size;
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < m.size; i += 16)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(weights + i), _mm512_loadu_ps(x + i), sum);
+        return static_cast<double>(_mm512_reduce_add_ps(sum)) + m.gates_bias[kind * m.num_heads + head];
     };
-    int64_t t = 0;
-    for (; t + 4 <= length; t += 4) some.template operator()<4>(t);
-    for (; t < length; ++t) some.template operator()<1>(t);
+    const double eta = m.has_momentum ? m.most_momentum / (1 + std::exp(-gate(1 + m.forgets))) : 0.0;
+    const double keep = m.forgets ? 1 / (1 + std::exp(gate(1))) : 1.0;
+    return {static_cast<float>((1 - eta) / (1 + std::exp(-gate(0)))), keep, eta};
+}
+
+struct Chunk {  // room for one
+    std::vector<float> keys;             // [C, F]
+    std::vector<float> similar;          // [C, C]: keys with those before
+    std::vector<float> errors, carried;  // [C, V]
+    std::vector<float> weight, share;    // [C]: how tokens weigh in the memory and in the momentum by now
+    std::vector<float> some;             // [C, 16]
+    std::vector<Gates> gates;            // [C]
+
+    Chunk(const Memory &m)
+        : keys(m.chunk * m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
+          carried(m.chunk * m.value_dim), weight(m.chunk), share(m.chunk), some(m.chunk * 16), gates(m.chunk) {}
+};
+
+// Products of each key with those before it, four by four.
+void compare(const float *keys, int64_t length, int64_t features, int64_t stride, float *to) {
+    for (int64_t t = 0; t < length; t += 4)
+        for (int64_t j = 0; j <= t; j += 4) {
+            __m512 total[16];
+            for (auto &x : total) x = _mm512_setzero_ps();
+            const float *a[4], *b[4];
+            for (int i = 0; i < 4; ++i) {
+                a[i] = keys + std::min(t + i, length - 1) * features;
+                b[i] = keys + std::min(j + i, length - 1) * features;
+            }
+            for (int64_t f = 0; f < features; f += 16) {
+                __m512 x[4];
+                for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_ps(b[i] + f);
+                for (int i = 0; i < 4; ++i) {
+                    const __m512 y = _mm512_loadu_ps(a[i] + f);
+                    for (int k = 0; k < 4; ++k) total[4 * i + k] = _mm512_fmadd_ps(y, x[k], total[4 * i + k]);
+                }
+            }
+            alignas(64) float found[16];
+            _mm512_store_ps(found, sums(total));
+            for (int64_t i = 0; i < std::min<int64_t>(4, length - t); ++i)
+                for (int64_t k = 0; k < 4 && j + k < t + i; ++k) to[(t + i) * stride + j + k] = found[4 * i + k];
+        }
+}
+
+// What a chunk of `length` tokens, whose keys, gates and values (in `errors`, negated) are there, makes of a head's
+// weights and momentum [F, V]; of `from`, to `to`, which may be the same.
+void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weights, const float *momentum,
+                 float *new_weights, float *new_momentum) {
+    const int64_t features = m.features(), values = m.value_dim;
+    compare(own.keys.data(), length, features, m.chunk, own.similar.data());
+    std::vector<float> expected(length * values);
+    look_up(own.keys.data(), length, weights, features, values, expected.data(), values);
+    if (momentum) look_up(own.keys.data(), length, momentum, features, values, own.carried.data(), values);
+    double keep = 1, carry = 0, decay = 1;
+    for (int64_t t = 0; t < length; ++t) {  // each token's error, from the memory as of the token before
+        float *error = own.errors.data() + t * values;
+        const float *found = expected.data() + t * values, *moving = own.carried.data() + t * values;
+        for (int64_t v = 0; v < values; v += 16) {
+            __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(keep), _mm512_loadu_ps(found + v), _mm512_loadu_ps(error + v));
+            if (momentum) x = _mm512_fmadd_ps(_mm512_set1_ps(carry), _mm512_loadu_ps(moving + v), x);
+            _mm512_storeu_ps(error + v, x);
+        }
+        for (int64_t j = 0; j < t; ++j)
+            own.some[j] = -own.weight[j] * own.gates[j].theta * own.similar[t * m.chunk + j];
+        in_columns(values, [&]<int N>(int64_t v) {
+            add_product<1, N>(own.some.data(), 0, own.errors.data() + v, values, t, error + v, values);
+        });
+        const auto [theta, kept, eta] = own.gates[t];
+        for (int64_t j = 0; j < t; ++j) {
+            own.share[j] *= static_cast<float>(eta);
+            own.weight[j] = static_cast<float>(kept) * own.weight[j] + own.share[j];
+        }
+        own.share[t] = own.weight[t] = 1;
+        decay *= eta;
+        keep *= kept;
+        carry = kept * carry + decay;
+    }
+    std::vector<float> left(momentum ? length * values : 0);
+    for (int64_t t = 0; t < length; ++t)
+        for (int64_t v = 0; v < values; v += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(own.errors.data() + t * values + v),
+                                           _mm512_set1_ps(-own.gates[t].theta));
+            if (momentum) _mm512_storeu_ps(left.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.share[t])));
+            _mm512_storeu_ps(own.errors.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.weight[t])));
+        }
+    const __m512 keeps = _mm512_set1_ps(keep), carries = _mm512_set1_ps(carry), decays = _mm512_set1_ps(decay);
+    for (int64_t f = 0; f < features; f += 16) {
+        for (int64_t t = 0; t < length; ++t)  // as columns, which would else fall on one line of the cache
+            for (int i = 0; i < 16; ++i) own.some[i * length + t] = own.keys[t * features + f + i];
+        for (int64_t at = f * values; at < (f + 16) * values; at += 16) {
+            __m512 x = _mm512_mul_ps(keeps, _mm512_loadu_ps(weights + at));
+            if (momentum) {
+                const __m512 y = _mm512_loadu_ps(momentum + at);
+                x = _mm512_fmadd_ps(carries, y, x);
+                _mm512_storeu_ps(new_momentum + at, _mm512_mul_ps(decays, y));
+            }
+            _mm512_storeu_ps(new_weights + at, x);
+        }
+        const auto add = [&](const float *errors, float *to) {
+            in_columns(values, [&]<int N>(int64_t v) {
+                for (int i = 0; i < 16; i += 4)
+                    add_product<4, N>(own.some.data() + i * length, length, errors + v, values, length,
+                                      to + (f + i) * values + v, values);
+            });
+        };
+        add(own.errors.data(), new_weights);
+        if (momentum) add(left.data(), new_momentum);
+    }
 }
 
 }  // namespace
@@ -771,62 +932,119 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
 // What a memory answers to h [B, T, D] bfloat16, writing nothing: y [B, T, D] bfloat16. Session b's weights, [H, F, V]
 // float32, are at weights + b * stride. recent [B, C, D] bfloat16: its last inputs; moved: those after its first
 // lengths[b] tokens.
-void titans_answers(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
-                    const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, uint16_t *y,
-                    uint16_t *moved) {
+void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
+                 const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, uint16_t *y,
+                 uint16_t *moved) {
     const Memory &m = *memory;
-    const int64_t size = m.size, reach = m.reach, joined = reach + length, rows = batch * length;
-    const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim, head_size = m.features() * m.value_dim;
-    Asked all{.joined{.pairs = true}, .fresh{.pairs = true}, .answers{.pairs = true}};
-    all.joined.resize(batch * joined, size);
-    all.fresh.resize(rows, size);
-    all.answers.resize(rows, values);
-    all.projected.resize(batch * joined * width);
-    all.gates.resize(rows * values);
-    all.reads.resize(rows * values);
-    uint16_t *inputs = all.joined.rounded.data();
-    for (int64_t b = 0; b < batch; ++b)
-        std::copy_n(recent + b * reach * size, reach * size, inputs + b * joined * size);
+    const int64_t size = m.size, rows = batch * length, features = m.features();
+    const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim;
+    Heard heard(m, batch, length, recent);
+    Inputs answers{.pairs = true};
+    answers.resize(rows, values);
+    std::vector<float> projected(heard.rows() * width), gates(rows * values), reads(rows * values);
     team->run([&](int index) {
-        std::vector<float> row(std::max(size, values)), queries(4 * m.features()), own(m.products + m.key_dim);
+        std::vector<float> row(std::max(size, values)), queries(4 * features), own(m.products + m.key_dim);
         const Share ours = team->share(rows, index);
-        for (int64_t r = ours.begin; r < ours.end; ++r) {
-            for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(row.data() + i, widen(h + r * size + i));
-            norm(row.data(), m.norm, m.eps, size, row.data());
-            for (int64_t i = 0; i < size; i += 16) {
-                const __m512 x = rounded(_mm512_loadu_ps(row.data() + i));
-                _mm512_storeu_ps(row.data() + i, _mm512_sub_ps(x, _mm512_loadu_ps(m.center + i)));
-            }
-            all.fresh.take(r, row.data(), size);
-            all.joined.take(r + (r / length + 1) * reach, row.data(), size);
-        }
+        for (int64_t r = ours.begin; r < ours.end; ++r) heard.take(m, r, h, row.data());
         team->barrier.wait();
-        multiply(m.query, team->share(width / BLOCK, index), all.joined, batch * joined,
-                 [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(all.projected.data() + r * width + n, x); });
-        multiply(m.gate, team->share(values / BLOCK, index), all.fresh, rows, [&](int64_t r, int64_t n, __m512 x) {
-            const __m512 gate = sigmoid(_mm512_add_ps(x, _mm512_loadu_ps(m.gate_bias + n)));
-            _mm512_storeu_ps(all.gates.data() + r * values + n, gate);
+        multiply(m.query, team->share(width / BLOCK, index), heard.joined, heard.rows(),
+                 [&](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(projected.data() + r * width + n, x); });
+        multiply(m.out_gate, team->share(values / BLOCK, index), heard.fresh, rows, [&](int64_t r, int64_t n, __m512 x) {
+            const __m512 gate = sigmoid(_mm512_add_ps(x, _mm512_loadu_ps(m.out_gate_bias + n)));
+            _mm512_storeu_ps(gates.data() + r * values + n, gate);
         });
         team->barrier.wait();
         const Share units = team->share(batch * m.num_heads, index);
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
             const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
-            read_session(m, head, weights + b * stride + head * head_size, all.projected.data() + b * joined * width,
-                         length, all.reads.data() + b * length * values, queries, own);
+            const float *asked = weights + b * stride + head * features * m.value_dim;
+            for (int64_t t = 0; t < length; t += 4) {
+                const int64_t some = std::min<int64_t>(4, length - t);
+                for (int64_t i = 0; i < some; ++i)
+                    feature(m, head, projected.data() + (b * (m.reach + length) + t + i) * width, m.query_taps,
+                            own.data(), queries.data() + i * features);
+                look_up(queries.data(), some, asked, features, m.value_dim,
+                        reads.data() + (b * length + t) * values + head * m.value_dim, values);
+            }
         }
         team->barrier.wait();
         for (int64_t r = ours.begin; r < ours.end; ++r) {
             for (int64_t v = 0; v < values; v += 16) {
-                const __m512 x = _mm512_loadu_ps(all.reads.data() + r * values + v);
-                _mm512_storeu_ps(row.data() + v, _mm512_mul_ps(x, _mm512_loadu_ps(all.gates.data() + r * values + v)));
+                const __m512 x = _mm512_loadu_ps(reads.data() + r * values + v);
+                _mm512_storeu_ps(row.data() + v, _mm512_mul_ps(x, _mm512_loadu_ps(gates.data() + r * values + v)));
             }
-            all.answers.take(r, row.data(), values);
+            answers.take(r, row.data(), values);
         }
         team->barrier.wait();
-        multiply(m.out, team->share(size / BLOCK, index), all.answers, rows,
+        multiply(m.out, team->share(size / BLOCK, index), answers, rows,
                  [&](int64_t r, int64_t n, __m512 x) { narrow(x, y + r * size + n); });
     });
-    for (int64_t b = 0; b < batch; ++b)
-        std::copy_n(inputs + (b * joined + lengths[b]) * size, reach * size, moved + b * reach * size);
+    heard.move(lengths, moved);
+}
+
+// A memory after the first lengths[b] tokens of h [B, T, D] bfloat16, answering none. Session b's weights and momentum,
+// [H, F, V] float32, are at weights + b * stride and momentum + b * momentum_stride (null: it has none); they are not
+// changed. new_weights, new_momentum: the same after, [B, H, F, V]. recent and moved as in titans_read.
+void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
+                  const uint16_t *h, const float *weights, int64_t stride, const float *momentum,
+                  int64_t momentum_stride, const uint16_t *recent, float *new_weights, float *new_momentum,
+                  uint16_t *moved) {
+    const Memory &m = *memory;
+    const int64_t size = m.size, rows = batch * length, joined = m.reach + length, head_size = m.features() * m.value_dim;
+    const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim;
+    Heard heard(m, batch, length, recent);
+    std::vector<float> projected(heard.rows() * width), offered(heard.rows() * values);
+    std::vector<Gates> gates(rows * m.num_heads);
+    team->run([&](int index) {
+        std::vector<float> row(size), input(size * (m.gate_reach + 1)), own(m.products + m.key_dim);
+        const Share ours = team->share(rows, index);
+        for (int64_t r = ours.begin; r < ours.end; ++r) heard.take(m, r, h, row.data());
+        team->barrier.wait();
+        const auto keep = [](std::vector<float> &to, int64_t columns) {
+            return [&to, columns](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(to.data() + r * columns + n, x); };
+        };
+        multiply(m.key, team->share(width / BLOCK, index), heard.joined, heard.rows(), keep(projected, width));
+        multiply(m.value, team->share(values / BLOCK, index), heard.joined, heard.rows(), keep(offered, values));
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            const int64_t first = r + (r / length + 1) * m.reach - m.gate_reach;
+            for (int64_t i = 0; i < size * (m.gate_reach + 1); i += 16)
+                _mm512_storeu_ps(input.data() + i, widen(heard.joined.rounded.data() + first * size + i));
+            for (int64_t i = 0; i < size; i += 16)
+                _mm512_storeu_ps(row.data() + i, convolve(input.data() + i, m.gate_taps + i, m.gate_reach, size));
+            for (int64_t head = 0; head < m.num_heads; ++head)
+                gates[r * m.num_heads + head] = gates_of(m, head, row.data());
+        }
+        team->barrier.wait();
+        Chunk chunk(m);
+        const Share units = team->share(batch * m.num_heads, index);
+        for (int64_t unit = units.begin; unit < units.end; ++unit) {
+            const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
+            const float *from = weights + b * stride + head * head_size;
+            const float *moving = momentum ? momentum + b * momentum_stride + head * head_size : nullptr;
+            float *to = new_weights + unit * head_size, *left = momentum ? new_momentum + unit * head_size : nullptr;
+            if (!lengths[b]) {
+                std::copy_n(from, head_size, to);
+                if (momentum) std::copy_n(moving, head_size, left);
+            }
+            for (int64_t start = 0; start < lengths[b]; start += m.chunk) {
+                const int64_t count = std::min(m.chunk, lengths[b] - start);
+                for (int64_t t = 0; t < count; ++t) {
+                    const int64_t r = b * joined + start + t;
+                    feature(m, head, projected.data() + r * width, m.key_taps, own.data(),
+                            chunk.keys.data() + t * m.features());
+                    const int64_t v = head * m.value_dim;
+                    for (int64_t i = 0; i < m.value_dim; i += 16) {
+                        const __m512 x = convolve(offered.data() + r * values + v + i, m.value_taps + v + i, m.reach, values);
+                        _mm512_storeu_ps(chunk.errors.data() + t * m.value_dim + i, _mm512_sub_ps(_mm512_setzero_ps(), x));
+                    }
+                    chunk.gates[t] = gates[(b * length + start + t) * m.num_heads + head];
+                }
+                learn_chunk(m, chunk, count, from, moving, to, left);
+                from = to;
+                moving = left;
+            }
+        }
+    });
+    heard.move(lengths, moved);
 }
 }

@@ -1,6 +1,6 @@
-"""What a linear memory answers, as one call: `titans.memory.neural` is the reference.
+"""A linear memory's reads and writes, each as one call: `titans.memory.neural` is the reference.
 
-Shapes: B sessions · T tokens · D hidden · H heads · N floats of weights a head · C inputs that a state keeps.
+Shapes: B sessions · T tokens · D hidden · H heads · N floats of weights a head · R inputs that a state keeps.
 """
 
 import ctypes
@@ -8,69 +8,99 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from titans.memory.neural import NeuralMemory
+from titans.memory.neural import MemoryState, NeuralMemory
 from titans.native.matrix import MatrixStruct, NativeMatrix, Team
 
 _LANES = 16  # floats that the kernels take at once
+_SIZES = "size num_heads key_dim value_dim reach gate_reach products chunk forgets has_momentum".split()
+_VECTORS = "norm center query_taps key_taps value_taps gate_taps gates gates_bias out_gate_bias".split()
+_MATRICES = "query key value out_gate out".split()
 
 
 class _Memory(ctypes.Structure):
     """kernels.cpp's Memory."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("size", "num_heads", "key_dim", "value_dim", "reach", "products")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("norm", "center", "taps", "gate_bias")),
-        *((name, MatrixStruct) for name in ("query", "gate", "out")),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_double) for name in ("eps", "most_momentum")),
+        *((name, ctypes.c_void_p) for name in _VECTORS),
+        *((name, MatrixStruct) for name in _MATRICES),
     )
 
 
-class NativeReader:
-    """A memory's `read` for bfloat16, without gradients."""
+class NativeMemory:
+    """`read` and `write` of a memory in bfloat16, without gradients; `titans.memory.neural.Kernels`."""
 
     def __init__(self, memory: NeuralMemory, team: Team) -> None:
-        config, self._team, self._kept = memory.config, team, list[object]()
-        sizes = memory.center.shape[0], config.num_heads, config.key_dim, config.value_dim, config.conv_width - 1
-        taps, center = memory.query_conv.T.float(), memory.center.bfloat16().float()
-        vectors = memory.norm.weight.float(), center, taps, memory.out_gate.bias.float()
-        linears = memory.query, memory.out_gate, memory.out
+        config, size, self._team, self._kept = memory.config, memory.center.shape[0], team, list[object]()
+        self._shape = config.num_heads, config.num_weights
+        gate_taps = memory.gate_conv if config.gate_width > 1 else torch.ones(size, 1)
+        vectors = {
+            "norm": memory.norm.weight,
+            "center": memory.center.bfloat16(),
+            "query_taps": memory.query_conv.T,
+            "key_taps": memory.key_conv.T,
+            "value_taps": memory.value_conv.T,
+            "gate_taps": gate_taps.T,
+            "gates": memory.gates.weight,
+            "gates_bias": memory.gates.bias,
+            "out_gate_bias": memory.out_gate.bias,
+        }
         self._memory = _Memory(
-            *sizes, config.products, memory.norm.eps, *map(self._keep, vectors), *map(self._matrix, linears)
+            size=size,
+            num_heads=config.num_heads,
+            key_dim=config.key_dim,
+            value_dim=config.value_dim,
+            reach=config.conv_width - 1,
+            gate_reach=config.gate_width - 1,
+            products=config.products,
+            chunk=config.chunk_size,
+            forgets=config.forgetting,
+            has_momentum=config.momentum,
+            eps=memory.norm.eps,
+            most_momentum=memory.most_momentum,
+            **{name: self._keep(x.float()) for name, x in vectors.items()},
+            **{name: self._matrix(memory.get_submodule(name)) for name in _MATRICES},
         )
 
     @staticmethod
     def knows(memory: NeuralMemory) -> bool:
         """Whether the kernels know such a memory."""
         config, size = memory.config, memory.center.shape[0]
-        widths = config.key_dim, config.value_dim
         inputs = size, config.num_heads * config.value_dim
-        fits = not any(width % _LANES for width in widths) and not any(width % (2 * _LANES) for width in inputs)
+        fits = not any(x % _LANES for x in (config.key_dim, config.value_dim)) and not any(x % 32 for x in inputs)
         return fits and not memory.rule.bound_to_chunks and not config.output_norm
 
-    def __call__(
-        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None
+    def read(
+        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `NeuralMemory.read`."""
-        batch, num_tokens, _ = h_BTD.shape
-        if lengths_B is None:
-            lengths_B = torch.full((batch,), num_tokens)
-        h_BTD, lengths_B, recent = h_BTD.contiguous(), lengths_B.contiguous(), recent.contiguous()
-        if weights[0].is_contiguous():  # rows may be the same one, or stand apart
-            stride = weights.stride(0)
-        else:
-            weights, stride = weights.contiguous(), weights[0].numel()
+        h_BTD, recent, lengths_B = _inputs(h_BTD, recent, lengths_B)
+        weights, stride = _rows(weights)
         y_BTD, moved = torch.empty_like(h_BTD), torch.empty_like(recent)
-        self._team.kernels.titans_answers(
-            self._team.handle,
-            ctypes.byref(self._memory),
-            *map(ctypes.c_int64, (batch, num_tokens)),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (lengths_B, h_BTD, weights)),
-            ctypes.c_int64(stride),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (recent, y_BTD, moved)),
-        )
+        self._call("titans_read", h_BTD, lengths_B, weights, stride, recent, y_BTD, moved)
         return y_BTD, moved
 
-    def _matrix(self, linear: nn.Linear) -> MatrixStruct:
+    def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
+        """See `NeuralMemory.write`."""
+        h_BTD, recent, lengths_B = _inputs(h_BTD, state.recent, lengths_B)
+        rows: list[Tensor | int | None] = [*_rows(state.weights)]
+        new_weights, moved = torch.empty(h_BTD.shape[0], *self._shape), torch.empty_like(recent)
+        new_momentum = state.momentum
+        if self._memory.has_momentum:
+            rows += _rows(state.momentum)
+            new_momentum = torch.empty_like(new_weights)
+        else:
+            rows += [None, 0]
+        self._call("titans_write", h_BTD, lengths_B, *rows, recent, new_weights, new_momentum, moved)
+        return MemoryState(state.position + lengths_B, new_weights, new_momentum, moved)
+
+    def _call(self, name: str, h_BTD: Tensor, lengths_B: Tensor, *others: Tensor | int | None) -> None:
+        given = map(_argument, (*h_BTD.shape[:2], lengths_B, h_BTD, *others))
+        getattr(self._team.kernels, name)(self._team.handle, ctypes.byref(self._memory), *given)
+
+    def _matrix(self, linear: nn.Module) -> MatrixStruct:
+        assert isinstance(linear, nn.Linear)
         matrix = NativeMatrix.in_bfloat16(linear.weight.detach(), self._team)
         self._kept.append(matrix)
         return matrix.struct
@@ -79,3 +109,21 @@ class NativeReader:
         """Hold on to a tensor whose address the kernels are given."""
         self._kept.append(x := x.detach().contiguous())
         return x.data_ptr()
+
+
+def _argument(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    """Tensors are given by their addresses."""
+    return ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _inputs(h_BTD: Tensor, recent: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As the kernels read them."""
+    if lengths_B is None:
+        lengths_B = torch.full(h_BTD.shape[:1], h_BTD.shape[1])
+    return h_BTD.contiguous(), recent.contiguous(), lengths_B.contiguous()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """[B, H, N] whose rows are whole, and floats from one to the next: they may be the same, or stand apart."""
+    x = x if x[0].is_contiguous() else x.contiguous()
+    return x, x.stride(0)
