@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from titans.architecture import AttentionLayer, Run
 from titans.config import TitansConfig
-from titans.native.matrix import MatrixStruct, NativeMatrix, Team
+from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 from titans.state import Parts
 
 
@@ -46,7 +46,7 @@ class NativeLayers:
     def __init__(self, config: TitansConfig, layers: Sequence[AttentionLayer], team: Team) -> None:
         """Their linear layers are packed already, each with a matrix of its own."""
         body = config.backbone
-        self._team, self._kept = team, list[object]()
+        self._team, self._held = team, Held()
         self._layers = (_Layer * len(layers))(*map(self._describe, layers))
         sizes = body.hidden_size, body.num_heads, body.num_kv_heads, body.head_dim, body.intermediate_size
         self._body = _Body(*sizes, config.window, config.num_persistent, body.rope_theta, body.norm_eps)
@@ -70,18 +70,12 @@ class NativeLayers:
 
     def _describe(self, layer: AttentionLayer) -> _Layer:
         attention, mlp = layer.attention, layer.mlp
-        norms = [self._keep(norm.weight.float()) for norm in (layer.attention_norm, layer.mlp_norm)]
+        norms = [self._held.vector(norm.weight.float()) for norm in (layer.attention_norm, layer.mlp_norm)]
         linears = attention.qkv, attention.out, mlp.gate_up, mlp.down
-        lasting = [self._keep(x.bfloat16()) for x in (attention.persistent_keys, attention.persistent_values)]
+        lasting = [self._held.vector(x.bfloat16()) for x in (attention.persistent_keys, attention.persistent_values)]
         return _Layer(*norms, *map(self._matrix, linears), *lasting)
 
     def _matrix(self, linear: nn.Module) -> MatrixStruct:
         native = linear.native
         assert isinstance(native, NativeMatrix)
-        self._kept.append(native)
-        return native.struct
-
-    def _keep(self, x: Tensor) -> int:
-        """Hold on to a tensor whose address the kernels are given."""
-        self._kept.append(x := x.detach().contiguous())
-        return x.data_ptr()
+        return self._held.matrix(native)

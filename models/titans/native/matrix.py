@@ -85,6 +85,23 @@ class NativeMatrix:
         return y
 
 
+class Held:
+    """What kernels are given the addresses of: it lives as long as this does."""
+
+    def __init__(self) -> None:
+        self._held: list[object] = []
+
+    def vector(self, x: Tensor) -> int:
+        """Where a tensor's numbers stand, one after the other; or those of a copy, where they do not."""
+        self._held.append(x := x.detach().contiguous())
+        return x.data_ptr()
+
+    def matrix(self, matrix: NativeMatrix) -> MatrixStruct:
+        """As the kernels are told of it."""
+        self._held.append(matrix)
+        return matrix.struct
+
+
 def _codes(weight_NK: Tensor, find: Callable[[Tensor], Grid | None], lay: Callable[[Grid], Tensor]) -> Tensor | None:
     """None where weights are off the grid. Not all rows at once: a head's would be seen to be off it too late."""
     parts: list[Tensor] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titans.memory.neural import MemoryState, NeuralMemory
-from titans.native.matrix import MatrixStruct, NativeMatrix, Team
+from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 
 _LANES = 16  # floats that the kernels take at once
 _SIZES = "size num_heads key_dim value_dim reach gate_reach products chunk forgets has_momentum".split()
@@ -32,7 +32,7 @@ class NativeMemory:
     """`read` and `write` of a memory in bfloat16, without gradients; `titans.memory.neural.Kernels`."""
 
     def __init__(self, memory: NeuralMemory, team: Team) -> None:
-        config, size, self._team, self._kept = memory.config, memory.center.shape[0], team, list[object]()
+        config, size, self._team, self._held = memory.config, memory.center.shape[0], team, Held()
         self._shape = config.num_heads, config.num_weights
         gate_taps = memory.gate_conv if config.gate_width > 1 else torch.ones(size, 1)
         vectors = {
@@ -59,7 +59,7 @@ class NativeMemory:
             has_momentum=config.momentum,
             eps=memory.norm.eps,
             most_momentum=memory.most_momentum,
-            **{name: self._keep(x.float()) for name, x in vectors.items()},
+            **{name: self._held.vector(x.float()) for name, x in vectors.items()},
             **{name: self._matrix(memory.get_submodule(name)) for name in _MATRICES},
         )
 
@@ -101,14 +101,7 @@ class NativeMemory:
 
     def _matrix(self, linear: nn.Module) -> MatrixStruct:
         assert isinstance(linear, nn.Linear)
-        matrix = NativeMatrix.in_bfloat16(linear.weight.detach(), self._team)
-        self._kept.append(matrix)
-        return matrix.struct
-
-    def _keep(self, x: Tensor) -> int:
-        """Hold on to a tensor whose address the kernels are given."""
-        self._kept.append(x := x.detach().contiguous())
-        return x.data_ptr()
+        return self._held.matrix(NativeMatrix.in_bfloat16(linear.weight.detach(), self._team))
 
 
 def _argument(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
