@@ -1,5 +1,5 @@
 // What one token costs in arithmetic, without what it costs to call an operation: products of a few rows with large
-// matrices, whole runs of a body's layers, and what a linear memory answers. For x86-64 processors that multiply
+// matrices, whole runs of a body's layers, and a linear memory's reads and writes. For x86-64 processors that multiply
 // bfloat16 (AVX-512 BF16, VNNI).
 //
 // Weights lie in blocks of 16 outputs, and in a block in groups of 32 inputs, so that a product reads them from the
@@ -20,7 +20,7 @@
 //
 // Shapes: B sessions · T tokens · R rows, B T where tokens are meant · N outputs · K inputs · D hidden · H query heads ·
 // G kv heads · E head dim · W window · P persistent. Of a memory: H heads · K key dim · F floats of a key as the
-// memory sees it · V value dim · C tokens before its own that a query is made of.
+// memory sees it · V value dim · C tokens before its own that a query is made of · S tokens of a chunk.
 
 #include <immintrin.h>
 #include <sched.h>
@@ -766,16 +766,17 @@ Gates gates_of(const Memory &m, int64_t head, const float *x) {  // x [D]: what 
 }
 
 struct Chunk {  // room for one
-    std::vector<float> keys;             // [C, F]
-    std::vector<float> similar;          // [C, C]: keys with those before
-    std::vector<float> errors, carried;  // [C, V]
-    std::vector<float> weight, share;    // [C]: how tokens weigh in the memory and in the momentum by now
-    std::vector<float> some;             // [C, 16]
-    std::vector<Gates> gates;            // [C]
+    std::vector<float> keys;                       // [S, F]
+    std::vector<float> similar;                    // [S, S]: keys with those before
+    std::vector<float> errors, expected, carried;  // [S, V]: what tokens miss; what memory and momentum had for them
+    std::vector<float> left;                       // [S, V]
+    std::vector<float> weight, share;              // [S]: how tokens weigh in the memory and in the momentum by now
+    std::vector<float> some;                       // [S, 16]
+    std::vector<Gates> gates;                      // [S]
 
     Chunk(const Memory &m)
         : keys(m.chunk * m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
-          carried(m.chunk * m.value_dim), weight(m.chunk), share(m.chunk), some(m.chunk * 16), gates(m.chunk) {}
+          expected(errors), carried(errors), left(errors), weight(m.chunk), share(m.chunk), some(m.chunk * 16), gates(m.chunk) {}
 };
 
 // Products of each key with those before it, four by four.
@@ -810,13 +811,12 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
                  float *new_weights, float *new_momentum) {
     const int64_t features = m.features(), values = m.value_dim;
     compare(own.keys.data(), length, features, m.chunk, own.similar.data());
-    std::vector<float> expected(length * values);
-    look_up(own.keys.data(), length, weights, features, values, expected.data(), values);
+    look_up(own.keys.data(), length, weights, features, values, own.expected.data(), values);
     if (momentum) look_up(own.keys.data(), length, momentum, features, values, own.carried.data(), values);
     double keep = 1, carry = 0, decay = 1;
     for (int64_t t = 0; t < length; ++t) {  // each token's error, from the memory as of the token before
         float *error = own.errors.data() + t * values;
-        const float *found = expected.data() + t * values, *moving = own.carried.data() + t * values;
+        const float *found = own.expected.data() + t * values, *moving = own.carried.data() + t * values;
         for (int64_t v = 0; v < values; v += 16) {
             __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(keep), _mm512_loadu_ps(found + v), _mm512_loadu_ps(error + v));
             if (momentum) x = _mm512_fmadd_ps(_mm512_set1_ps(carry), _mm512_loadu_ps(moving + v), x);
@@ -837,12 +837,11 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
         keep *= kept;
         carry = kept * carry + decay;
     }
-    std::vector<float> left(momentum ? length * values : 0);
     for (int64_t t = 0; t < length; ++t)
         for (int64_t v = 0; v < values; v += 16) {
             const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(own.errors.data() + t * values + v),
                                            _mm512_set1_ps(-own.gates[t].theta));
-            if (momentum) _mm512_storeu_ps(left.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.share[t])));
+            _mm512_storeu_ps(own.left.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.share[t])));
             _mm512_storeu_ps(own.errors.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.weight[t])));
         }
     const __m512 keeps = _mm512_set1_ps(keep), carries = _mm512_set1_ps(carry), decays = _mm512_set1_ps(decay);
@@ -866,7 +865,7 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
             });
         };
         add(own.errors.data(), new_weights);
-        if (momentum) add(left.data(), new_momentum);
+        if (momentum) add(own.left.data(), new_momentum);
     }
 }
 
