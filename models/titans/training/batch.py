@@ -107,7 +107,7 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
 
 
 def _untold(pool: Pool, told: list[int], facts: range, rng: random.Random) -> int:
-    """A fact that is asked for though it is not among those told; mostly it is easily confused with one of them."""
+    """A fact that is asked for and is not among those told; half of them are easily confused with one of these."""
     near = [fact + i for fact in told for i in range(-_NEAR, _NEAR + 1)]
     likely = [fact for fact in near if fact in pool.unanswered and fact in facts and fact not in told]
     if likely and rng.random() < 0.5:
