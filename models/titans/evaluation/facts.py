@@ -20,6 +20,7 @@ from titans.evaluation.wording import (
     ASKINGS,
     ENDINGS,
     FIRST_NAMES,
+    FULL_ANSWER,
     LAST_NAMES,
     NOUNS,
     PLACES,
@@ -194,17 +195,19 @@ def _plain_fact(words: tuple[str, str], rng: random.Random) -> Fact:
 
 def _fact(words: tuple[str, str], kind: Kind, source: Source, rng: random.Random) -> Fact:
     names = {"a": rng.choice(kind.attributes), "t": rng.choice((" ", " ", "-")).join(words)}
-    form = rng.choice(_FORMS[source.split])
-    asking = an_asking(source.split, rng, answered=form in _ANSWERED)
-    return Fact(
+    asking = an_asking(source.split, rng)
+    fact = Fact(
         thing=names["t"],
         before=a_statement(source.split, rng).format(**names),
         value=kind.make(source, rng),
         after=rng.choice(ENDINGS[source.split]),
         question=asking.question.format(**names),
         lead=asking.lead.format(**names),
-        form=form,
+        form=rng.choice(_FORMS[source.split]),
     )
+    if source.split == "train" and fact.form in _ANSWERED:
+        return replace(fact, lead=FULL_ANSWER.format(**names))
+    return fact
 
 
 def plant(text: str, facts: list[Fact]) -> str:

@@ -249,7 +249,7 @@ ASKINGS: dict[Split, tuple[Asking, ...]] = {
         Asking("How does the text put the {a} of the {t}?", "The text puts the {a} of the {t} as"),
     ),
 }
-_FULL_ANSWER = "The {a} of the {t} is"
+FULL_ANSWER = "The {a} of the {t} is"  # how training lets an answer begin that is the model's own
 _HOLDING = 0.3  # of them: "the {t} has the {a}" and the like
 _COMPOSED = 0.6  # share of training's sentences that are put together
 
@@ -261,14 +261,12 @@ def a_statement(split: Split, rng: random.Random) -> str:
     return _capital(rng.choice(_OPENINGS) + _clause(rng))
 
 
-def an_asking(split: Split, rng: random.Random, *, answered: bool) -> Asking:
-    """A question, and the beginning of an answer to it: where it is `answered` by the model itself, always one."""
+def an_asking(split: Split, rng: random.Random) -> Asking:
+    """A question, and the beginning of an answer to it."""
     if split == "test" or rng.random() > _COMPOSED:
-        asking = rng.choice(ASKINGS[split])
-    else:
-        subject = rng.choice(_SUBJECTS)
-        asking = Asking(_capital(rng.choice(_REQUESTS).replace("{s}", subject)), _capital(_clause(rng)))
-    return Asking(asking.question, _FULL_ANSWER) if answered and split == "train" else asking
+        return rng.choice(ASKINGS[split])
+    subject = rng.choice(_SUBJECTS)
+    return Asking(_capital(rng.choice(_REQUESTS).replace("{s}", subject)), _capital(_clause(rng)))
 
 
 def _clause(rng: random.Random) -> str:
