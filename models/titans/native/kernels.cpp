@@ -75,7 +75,6 @@ struct Memory {  // a linear memory, and what tokens ask and write it through
     Matrix query, key, value, out_gate, out;          // of kind SIXTEEN
 
     int64_t features() const { return key_dim * std::max<int64_t>(1, products); }
-    int64_t num_gates() const { return 1 + forgets + has_momentum; }
 };
 
 // ---- threads
@@ -776,7 +775,8 @@ struct Chunk {  // room for one
 
     Chunk(const Memory &m)
         : keys(m.chunk * m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
-          expected(errors), carried(errors), left(errors), weight(m.chunk), share(m.chunk), some(m.chunk * 16), gates(m.chunk) {}
+          expected(errors), carried(errors), left(errors), weight(m.chunk), share(m.chunk), some(m.chunk * 16),
+          gates(m.chunk) {}
 };
 
 // Products of each key with those before it, four by four.
@@ -806,7 +806,7 @@ void compare(const float *keys, int64_t length, int64_t features, int64_t stride
 }
 
 // What a chunk of `length` tokens, whose keys, gates and values (in `errors`, negated) are there, makes of a head's
-// weights and momentum [F, V]; of `from`, to `to`, which may be the same.
+// weights and momentum [F, V]; the new ones may stand where the old ones do. momentum is null where there is none.
 void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weights, const float *momentum,
                  float *new_weights, float *new_momentum) {
     const int64_t features = m.features(), values = m.value_dim;
