@@ -57,7 +57,8 @@ def main() -> None:
         sessions = [learn(client, book.text(512, 512 * i))[0] for i in range(max(args.sessions))]
         empty = loaded.model.new_state()
         states = [
-            loaded.model.ingest(torch.tensor([book.tokens(512, 512 * i)]), empty) for i in range(max(args.sessions))
+            loaded.model.ingest(torch.tensor([book.tokens(512, 512 * i)], device=loaded.model.device), empty)
+            for i in range(max(args.sessions))
         ]
         for num in args.sessions:
             theirs, ours = [], []

@@ -2,11 +2,13 @@
 
 import time
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from machine import finished
 from titans.backbone import find_default_body
+from titans.checkpoint import preferred_device
 from transformers import AutoModelForCausalLM, GgufConfig
 
 
@@ -30,17 +32,17 @@ class Transformers:
     def __init__(self) -> None:
         body = find_default_body()
         dense = GgufConfig(dequantize=True)  # plain bfloat16 products: its fastest form on a CPU
-        self._model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             body.parent, gguf_file=body.name, dtype=torch.bfloat16, quantization_config=dense
         )
-        self._model.train(mode=False)
+        self._model = model.to(preferred_device()).eval()
 
     @torch.inference_mode()
     def read(self, tokens: list[int]) -> float:
         """See Peer."""
         started = time.perf_counter()
-        read = self._model(torch.tensor([tokens]), logits_to_keep=1, use_cache=True)
-        self._cache, self._next = read.past_key_values, read.logits[:, -1:].argmax(-1)
+        read = self._model(torch.tensor([tokens], device=self._model.device), logits_to_keep=1, use_cache=True)
+        self._cache, self._next = read.past_key_values, finished(read.logits[:, -1:].argmax(-1))
         return time.perf_counter() - started
 
     @torch.inference_mode()
@@ -50,7 +52,7 @@ class Transformers:
         for _ in range(count):
             started = time.perf_counter()
             said = self._model(self._next, past_key_values=self._cache, use_cache=True)
-            self._next = said.logits[:, -1:].argmax(-1)
+            self._next = finished(said.logits[:, -1:].argmax(-1))
             times.append(time.perf_counter() - started)
         return times
 

@@ -29,9 +29,13 @@ class Run:
     """What a memory knows of one run of tokens: where it stands, and what is wanted."""
 
     position_B: Tensor  # [B]: tokens before
-    lengths_B: Tensor  # [B]: tokens that count
+    lengths_B: Tensor | None  # [B]: tokens that count; None: all of them
     write: bool  # True: each token is learnt before it is answered
     recall: bool  # False: the memories answer nothing
+
+    def after(self, num_tokens: int) -> Tensor:
+        """[B]: tokens before what comes next, where the run is so long."""
+        return self.position_B + (num_tokens if self.lengths_B is None else self.lengths_B)
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ class ContextLayer(GatedLayer):
         ring = Ring(parts["keys"], parts["values"])
         y_BTD = self.attention(x_BTD, call.place, ring, context)  # eq. 22, 23
         m_BTD, parts = _consult(self.memory, h_BTD + y_BTD, call, parts)  # eq. 24
-        ends_BHN = ((call.position_B + call.lengths_B) % self.segment == 0)[:, None, None]
+        ends_BHN = (call.after(h_BTD.shape[1]) % self.segment == 0)[:, None, None]
         before = torch.where(ends_BHN, parts["weights"], parts["before"])
         return self._feed_forward(h_BTD + self.merge(y_BTD, m_BTD)), parts | {"asked": asked, "before": before}
 

@@ -57,7 +57,7 @@ class Placement:
     def place(
         cls,
         position_B: Tensor,
-        lengths_B: Tensor,
+        lengths_B: Tensor | None,
         num_tokens: int,
         *,
         window: int,
@@ -66,21 +66,22 @@ class Placement:
         theta: float,
         segmented: bool = False,
     ) -> "Placement":
-        """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns.
+        """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns, or all.
 
         Both are [B] int64. `window` is W, `num_kv_heads` G, `head_dim` E, `theta` the base of the rotary angles.
+        Where all columns are used, nothing here waits for the device.
         """
         columns_T = torch.arange(num_tokens, device=position_B.device)
         slots_W = torch.arange(window, device=position_B.device)
         new_BT = position_B[:, None] + columns_T
         oldest_first = None
         if num_tokens == 1:
-            last_B1 = position_B[:, None] + lengths_B[:, None] - 1
+            last_B1 = position_B[:, None] - (0 if lengths_B is None else 1 - lengths_B[:, None])
             keys_BS = last_B1 - (last_B1 - slots_W) % window
         else:
             keys_BS = torch.cat((position_B[:, None] - window + slots_W, new_BT), dim=1)
             first_B1 = position_B[:, None] % window
-            if first_B1.any():
+            if position_B.device.type != "cpu" or first_B1.any():  # elsewhere to look is dearer than to gather
                 oldest_first = ((first_B1 + slots_W) % window)[:, None, :, None]
         distance_BTS = new_BT[:, :, None] - keys_BS[:, None, :]
         unseen_BTS = (distance_BTS < 0) | (keys_BS < 0)[:, None, :]
@@ -88,8 +89,12 @@ class Placement:
             unseen_BTS |= (new_BT // window)[:, :, None] != (keys_BS // window)[:, None, :]
         else:
             unseen_BTS |= distance_BTS >= window
-        kept_BT = (columns_T < lengths_B[:, None]) & (columns_T >= lengths_B[:, None] - window)
-        rows, columns = kept_BT.nonzero(as_tuple=True)
+        if lengths_B is None:
+            columns = columns_T[max(0, num_tokens - window) :].repeat(len(position_B))
+            rows = torch.arange(len(position_B), device=position_B.device).repeat_interleave(min(num_tokens, window))
+        else:
+            kept_BT = (columns_T < lengths_B[:, None]) & (columns_T >= lengths_B[:, None] - window)
+            rows, columns = kept_BT.nonzero(as_tuple=True)
         slots = new_BT[rows, columns] % window
         groups_G = torch.arange(num_kv_heads, device=position_B.device)
         back_BT = new_BT % window + 1 if segmented else (new_BT + 1).clamp(max=window)

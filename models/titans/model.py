@@ -102,6 +102,15 @@ class TitansModel(nn.Module):
         return [memory for step in self.lower for memory in step.memories]
 
     @property
+    def has_fixed_steps(self) -> bool:
+        """Whether a step is the same operations whatever it is given, if all its rows have as many tokens.
+
+        Then nothing in it waits for the device, and a CUDA graph can hold it. Segments of a MAC, and chunks of the
+        chunk rule, end where a row's own do.
+        """
+        return self.config.architecture != "mac" and not any(memory.rule.bound_to_chunks for memory in self.memories)
+
+    @property
     def adapted(self) -> dict[str, nn.Parameter]:
         """What of the body is trained beside its memories, by name: none, unless the config says so.
 
@@ -137,9 +146,8 @@ class TitansModel(nn.Module):
         Runs the layers up to the last memory and writes the memories; any number of tokens, a window at a time.
         `recall=False`: the memories answer nothing to the layers above them (the control).
         """
-        lengths = [tokens_BT.shape[1]] * tokens_BT.shape[0] if lengths is None else lengths
         state = state.clone()
-        for columns_BT, counts_B in self._runs(state, lengths, self.config.window):
+        for columns_BT, counts_B in self._runs(state, tokens_BT, lengths, self.config.window):
             call = self.place(state.position, counts_B, columns_BT.shape[1], write=True, recall=recall)
             state = self._ingest_run(tokens_BT.gather(1, columns_BT), state, call)
         return state
@@ -151,7 +159,7 @@ class TitansModel(nn.Module):
         if self.upper:
             place = call.place
             state.tail[place.rows, place.slots] = h_BTD[place.rows, place.columns]
-        return State(state.position + call.lengths_B, (*layers, last), state.tail)
+        return State(call.after(tokens_BT.shape[1]), (*layers, last), state.tail)
 
     def open(self, state: State, *, recall: bool = True, write: bool = False) -> Stream:
         """Begin to read from sessions: the layers above the last memory look at the last window.
@@ -177,7 +185,7 @@ class TitansModel(nn.Module):
             start_B = state.position - length
             slots = (start_B[:, None] + torch.arange(length, device=self.device)) % self.config.window
             h_BTD = state.tail.take_along_dim(slots[..., None], dim=1)
-            call = self.place(start_B, torch.full_like(start_B, length), length)
+            call = self.place(start_B, None, length)
             walks: Sequence[Walk] = (
                 self.walks.each_above if self.walks else [partial(self._walk, [step]) for step in self.upper]
             )
@@ -197,19 +205,20 @@ class TitansModel(nn.Module):
         (in a MAC: of one segment), and through the memories from call to call. The stream given must not be used again:
         its rings have moved on.
         """
-        batch, num_tokens = tokens_BT.shape
-        lengths = [num_tokens] * batch if lengths is None else lengths
         if self.config.architecture != "mac":
-            return self._read_run(tokens_BT, stream, torch.tensor(lengths, device=self.device))
+            lengths_B = None if lengths is None else torch.tensor(lengths, device=self.device)
+            return self._read_run(tokens_BT, stream, lengths_B)
+        batch, num_tokens = tokens_BT.shape
         h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
-        for columns_BT, counts_B in self._runs(stream.state, lengths, num_tokens):
+        for columns_BT, counts_B in self._runs(stream.state, tokens_BT, lengths, num_tokens):
+            assert counts_B is not None
             run_BTD, stream = self._read_run(tokens_BT.gather(1, columns_BT), stream, counts_B)
             counted_BT = torch.arange(run_BTD.shape[1], device=self.device) < counts_B[:, None]
             rows, columns = counted_BT.nonzero(as_tuple=True)
             h_BTD = h_BTD.index_put((rows, columns_BT[rows, columns]), run_BTD[rows, columns])
         return h_BTD, stream
 
-    def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor) -> tuple[Tensor, Stream]:
+    def _read_run(self, tokens_BT: Tensor, stream: Stream, lengths_B: Tensor | None) -> tuple[Tensor, Stream]:
         state, upper = stream.state, stream.upper
         if self.walks:
             run, below, above = Run(state.position, lengths_B, stream.write, stream.recall), *self.walks[:2]
@@ -219,7 +228,7 @@ class TitansModel(nn.Module):
         h_BTD, layers = below(self.embedding(tokens_BT), run, state.layers[:-1])
         h_BTD, last, y_BTD = self._consult(h_BTD, run, state.layers[-1])
         h_BTD, upper = above(h_BTD, run, upper)
-        state = State(state.position + lengths_B, (*layers, last), state.tail)
+        state = State(run.after(tokens_BT.shape[1]), (*layers, last), state.tail)
         return self.finish(h_BTD, y_BTD), Stream(state, upper, stream.write, stream.recall)
 
     def _consult(self, h_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts, Tensor | None]:
@@ -240,9 +249,9 @@ class TitansModel(nn.Module):
         return self.head(h).float()  # type: ignore[no-any-return]
 
     def place(
-        self, position_B: Tensor, lengths_B: Tensor, num_tokens: int, *, write: bool = False, recall: bool = True
+        self, position_B: Tensor, lengths_B: Tensor | None, num_tokens: int, *, write: bool = False, recall: bool = True
     ) -> Call:
-        """Where `num_tokens` columns stand after `position_B` tokens; row b uses its first `lengths_B[b]` columns.
+        """Where `num_tokens` columns stand after `position_B` tokens; row b uses its first `lengths_B[b]`, or all.
 
         Both are [B] int64.
         """
@@ -298,11 +307,20 @@ class TitansModel(nn.Module):
             after.append(moved)
         return h_BTD, tuple(after)
 
-    def _runs(self, state: State, lengths: Sequence[int], most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _runs(
+        self, state: State, tokens_BT: Tensor, lengths: Sequence[int] | None, most: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns [B, T] and counts [B] of one run of tokens after the other, `most` tokens each at most.
 
-        In a MAC no run crosses the end of a row's segment.
+        Counts are None where all of a run's columns count. In a MAC no run crosses the end of a row's segment.
         """
+        if lengths is None and self.config.architecture != "mac":
+            batch, num_tokens = tokens_BT.shape
+            for start in range(0, num_tokens, most):
+                columns_T = torch.arange(start, min(start + most, num_tokens), device=self.device)
+                yield columns_T.expand(batch, -1), None
+            return
+        lengths = [tokens_BT.shape[1]] * tokens_BT.shape[0] if lengths is None else lengths
         segment, starts = self.config.window, [0] * len(lengths)
         positions = state.position.tolist() if self.config.architecture == "mac" else None
         while any(start < length for start, length in zip(starts, lengths, strict=True)):

@@ -110,8 +110,6 @@ async def _serve(
     observer = Observers([metrics, Meter(), *([] if tracing is None else [tracing])])
     loaded, *others = [await asyncio.to_thread(_load, settings, device) for device in settings.devices]
     runners = [Runner(each.model) for each in (loaded, *others)]
-    for runner in runners:
-        await asyncio.to_thread(runner.warm_up)
     engine = Engine(
         runners,
         eos_token=loaded.tokenizer.eos_token,
@@ -120,6 +118,8 @@ async def _serve(
         portion_seconds=settings.portion_seconds,
         observer=observer,
     )
+    for runner in runners:
+        await asyncio.to_thread(runner.warm_up)
     stack.push_async_callback(engine.close)
     engine.start()
     model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))

@@ -232,10 +232,8 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         walk = partial(checkpoint, self._stretch, use_reentrant=False) if self.checkpointing else self._stretch
         weights, momentum, reads, start = self.rule.split(state.weights), self.rule.split(state.momentum), [], 0
-        batch, _, num_tokens, _ = writes.keys.shape
-        ends_B = torch.full((batch,), num_tokens, device=writes.keys.device) if ends_B is None else ends_B
         for some, asked in stretches(writes, self.config.chunk_size, queries):
-            after = walk(some, asked, weights, momentum, ends_B - start)
+            after = walk(some, asked, weights, momentum, None if ends_B is None else ends_B - start)
             weights, momentum, start = after.weights, after.momentum, start + some.keys.shape[2]
             if after.reads is not None:
                 reads.append(after.reads)
@@ -243,21 +241,28 @@ class NeuralMemory(nn.Module):
         return *joined, torch.cat(reads, dim=2) if reads else None
 
     def _stretch(
-        self, writes: Writes, queries: Tensor | None, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor
+        self,
+        writes: Writes,
+        queries: Tensor | None,
+        weights: list[Tensor],
+        momentum: list[Tensor],
+        ends_B: Tensor | None,
     ) -> Step:
-        """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count."""
+        """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count, or all."""
         size, bound, reads = self.config.chunk_size, self.rule.bound_to_chunks, []
-        shortest, length = int(ends_B.min()), min(size, writes.keys.shape[2])
+        length = min(size, writes.keys.shape[2])
+        shortest = writes.keys.shape[2] if ends_B is None else int(ends_B.min())
         if bound and queries is None and length < size:
             return Step(weights, momentum, None)  # a chunk that only begins here is taken up when it is full
         for i, chunk in enumerate(chunks(writes, length, queries)):
             start = i * size
             complete = start + (size if bound else length) <= shortest  # in every row
-            ends = None if bound or complete else (ends_B - start).clamp(0, length)
+            ends = None if bound or complete or ends_B is None else (ends_B - start).clamp(0, length)
             after = self.rule.step(chunk, weights, momentum, ends)
             if after.reads is not None:
                 reads.append(after.reads)
             if bound and not complete:
+                assert ends_B is not None, "chunks are not aligned with calls"
                 ended_B = ends_B >= start + size
                 weights, momentum = _where(ended_B, after.weights, weights), _where(ended_B, after.momentum, momentum)
             else:

@@ -54,7 +54,10 @@ class NativeLayers:
     def __call__(self, h_BTD: Tensor, run: Run, parts: Sequence[Parts]) -> Tensor:
         """bfloat16 [B, T, D] to the same. What the run does not count, and what is before position 0, means nothing."""
         h_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
-        positions_B, lengths_B = run.position_B.contiguous(), run.lengths_B.contiguous()
+        positions_B = run.position_B.contiguous()
+        lengths_B = (
+            torch.full_like(positions_B, h_BTD.shape[1]) if run.lengths_B is None else run.lengths_B.contiguous()
+        )
         keys, values = ([each[name].data_ptr() for each in parts] for name in ("keys", "values"))
         pointers = ctypes.c_void_p * len(parts)
         self._team.kernels.titans_layers(

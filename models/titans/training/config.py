@@ -61,9 +61,9 @@ class TrainingConfig:
     held_out_facts: int = 400  # of the pool, never trained on: for the log
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(1_024, 16, 600, 20, 0),
-            Stage(4_096, 8, 120, 48, 0),
-            Stage(16_384, 4, 30, 64, 0),
+            Stage(1_024, 32, 600, 20, 0),
+            Stage(4_096, 16, 120, 48, 0),
+            Stage(16_384, 8, 30, 64, 0),
             Stage(1_024, 16, 150, 12, 32),
             Stage(4_096, 8, 60, 24, 24),
             Stage(16_384, 4, 40, 24, 24),
@@ -87,25 +87,8 @@ class TrainingConfig:
         )
 
     def going_on(self) -> "TrainingConfig":
-        """The same for a memory that has been through it before: half of the facts, short first lessons."""
-        return replace(
-            self,
-            key_steps=300,
-            key_learning_rate=1e-3,
-            value_steps=100,
-            value_learning_rate=7e-4,
-            num_facts=12_000,
-            haystack_tokens=240_000,
-            stages=(
-                Stage(1_024, 16, 300, 20, 0),
-                Stage(4_096, 8, 60, 48, 0),
-                Stage(16_384, 4, 16, 64, 0),
-                Stage(1_024, 16, 150, 12, 32),
-                Stage(4_096, 8, 50, 24, 24),
-                Stage(16_384, 4, 24, 24, 24),
-                Stage(65_536, 2, 10, 24, 24),
-            ),
-        )
+        """The same for a memory that has been through it before: its first lessons are short and careful."""
+        return replace(self, key_steps=300, key_learning_rate=1e-3, value_steps=100, value_learning_rate=7e-4)
 
     @property
     def context(self) -> int:

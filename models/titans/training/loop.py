@@ -207,7 +207,7 @@ class Trainer:
         y, _ = self.memory.read(joined, memory.weights[rows.document_of], recent)
         y = y[:, -num_tokens:]
         h = rows.hidden + y
-        call = self.model.place(rows.position, torch.full_like(rows.position, num_tokens), num_tokens)
+        call = self.model.place(rows.position, None, num_tokens)
         for layer, parts in zip(self.model.upper, rows.parts(), strict=True):
             h, _ = layer(h, call, parts)
         counts = rows.targets != -100

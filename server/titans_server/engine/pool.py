@@ -14,7 +14,9 @@ from torch import Tensor
 class Pool:
     """Streams of one model, all with the same `write` and `recall`. It grows as it must, and doubles when it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 0) -> None:
+        """`capacity`: rows that there is room for from the first stream on. While these do, nothing is ever moved."""
+        self.capacity = capacity
         self._form: Stream | None = None  # any of its streams: what parts there are
         self._room: dict[str, Tensor] = {}  # [capacity, ...] each
         self._num_rows = 0
@@ -32,6 +34,11 @@ class Pool:
             self._views = {name: room[: self._num_rows] for name, room in self._room.items()}
         return self._form.map(lambda name, _: self._views[name])
 
+    def first(self, rows: int) -> Stream:
+        """The places of the first rows, whoever is in them or nobody; once there was a stream. Of no more than fit."""
+        assert self._form is not None and rows <= self.capacity
+        return self._form.map(lambda name, _: self._room[name][:rows])
+
     def join(self, stream: Stream) -> int:
         """Copy a single stream in. Returns its row, the one after the last."""
         self._form = stream
@@ -41,27 +48,33 @@ class Pool:
         return row
 
     def leave(self, row: int) -> None:
-        """Give a row up; the last one takes its place. With the last one all the room is given back."""
+        """Give a row up; the last one takes its place. With the last one all the room is given back that grew."""
         assert row < self._num_rows
         self._num_rows -= 1
         self._views.clear()
-        if not self._num_rows:
+        if not (self._num_rows or self.capacity):
             self._room.clear()
         if row < self._num_rows:
             for room in self._room.values():
                 room[row] = room[self._num_rows]
 
     def advance(self, after: Stream) -> None:
-        """Take over what the model has made of `stream`: most of it is in its place already."""
-        before = self._views
-        after.map(lambda name, x: x if x is before[name] else before[name].copy_(x))
+        """Take over what the model has made of `stream`."""
+        move_on(self.stream, after)
 
     def _write(self, name: str, row: int, x: Tensor) -> Tensor:
         room = self._room.get(name)
         if room is None or len(room) == row:
-            larger = x.new_empty(max(1, 2 * row), *x.shape[1:])
+            larger = x.new_zeros(max(1, 2 * row, self.capacity), *x.shape[1:])
             if room is not None:
                 larger[:row] = room
             room = self._room[name] = larger
         room[row] = x[0]
         return x
+
+
+def move_on(stream: Stream, after: Stream) -> None:
+    """Put what the model has made of a stream in the stream's own place: most of it is there already."""
+    before = dict[str, Tensor]()
+    stream.map(before.setdefault)
+    after.map(lambda name, x: x if x is before[name] else before[name].copy_(x))

@@ -5,6 +5,7 @@ from titans.model import TitansModel
 from titans.sampling import Drawn, Sampler, told
 from titans.state import State, Stream
 
+from titans_server.engine.graphs import steps_for
 from titans_server.engine.openings import Openings
 from titans_server.engine.pool import Pool
 from titans_server.engine.request import Generation, Ingestion
@@ -15,13 +16,15 @@ class Runner:
 
     def __init__(self, model: TitansModel) -> None:
         self._model = model
+        self._steps = steps_for(model)
         self._openings = Openings(model)
         self._prefilling: dict[Generation, Stream] = {}
         self._last_hidden: dict[Generation, torch.Tensor] = {}  # [D], of prompts that are told of
         self._samplers: dict[Generation, Sampler] = {}
         self._last_token: dict[Generation, int] = {}
         self._members: dict[bool, list[Generation]] = {True: [], False: []}  # by recall: rows of the pool
-        self._pools = {True: Pool(), False: Pool()}
+        self._pools = dict[bool, Pool]()  # likewise
+        self.make_room(1)
 
     @property
     def device(self) -> torch.device:
@@ -47,27 +50,21 @@ class Runner:
         """A session that has read nothing."""
         return self._model.new_state()
 
-    @torch.inference_mode()
+    def make_room(self, max_running: int) -> None:
+        """Get ready for so many answers at once; before the first one."""
+        self._pools = {recall: self._steps.new_pool(max_running) for recall in (True, False)}
+
     def warm_up(self) -> None:
-        """Take the first steps, so that no request waits for what is only made once."""
-        pool, token = Pool(), self._padded([[0]])
-        for _ in range(2):
-            pool.join(self._model.open(self.new_state()))
-            pool.advance(self._model(token, pool.stream)[1])
-            pool.leave(0)
+        """Take the first steps, so that no request waits for what is only made once. After `make_room`."""
+        self._steps.warm_up(self._pools[True])
 
     def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
         """One chunk of each document, all in one batch; each request then holds its new state."""
         for request, _ in chunks:
             if not request.num_done:
                 request.before = request.state = request.state.to(self.device)
-        lengths = [size for _, size in chunks]
         parts = [r.tokens[r.num_done : r.num_done + size] for r, size in chunks]
-        tokens = self._padded(parts)
-        if len(chunks) == 1:
-            states = [self._model.ingest(tokens, chunks[0][0].state)]
-        else:
-            states = self._model.ingest(tokens, State.cat([r.state for r, _ in chunks]), lengths).split()
+        states = self._steps.ingest(parts, [r.state for r, _ in chunks])
         for (request, size), state in zip(chunks, states, strict=True):
             request.state = state
             request.num_done += size
@@ -105,7 +102,7 @@ class Runner:
         if stream is None:
             return [], None
         tokens = request.prompt[request.num_read : request.num_read + size]
-        hidden, stream = self._model(self._padded([tokens]), stream)
+        hidden, stream = self._model(self._steps.padded([tokens]), stream)
         read = self._told(request, tokens, hidden[0]) if request.echo else []
         request.num_read += size
         if request.num_read < len(request.prompt):
@@ -135,10 +132,7 @@ class Runner:
         for recall, members in self._members.items():
             if not members:
                 continue
-            tokens = self._padded([[self._last_token[r]] for r in members])
-            hidden, after = self._model(tokens, self._pools[recall].stream)
-            self._pools[recall].advance(after)
-            scores = self._model.logits(hidden[:, -1]).cpu()
+            scores = self._steps.decode(self._pools[recall], [self._last_token[r] for r in members])
             drawn |= {r: self._sample(r, row) for r, row in zip(members, scores, strict=True)}
         return drawn
 
@@ -162,8 +156,3 @@ class Runner:
         drawn = self._samplers[request].draw(scores)
         self._last_token[request] = drawn.token
         return drawn
-
-    def _padded(self, parts: list[list[int]]) -> torch.Tensor:
-        longest = max(len(part) for part in parts)
-        rows = [part + [0] * (longest - len(part)) for part in parts]
-        return torch.tensor(rows, device=self._model.device)

@@ -35,6 +35,7 @@ class Worker:
         self._runner = runner
         self._observer = observer
         self._eos_token = eos_token
+        runner.make_room(max_running)
         self._scheduler = Scheduler(
             window=runner.window,
             chunk=runner.chunk,

@@ -1,0 +1,139 @@
+"""Steps as CUDA graphs. Where there is no GPU a step is taken again in place of a graph: buffers, rows and padding."""
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_tiny
+from titans.memory import neural
+from titans.model import TitansModel
+from titans_server.engine.graphs import GraphSteps, steps_for
+from titans_server.engine.pool import Pool
+from titans_server.engine.steps import Steps
+from torch import Tensor
+
+FORMS: dict[str, Any] = {
+    "mal": {},
+    "mal with momentum and readout": {"momentum": True, "readout": True},
+    "mag": {"architecture": "mag", "memory_layers": (0, 2)},
+    "lmm": {"architecture": "lmm", "memory_layers": (0, 1, 2, 3)},
+}
+DEEP = {"rule": "chunk", "depth": 2, "expansion": 2}
+each_form = pytest.mark.parametrize("form", list(FORMS.values()), ids=list(FORMS))
+
+
+@each_form
+def test_nothing_in_a_step_waits_for_the_device(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's meta device there is nothing to wait for: to look at a number is an error."""
+    monkeypatch.setattr(neural, "_as_written", lambda _: nullcontext())  # autocast does not know that device
+    model = make_tiny(**form).to("meta")
+    assert model.has_fixed_steps
+    window, batch = model.config.window, 3
+    state = model.ingest(torch.zeros(batch, window, dtype=torch.int64, device="meta"), model.new_state(batch))
+    on_cpu = make_tiny(**form)
+    stream = on_cpu.open(on_cpu.new_state(batch)).map(lambda _, x: x.to("meta"))
+    hidden, _ = model(torch.zeros(batch, 1, dtype=torch.int64, device="meta"), stream)
+    assert model.logits(hidden[:, -1]).shape == (batch, model.config.backbone.vocab_size)
+    assert state.parts().keys() == stream.state.parts().keys()
+
+
+@pytest.mark.parametrize("form", [DEEP, {"architecture": "mac"}, {"architecture": "mac", **DEEP}])
+def test_steps_that_depend_on_where_a_row_stands_are_not_fixed(form: dict[str, Any]) -> None:
+    assert not make_tiny(**form).has_fixed_steps
+
+
+def test_there_are_no_graphs_on_a_cpu() -> None:
+    assert type(steps_for(make_tiny())) is Steps
+
+
+@torch.inference_mode()
+def test_a_pool_with_room_never_moves() -> None:
+    model, pool = make_tiny(), Pool(4)
+    stream = model.open(model.new_state())
+    pool.join(stream)
+    places = [x.data_ptr() for x in pool.first(4).state.parts().values()]
+    for row in (1, 2, 3):
+        assert pool.join(stream) == row
+    for row in (3, 0, 1, 0):
+        pool.leave(row)
+    pool.join(stream)
+    assert [x.data_ptr() for x in pool.first(4).state.parts().values()] == places
+
+
+class Again:
+    """A recorder for a CPU: a replay takes the step again and writes the result where the first one was."""
+
+    class Graph:
+        def __init__(self, step: Callable[[], Any], results: Any) -> None:
+            self._step, self._results = step, results
+
+        def replay(self) -> None:
+            for ours, theirs in zip(_tensors(self._results), _tensors(self._step()), strict=True):
+                ours.copy_(theirs)
+
+    def capture(self, step: Callable[[], Any], rehearsal: Callable[[], object]) -> tuple[Graph, Any]:
+        rehearsal()
+        places = rehearsal()  # a capture computes nothing: what the step would have moved stays as it is
+        return self.Graph(step, places), places
+
+    def host_buffer(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like)
+
+    def wait(self) -> None:
+        pass
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result.parts().values())
+
+
+def _on_this_machine(form: dict[str, Any]) -> tuple[GraphSteps, Steps, TitansModel]:
+    model = make_tiny(**form)
+    if torch.cuda.is_available():
+        return GraphSteps(model.cuda()), Steps(model), model
+    return GraphSteps(model, Again()), Steps(model), model
+
+
+def _tokens(model: TitansModel, count: int, seed: int) -> list[int]:
+    return torch.randint(3, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@each_form
+def test_windows_through_graphs_are_as_without(form: dict[str, Any]) -> None:
+    ours, plain, model = _on_this_machine(form)
+    window = model.config.window
+    for count in (1, 3, 4, 1):
+        given = mine = [model.new_state() for _ in range(count)]
+        for turn in range(3):
+            parts = [_tokens(model, window, seed=10 * turn + i) for i in range(count)]
+            mine, given = ours.ingest(parts, mine), plain.ingest(parts, given)
+        odd = [_tokens(model, 5 + i, seed=i) for i in range(count)]
+        mine, given = ours.ingest(odd, mine), plain.ingest(odd, given)
+        for some, others in zip(mine, given, strict=True):
+            for name, x in some.parts().items():
+                torch.testing.assert_close(x, others.parts()[name], rtol=1e-4, atol=2e-5)
+
+
+@each_form
+@torch.inference_mode()
+def test_answers_that_come_and_go_are_the_same_through_graphs(form: dict[str, Any]) -> None:
+    (*both, model), chance = _on_this_machine(form), random.Random(1)
+    pairs: list[tuple[Steps, Pool]] = [(steps, steps.new_pool(5)) for steps in both]
+    for steps, pool in pairs:
+        steps.warm_up(pool)
+    for turn in range(30):
+        if len(pairs[0][1]) and (len(pairs[0][1]) == 5 or chance.random() < 0.3):
+            row = chance.randrange(len(pairs[0][1]))
+            for _, pool in pairs:
+                pool.leave(row)
+        else:
+            (state,) = pairs[1][0].ingest([_tokens(model, 7 * turn + 1, seed=turn)], [model.new_state()])
+            for _, pool in pairs:
+                pool.join(model.open(state))
+        tokens = [chance.randrange(259) for _ in range(len(pairs[0][1]))]
+        if tokens:
+            ours, plain = (steps.decode(pool, tokens).clone() for steps, pool in pairs)
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
