@@ -1,6 +1,7 @@
 """`titans train`: make memory weights for a body from any text files."""
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, default=18, help="the layer that the memory stands in front of")
     parser.add_argument("--no-momentum", action="store_true", help="let the memory have none")
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
-    parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: a shorter run")
+    parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: short first lessons")
+    parser.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=share, default=1.0, help="of facts, texts and steps, 0 to 1 (default: all)")
 
@@ -41,11 +43,16 @@ def share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the curriculum, then plot."""
+    if args.answers and args.start is None:
+        sys.stderr.write("titans: train: --answers needs --start\n")
+        return 2
     args.run.mkdir(parents=True, exist_ok=True)
     body = args.body or find_default_body()
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
-    config = (config if args.start is None else config.going_on()).scaled(args.share)
+    if args.start is not None:
+        config = config.answering() if args.answers else config.going_on()
+    config = config.scaled(args.share)
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
     whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)

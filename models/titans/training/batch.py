@@ -87,7 +87,7 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     planted: list[tuple[int, int]] = []
     questions_each = -(-stage.num_questions // stage.num_documents)
     for i in range(stage.num_documents):
-        runs = choose(chosen, rng.randint(1, stage.max_facts), rng)
+        runs = choose(chosen, _how_many(stage, rng), rng)
         facts = [fact for run in runs for fact in run]
         documents.append(_document(pool, stage.num_tokens, runs, rng))
         planted += [(fact, i) for fact in facts]
@@ -104,6 +104,11 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     recalls = make_recalls(pool, planted, config.context, rng)
     plain = pool.stretches_with_tokens(stage.num_documents, _PLAIN, rng)
     return Batch(torch.stack(documents), recalls, *plain, tuple(_by_length(pool, rows, owners, config.context)))
+
+
+def _how_many(stage: Stage, rng: random.Random) -> int:
+    """Facts of a document. Where it is asked about, few as often as many: what little is known is to be trusted."""
+    return round(stage.max_facts ** rng.random()) if stage.num_questions else rng.randint(1, stage.max_facts)
 
 
 def _untold(pool: Pool, told: list[int], facts: range, rng: random.Random) -> int:

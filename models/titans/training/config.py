@@ -50,12 +50,13 @@ class TrainingConfig:
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
-    unanswered_share: float = 0.2  # of a step's questions as many more, about what no document states
+    unanswered_share: float = 0.06  # of a step's questions as many more, about what no document states
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
     leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
     num_facts: int = 24_000  # in the pool
     haystack_tokens: int = 480_000
+    repeating_share: float = 0.125  # of each text: a passage of it said over and over, as tables and boilerplate are
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
     asking_stride: int = 4  # windows of a text between two places where facts are asked for
     held_out_facts: int = 400  # of the pool, never trained on: for the log
@@ -89,6 +90,22 @@ class TrainingConfig:
     def going_on(self) -> "TrainingConfig":
         """The same for a memory that has been through it before: its first lessons are short and careful."""
         return replace(self, key_steps=300, key_learning_rate=1e-3, value_steps=100, value_learning_rate=7e-4)
+
+    def answering(self) -> "TrainingConfig":
+        """The lesson with the body alone, for a memory that has learnt what to write: an hour on two cores."""
+        return replace(
+            self,
+            key_steps=0,
+            value_steps=0,
+            num_facts=6_000,
+            haystack_tokens=131_072,
+            stages=(
+                Stage(1_024, 16, 120, 12, 32),
+                Stage(4_096, 8, 40, 24, 24),
+                Stage(16_384, 4, 20, 24, 24),
+                Stage(65_536, 2, 8, 24, 24),
+            ),
+        )
 
     @property
     def context(self) -> int:

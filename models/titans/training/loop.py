@@ -97,10 +97,7 @@ class Trainer:
             else:
                 read_memory(self.model, start)
                 self._start_readout()
-            tqdm.write(f"keys: {teach_keys(self.memory, self.pool, self.config):.3f} nats")
-            embedding = self.model.embedding.weight
-            told = teach_values(self.memory, self.readout, embedding, self.pool, self.config)
-            tqdm.write(f"values: {told:.3f} nats")
+            self._first_lessons()
             self._save()
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step")
         while self.step < self.config.num_steps:
@@ -122,6 +119,14 @@ class Trainer:
         bar.close()
         tqdm.write(f"strength: {self._set_strength()}")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
+
+    def _first_lessons(self) -> None:
+        if self.config.key_steps:
+            tqdm.write(f"keys: {teach_keys(self.memory, self.pool, self.config):.3f} nats")
+        if self.config.value_steps:
+            embedding = self.model.embedding.weight
+            told = teach_values(self.memory, self.readout, embedding, self.pool, self.config)
+            tqdm.write(f"values: {told:.3f} nats")
 
     def losses(self, batch: Batch) -> Losses:
         """Learn the documents, give back all they stated, answer the rows."""
@@ -256,7 +261,7 @@ class Trainer:
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
         batch = self._batch().to(self.model.device)
-        if batch.rows and not self.config.lesson_at(self.step)[0]:
+        if batch.rows and self.step and not self.config.lesson_at(self.step)[0]:
             self._start_direct(batch)
         losses = self.losses(batch)
         loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening

@@ -27,6 +27,7 @@ _BREATH = 4  # facts that are stated together, at most
 _SAID_JUST_NOW = 0.1  # share of questions about what attention still sees
 _OTHER_SAID = 0.15  # share of questions before which it sees another fact
 _UNANSWERED = 5  # one question of so many, where the answer's beginning is the model's own, is also not answered
+_PASSAGES = (8, 16, 32, 64, 128)  # tokens of one that is repeated
 _HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held out
 
 
@@ -146,6 +147,7 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     window, num_texts = model.config.window, len(texts)
     each = config.haystack_tokens // num_texts // window * window
     tokens = torch.tensor([_take(tokenizer, path, each) for path in texts])
+    _repeat(tokens, round(config.repeating_share * each), random.Random(config.seed))
     rng = random.Random(config.seed)
     words = words_of([path.read_text(encoding="utf-8") for path in texts])
     facts = _make_facts(config, rng, words)
@@ -195,6 +197,14 @@ def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
     if len(tokens) < count:
         raise ValueError(f"{path} has {len(tokens)} tokens, {count} are needed: give more or longer texts")
     return tokens
+
+
+def _repeat(tokens: Tensor, count: int, rng: random.Random) -> None:
+    """Let the last `count` tokens of each text be one of its passages, over and over; in place."""
+    for row in tokens:
+        length = rng.choice(_PASSAGES)
+        start = rng.randrange(len(row) - count - length)
+        row[len(row) - count :] = row[start : start + length].repeat(-(-count // length))[:count]
 
 
 def _state_facts(
