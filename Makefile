@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/crowd.py
+	$(BIN)/python benchmarks/graphs.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/sessions.py
 	$(BIN)/python benchmarks/recall.py

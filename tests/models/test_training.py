@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
 from titans.tokenizer import Tokenizer
 from titans.training import loop
-from titans.training.batch import _rows, make_batch
+from titans.training.__main__ import add_arguments, run
+from titans.training.batch import _how_many, _rows, make_batch
 from titans.training.config import Rates, Stage, TrainingConfig
-from titans.training.loop import Trainer
+from titans.training.loop import Trainer, kind_of
 from titans.training.plot import plot
-from titans.training.pool import Pool, _make_facts, load_pool, save_pool
+from titans.training.pool import Pool, _make_facts, _repeat, load_pool, save_pool
 from titans.training.score import Scorer
 
 WINDOW = 192  # a question and its answer, in bytes
@@ -189,6 +191,45 @@ def test_a_run_goes_on_from_weights(tiny: TinyCheckpoint, pool: Pool, tmp_path: 
     for name, tensor in memory_tensors(trainer.model).items():
         if not name.endswith("out.weight"):  # whose strength is set
             torch.testing.assert_close(tensor, started[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_lesson_in_answers_leaves_alone_what_is_written(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+    config = replace(CONFIG.answering(), haystack_tokens=4_096, num_facts=300, stages=(Stage(400, 4, 2, 2, 4),))
+    assert all(stage.num_questions for stage in CONFIG.answering().stages)
+    trainer = make_trainer(tiny, pool, tmp_path / "run", config)
+    before = {name: x.clone() for name, x in trainer.memory.named_parameters()}
+    trainer.train(tiny.memory)
+    moved = {name for name, x in trainer.memory.named_parameters() if not torch.equal(x, before[name])}
+    assert moved and all(kind_of(name) == "answers" for name in moved)
+    assert trainer.direct is not None
+    assert trainer.step == 2
+
+
+def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["--test-text", str(TEXT), "--answers", "--", str(TEXT)])) == 2
+    assert "--start" in capsys.readouterr().err
+
+
+def test_documents_that_are_asked_about_have_few_facts_as_often_as_many(pool: Pool) -> None:
+    rng = random.Random(0)
+    counts = [_how_many(Stage(400, 4, 3, 16, 8), rng) for _ in range(4_000)]
+    assert min(counts) == 1 and max(counts) == 16
+    assert 0.45 < sum(count <= 4 for count in counts) / len(counts) < 0.65
+    assert sum(_how_many(Stage(400, 4, 3, 16, 0), rng) <= 4 for _ in range(4_000)) < 1_200
+
+
+def test_a_text_ends_with_one_of_its_passages_over_and_over() -> None:
+    tokens = torch.arange(4_000).view(4, 1_000)
+    given = tokens.clone()
+    _repeat(tokens, 300, random.Random(0))
+    assert torch.equal(tokens[:, :700], given[:, :700])
+    for row in tokens:
+        passage = row[700:].unique()
+        assert len(passage) in (8, 16, 32, 64, 128)
+        assert torch.equal(row[700 : 700 + len(passage)], passage) and passage[-1] < row[699]
+        assert torch.equal(row[700 : -len(passage)], row[700 + len(passage) :])
 
 
 @torch.no_grad()
