@@ -1,6 +1,8 @@
 """Steps as CUDA graphs. Where there is no GPU a step is taken again in place of a graph: buffers, rows and padding."""
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -43,6 +45,17 @@ def test_nothing_in_a_step_waits_for_the_device(form: dict[str, Any], monkeypatc
 @pytest.mark.parametrize("form", [DEEP, {"architecture": "mac"}, {"architecture": "mac", **DEEP}])
 def test_steps_that_depend_on_where_a_row_stands_are_not_fixed(form: dict[str, Any]) -> None:
     assert not make_tiny(**form).has_fixed_steps
+
+
+@torch.inference_mode()
+def test_graphs_are_gone_with_their_pool() -> None:
+    steps, _, _ = _on_this_machine({})
+    pool = steps.new_pool(2)
+    steps.warm_up(pool)
+    gone = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert gone() is None and not steps._tokens
 
 
 def test_there_are_no_graphs_on_a_cpu() -> None:

@@ -8,6 +8,7 @@ that is looked at. Owned by the compute thread.
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from titans.model import TitansModel
@@ -31,7 +32,7 @@ class GraphSteps(Steps):
     def __init__(self, model: TitansModel, recorder: "Recorder | None" = None) -> None:
         super().__init__(model)
         self._recorder = recorder or CUDARecorder(model.device)
-        self._tokens: dict[tuple[Pool, int], TokenGraph] = {}
+        self._tokens = WeakKeyDictionary[Pool, dict[int, TokenGraph]]()
         self._windows: dict[int, WindowGraph] = {}
 
     def new_pool(self, max_running: int) -> Pool:
@@ -59,10 +60,10 @@ class GraphSteps(Steps):
         return self._window(_at_least(len(parts)))(parts, states)
 
     def _token(self, pool: Pool, rows: int) -> "TokenGraph":
-        key = pool, rows
-        if key not in self._tokens:
-            self._tokens[key] = TokenGraph(self._model, pool.first(rows), self._recorder)
-        return self._tokens[key]
+        graphs = self._tokens.setdefault(pool, {})
+        if rows not in graphs:
+            graphs[rows] = TokenGraph(self._model, pool.first(rows), self._recorder)
+        return graphs[rows]
 
     def _window(self, rows: int) -> "WindowGraph":
         if rows not in self._windows:
