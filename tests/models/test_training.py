@@ -20,7 +20,7 @@ from titans.model import TitansModel, next_token_loss
 from titans.tokenizer import Tokenizer
 from titans.training import loop
 from titans.training.__main__ import add_arguments, run
-from titans.training.batch import _how_many, _rows, make_batch
+from titans.training.batch import _hay, _how_many, _rows, make_batch
 from titans.training.config import Rates, Stage, TrainingConfig
 from titans.training.loop import Trainer, kind_of
 from titans.training.plot import plot
@@ -230,6 +230,16 @@ def test_a_text_ends_with_one_of_its_passages_over_and_over() -> None:
         assert len(passage) in (8, 16, 32, 64, 128)
         assert torch.equal(row[700 : 700 + len(passage)], passage) and passage[-1] < row[699]
         assert torch.equal(row[700 : -len(passage)], row[700 + len(passage) :])
+
+
+def test_some_documents_are_one_passage_over_and_over(pool: Pool) -> None:
+    rng, size = random.Random(0), round(CONFIG.repeating_share * pool.haystack.shape[1])
+    ends, whole = pool.haystack[:, -size:], 0
+    for _ in range(400):
+        hay = _hay(pool, CONFIG.repeating_share, 2 * size + 5, rng)
+        assert len(hay) == 2 * size + 5
+        whole += any(torch.equal(hay, end.repeat(3, 1)[: len(hay)]) for end in ends)
+    assert 25 < whole < 80, "an eighth of them"
 
 
 @torch.no_grad()

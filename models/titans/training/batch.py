@@ -89,7 +89,7 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     for i in range(stage.num_documents):
         runs = choose(chosen, _how_many(stage, rng), rng)
         facts = [fact for run in runs for fact in run]
-        documents.append(_document(pool, stage.num_tokens, runs, rng))
+        documents.append(_document(pool, config, stage.num_tokens, runs, rng))
         planted += [(fact, i) for fact in facts]
         for fact in rng.sample(facts, min(questions_each, len(facts))):
             rows.append(pool.questions[fact])
@@ -137,7 +137,7 @@ def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
     return runs
 
 
-def _document(pool: Pool, num_tokens: int, runs: list[list[int]], rng: random.Random) -> Tensor:
+def _document(pool: Pool, config: TrainingConfig, num_tokens: int, runs: list[list[int]], rng: random.Random) -> Tensor:
     """Haystack from a random place with the facts' statements at random places: exactly `num_tokens`.
 
     Half of the runs of facts stand together.
@@ -145,15 +145,24 @@ def _document(pool: Pool, num_tokens: int, runs: list[list[int]], rng: random.Ra
     groups = [part for run in runs for part in ([run] if rng.random() < 0.5 else [[fact] for fact in run])]
     stated = [torch.cat([pool.statements[fact].hidden for fact in group]) for group in groups]
     plain = num_tokens - sum(len(part) for part in stated)
-    flat = pool.haystack.flatten(0, 1)
-    start = rng.randrange(flat.shape[0] - plain + 1)
-    hay = flat[start : start + plain]
+    hay = _hay(pool, config.repeating_share, plain, rng)
     cuts = sorted(rng.randrange(plain + 1) for _ in stated)
     rng.shuffle(stated)
     pieces = []
     for before, cut, part in zip([0, *cuts], cuts, stated, strict=False):
         pieces += [hay[before:cut], part]
     return torch.cat([*pieces, hay[cuts[-1] :]])
+
+
+def _hay(pool: Pool, repeating_share: float, count: int, rng: random.Random) -> Tensor:
+    """[count, D] of the texts; with the chance that is given, of a passage over and over and nothing else."""
+    size = round(repeating_share * pool.haystack.shape[1])
+    if size and rng.random() < repeating_share:
+        passages = rng.choice(pool.haystack)[-size:]
+        return passages.repeat(-(-count // size), 1)[:count]
+    flat = pool.haystack.flatten(0, 1)
+    start = rng.randrange(flat.shape[0] - count + 1)
+    return flat[start : start + count]
 
 
 def _by_length(pool: Pool, rows: list[Question], owners: list[int], context: int) -> Iterator[Rows]:

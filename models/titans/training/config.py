@@ -50,13 +50,13 @@ class TrainingConfig:
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
-    unanswered_share: float = 0.06  # of a step's questions as many more, about what no document states
+    unanswered_share: float = 0.03  # of a step's questions as many more, about what no document states
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
     leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
     num_facts: int = 24_000  # in the pool
     haystack_tokens: int = 480_000
-    repeating_share: float = 0.125  # of each text: a passage of it said over and over, as tables and boilerplate are
+    repeating_share: float = 0.125  # of each text, and of documents: a passage said over and over, as boilerplate is
     after_tokens: int = 8  # of the text after a fact, as they are once it is stated
     asking_stride: int = 4  # windows of a text between two places where facts are asked for
     held_out_facts: int = 400  # of the pool, never trained on: for the log
