@@ -50,7 +50,8 @@ class State:
 
     def split(self) -> list["State"]:
         """Each session's state by itself; copies, so that one does not keep the batch alive."""
-        return [self.map(lambda _, x, row=row: x[row : row + 1].clone()) for row in range(self.batch_size)]  # type: ignore[misc]
+        rows = {name: x.split(1) for name, x in self.parts().items()}
+        return [State.from_parts({name: x[row].clone() for name, x in rows.items()}) for row in range(self.batch_size)]
 
     def select(self, rows: Sequence[int]) -> "State":
         """Some of the sessions (one at least), in any order, any number of times; a copy. IndexError for others."""

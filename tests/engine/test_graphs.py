@@ -47,6 +47,19 @@ def test_steps_that_depend_on_where_a_row_stands_are_not_fixed(form: dict[str, A
     assert not make_tiny(**form).has_fixed_steps
 
 
+@pytest.mark.parametrize("max_running", [1, 2, 5])
+@torch.inference_mode()
+def test_a_pool_that_is_warmed_up_has_its_graphs_and_nobody_in_it(max_running: int) -> None:
+    steps, _, model = _on_this_machine({})
+    pool = steps.new_pool(max_running)
+    steps.warm_up(pool)
+    assert len(pool) == 0 and pool.capacity >= max_running
+    assert sorted(steps._tokens[pool]) == [1 << i for i in range(pool.capacity.bit_length())]
+    for row in range(max_running):
+        assert pool.join(model.open(model.new_state())) == row
+    assert steps.decode(pool, [5] * max_running).shape[0] == max_running
+
+
 @torch.inference_mode()
 def test_graphs_are_gone_with_their_pool() -> None:
     steps, _, _ = _on_this_machine({})

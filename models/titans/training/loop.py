@@ -261,7 +261,7 @@ class Trainer:
     def _take_step(self, stage: Stage) -> dict[str, float]:
         self._set_rates(stage)
         batch = self._batch().to(self.model.device)
-        if batch.rows and self.step and not self.config.lesson_at(self.step)[0]:
+        if batch.rows and self.step and not self.config.lesson_at(self.step)[0]:  # the lesson alone has just ended
             self._start_direct(batch)
         losses = self.losses(batch)
         loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening

@@ -37,7 +37,7 @@ class GraphSteps(Steps):
 
     def new_pool(self, max_running: int) -> Pool:
         """See Steps."""
-        return Pool(_at_least(max_running))
+        return Pool(_at_least(max(max_running, 2)))  # two come when it is warmed up
 
     def warm_up(self, pool: Pool) -> None:
         """See Steps: all that answers with the memory may need, and a document by itself."""

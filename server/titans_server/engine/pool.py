@@ -15,7 +15,7 @@ class Pool:
     """Streams of one model, all with the same `write` and `recall`. It grows as it must, and doubles when it does."""
 
     def __init__(self, capacity: int = 0) -> None:
-        """`capacity`: rows that there is room for from the first stream on. While these do, nothing is ever moved."""
+        """`capacity`: rows that there is room for from the first stream on, and no more: nothing is ever moved."""
         self.capacity = capacity
         self._form: Stream | None = None  # any of its streams: what parts there are
         self._room: dict[str, Tensor] = {}  # [capacity, ...] each
@@ -65,6 +65,7 @@ class Pool:
     def _write(self, name: str, row: int, x: Tensor) -> Tensor:
         room = self._room.get(name)
         if room is None or len(room) == row:
+            assert row < self.capacity or not self.capacity, "more streams than it has room for"
             larger = x.new_zeros(max(1, 2 * row, self.capacity), *x.shape[1:])
             if room is not None:
                 larger[:row] = room
