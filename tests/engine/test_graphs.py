@@ -123,7 +123,7 @@ def _on_this_machine(form: dict[str, Any]) -> tuple[GraphSteps, Steps, TitansMod
     return GraphSteps(model, Again()), Steps(model), model
 
 
-def _tokens(model: TitansModel, count: int, seed: int) -> list[int]:
+def _tokens(count: int, seed: int) -> list[int]:
     return torch.randint(3, 259, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -134,9 +134,9 @@ def test_windows_through_graphs_are_as_without(form: dict[str, Any]) -> None:
     for count in (1, 3, 4, 1):
         given = mine = [model.new_state() for _ in range(count)]
         for turn in range(3):
-            parts = [_tokens(model, window, seed=10 * turn + i) for i in range(count)]
+            parts = [_tokens(window, seed=10 * turn + i) for i in range(count)]
             mine, given = ours.ingest(parts, mine), plain.ingest(parts, given)
-        odd = [_tokens(model, 5 + i, seed=i) for i in range(count)]
+        odd = [_tokens(5 + i, seed=i) for i in range(count)]
         mine, given = ours.ingest(odd, mine), plain.ingest(odd, given)
         for some, others in zip(mine, given, strict=True):
             for name, x in some.parts().items():
@@ -156,7 +156,7 @@ def test_answers_that_come_and_go_are_the_same_through_graphs(form: dict[str, An
             for _, pool in pairs:
                 pool.leave(row)
         else:
-            (state,) = pairs[1][0].ingest([_tokens(model, 7 * turn + 1, seed=turn)], [model.new_state()])
+            (state,) = pairs[1][0].ingest([_tokens(7 * turn + 1, seed=turn)], [model.new_state()])
             for _, pool in pairs:
                 pool.join(model.open(state))
         tokens = [chance.randrange(259) for _ in range(len(pairs[0][1]))]

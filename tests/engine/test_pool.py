@@ -8,7 +8,7 @@ import torch
 from support.models import make_tiny
 from titans.model import TitansModel
 from titans.state import Stream
-from titans_server.engine.pool import Pool
+from titans_server.engine.pool import Pool, move_on
 
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, Any] = {
@@ -46,7 +46,7 @@ def test_each_stream_is_as_alone_whoever_joins_and_leaves(form: dict[str, Any]) 
             continue
         tokens = torch.tensor([[chance.randrange(259)] for _ in alone])
         h, after = model(tokens, pool.stream)
-        pool.advance(after)
+        move_on(pool.stream, after)
         for row, stream in enumerate(alone):
             expected, alone[row] = model(tokens[row : row + 1], stream)
             torch.testing.assert_close(h[row : row + 1], expected, rtol=1e-4, atol=1e-4)
@@ -64,7 +64,7 @@ def test_what_does_not_move_is_not_copied() -> None:
     for num_read in (3, 20, 40, 50):
         pool.join(opened(model, num_read))
     before = parts(pool.stream)
-    pool.advance(model(torch.zeros(4, 1, dtype=torch.int64), pool.stream)[1])
+    move_on(pool.stream, model(torch.zeros(4, 1, dtype=torch.int64), pool.stream)[1])
     pool.leave(1)
     pool.join(opened(model, 9))
     assert all(x.data_ptr() == before[name].data_ptr() for name, x in parts(pool.stream).items())
@@ -76,5 +76,5 @@ def test_a_stream_that_joined_is_not_written_to() -> None:
     stream = opened(model, 20)
     copy = stream.select([0])
     pool.join(stream)
-    pool.advance(model(torch.tensor([[5]]), pool.stream)[1])
+    move_on(pool.stream, model(torch.tensor([[5]]), pool.stream)[1])
     assert all(torch.equal(x, parts(copy)[name]) for name, x in parts(stream).items())

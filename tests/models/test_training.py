@@ -212,7 +212,7 @@ def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture
     assert "--start" in capsys.readouterr().err
 
 
-def test_documents_that_are_asked_about_have_few_facts_as_often_as_many(pool: Pool) -> None:
+def test_documents_that_are_asked_about_have_few_facts_as_often_as_many() -> None:
     rng = random.Random(0)
     counts = [_how_many(Stage(400, 4, 3, 16, 8), rng) for _ in range(4_000)]
     assert min(counts) == 1 and max(counts) == 16

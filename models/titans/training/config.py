@@ -92,7 +92,7 @@ class TrainingConfig:
         return replace(self, key_steps=300, key_learning_rate=1e-3, value_steps=100, value_learning_rate=7e-4)
 
     def answering(self) -> "TrainingConfig":
-        """The lesson with the body alone, for a memory that has learnt what to write: an hour on two cores."""
+        """The lesson with the body alone, for a memory that has learnt what to write: under an hour on two cores."""
         return replace(
             self,
             key_steps=0,

@@ -1,12 +1,13 @@
 """The steps of a model on a CUDA device, one launch each: CUDA graphs, captured once and replayed in place.
 
-A step of a small model is hundreds of small kernels, and to launch them one by one takes longer than to run them. A
+A step of a small model is over a thousand small kernels, and to launch them one by one takes longer than to run them. A
 graph is one launch, but always the same kernels on the same memory: so answers keep their rows in a pool that does not
 move, documents pass through buffers, and there is a graph for 1, 2, 4, 8 ... rows, those not in use computing nothing
 that is looked at. Owned by the compute thread.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,8 @@ from titans.model import TitansModel
 from titans.state import State, Stream
 from torch import Tensor
 
-from titans_server.engine.pool import Pool, move_on
-from titans_server.engine.steps import Steps
+from titans_server.engine.pool import Pool
+from titans_server.engine.steps import Steps, scores_after
 
 _T = TypeVar("_T")
 
@@ -78,14 +79,10 @@ class TokenGraph:
         """`stream`: the places."""
         self._recorder = recorder
         self._tokens_B1 = torch.zeros(stream.state.batch_size, 1, dtype=torch.int64, device=model.device)
-
-        def step(stream: Stream) -> Tensor:
-            hidden, after = model(self._tokens_B1, stream)
-            move_on(stream, after)
-            return model.logits(hidden[:, -1])
-
         copy = stream.map(lambda _, x: x.clone())
-        self._graph, self._scores_BN = recorder.capture(lambda: step(stream), lambda: step(copy))
+        self._graph, self._scores_BN = recorder.capture(
+            *(partial(scores_after, model, self._tokens_B1, each) for each in (stream, copy))
+        )
         self._told_BN = recorder.host_buffer(self._scores_BN)
 
     def __call__(self, tokens: list[int]) -> Tensor:

@@ -58,10 +58,6 @@ class Pool:
             for room in self._room.values():
                 room[row] = room[self._num_rows]
 
-    def advance(self, after: Stream) -> None:
-        """Take over what the model has made of `stream`."""
-        move_on(self.stream, after)
-
     def _write(self, name: str, row: int, x: Tensor) -> Tensor:
         room = self._room.get(name)
         if room is None or len(room) == row:

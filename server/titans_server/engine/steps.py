@@ -2,10 +2,10 @@
 
 import torch
 from titans.model import TitansModel
-from titans.state import State
+from titans.state import State, Stream
 from torch import Tensor
 
-from titans_server.engine.pool import Pool
+from titans_server.engine.pool import Pool, move_on
 
 
 class Steps:
@@ -33,9 +33,7 @@ class Steps:
 
         They are good until the next call.
         """
-        hidden, after = self._model(self.padded([[token] for token in tokens]), pool.stream)
-        pool.advance(after)
-        return self._model.logits(hidden[:, -1]).cpu()
+        return scores_after(self._model, self.padded([[token] for token in tokens]), pool.stream).cpu()
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
         """Each of the states after reading its part of a text; those given stay as they are."""
@@ -50,3 +48,10 @@ class Steps:
         longest = max(len(part) for part in parts)
         rows = [part + [0] * (longest - len(part)) for part in parts]
         return torch.tensor(rows, device=self._model.device)
+
+
+def scores_after(model: TitansModel, tokens_B1: Tensor, stream: Stream) -> Tensor:
+    """The scores [B, N] of what follows a token more of each stream; they move on in their places."""
+    hidden, after = model(tokens_B1, stream)
+    move_on(stream, after)
+    return model.logits(hidden[:, -1])
