@@ -62,7 +62,7 @@ def load(
     body, memory = body or find_default_body(), memory or DEFAULT_MEMORY
     device = device or preferred_device()
     backbone = load_backbone(body)
-    config, body_digest = _read_header(memory)
+    config, body_digest = read_header(memory)
     if body_digest != digest(body):
         raise CheckpointError(f"{memory} was trained on another body than {body}")
     if config.num_persistent > 1:
@@ -122,7 +122,7 @@ def read_memory(model: TitansModel, path: Path) -> None:
 
     What they do not adapt stays as it is. Raises CheckpointError where they are not such a model's.
     """
-    config, _ = _read_header(path)
+    config, _ = read_header(path)
     if replace(config, adapted=model.config.adapted) != model.config:
         raise CheckpointError(f"{path} is for a model of another shape")
     with safe_open(str(path), framework="pt") as file:
@@ -161,7 +161,8 @@ def digest(body: Path) -> str:
     return total.hexdigest()
 
 
-def _read_header(path: Path) -> tuple[TitansConfig, str]:
+def read_header(path: Path) -> tuple[TitansConfig, str]:
+    """The model that a memory is for: its config, and its body's `digest`. Raises CheckpointError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
-from titans.checkpoint import digest, load, memory_tensors
+from titans.checkpoint import build, digest, load, memory_tensors, ready, save_memory
 from titans.config import tiny as tiny_config
 from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
 from titans.evaluation.wording import ASKINGS, STATEMENTS, a_statement, an_asking
@@ -26,6 +26,7 @@ from titans.training.loop import Trainer, kind_of
 from titans.training.plot import plot
 from titans.training.pool import Pool, _make_facts, _repeat, load_pool, save_pool
 from titans.training.score import Scorer
+from titans_client import cli
 
 WINDOW = 192  # a question and its answer, in bytes
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
@@ -210,6 +211,52 @@ def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture
     add_arguments(parser)
     assert run(parser.parse_args(["--test-text", str(TEXT), "--answers", "--", str(TEXT)])) == 2
     assert "--start" in capsys.readouterr().err
+
+
+def test_weights_that_are_none_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["--start", str(tmp_path / "none"), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *start]) == 1
+    assert "not a memory checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32).model
+    first = {name: x.clone() for name, x in memory_tensors(model).items()}
+    adapted, other = set(model.adapted), tmp_path / "other.safetensors"
+    model.load_state_dict({name: x + 1 for name, x in first.items()}, strict=False)
+    save_memory(model, digest(tiny.body), other)
+    memories = [str(tiny.memory), str(other)]
+    body = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
+    assert cli.main(["average", *memories, "--shares", "1", "3", *body]) == 0
+    mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
+    for name, x in memory_tensors(mean).items():
+        torch.testing.assert_close(x, first[name] + 0.75, msg=name)
+    plain = replace(model.config, adapted=False)
+    unadapted = build(load_backbone(tiny.body), plain)
+    ready(unadapted, torch.device("cpu"), torch.float32)
+    of_body = {name: x.clone() for name, x in unadapted.state_dict().items() if name in adapted}
+    save_memory(unadapted, digest(tiny.body), other)
+    assert cli.main(["average", *memories, *body]) == 0
+    mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
+    assert set(mean.adapted) == adapted
+    for name, x in mean.adapted.items():
+        torch.testing.assert_close(x, (first[name] + of_body[name]) / 2, msg=name)
+
+
+def test_what_has_no_mean_is_told(tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stranger = write_tiny_checkpoint(tmp_path, seed=1).memory
+    rest = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
+    for memories, status, error in (
+        ([str(tiny.memory), str(stranger)], 1, "another body"),
+        ([str(tmp_path / "none")], 1, "not a memory checkpoint"),
+        ([str(tiny.memory), "--shares", "1", "2"], 2, "2 shares for 1 memories"),
+        ([str(tiny.memory), "--shares", "-1"], 2, "not a share"),
+        ([str(tiny.memory), "--shares", "nan"], 2, "not a share"),
+    ):
+        assert cli.main(["average", *memories, *rest]) == status
+        assert error in capsys.readouterr().err
+    assert not (tmp_path / "mean.safetensors").exists()
 
 
 def test_documents_that_are_asked_about_have_few_facts_as_often_as_many() -> None:

