@@ -1,19 +1,21 @@
 """On a CUDA device, in process: the engine's steps as CUDA graphs beside the same steps kernel by kernel, alternating.
 
-Reading: a window's tokens of each of so many sessions; answers: a token of each. Then what it takes to move a session's
-state between device and host, through memory that is pinned and memory that is not.
+Reading: a window's tokens of each of so many sessions; answers: a token of each. Then what comes before an answer's
+first token, and what it takes to move a session's state between device and host, through memory that is pinned and
+memory that is not.
 """
 
 import argparse
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from machine import print_machine, seconds
 from serving import Book
 from titans.checkpoint import load
-from titans.state import State
+from titans.state import State, Stream
 from titans_server.engine.graphs import GraphSteps
 from titans_server.engine.steps import Steps
 
@@ -52,12 +54,55 @@ def main() -> None:
         say = [1e3 * middle[f"say {name}"] for name in ("graphs", "kernels")]
         line = f"{count:>8} {read[0]:>15,.0f} {read[1]:>14,.0f} {read[0] / read[1]:>6.1f}x"
         print(f"{line} {say[0]:>15.2f} {say[1]:>14.2f} {say[1] / say[0]:>6.1f}x", flush=True)
+    _print_beginnings(kinds, states[0], book, args.repeats)
     _print_moves(states[0], args.repeats)
 
 
 def _read(steps: Steps, parts: list[list[int]], states: list[State]) -> None:
     steps.ingest(parts, states)
     torch.cuda.synchronize()
+
+
+def _print_beginnings(kinds: tuple[Steps, Steps], state: State, book: Book, repeats: int) -> None:
+    works: dict[str, Callable[[Steps], Callable[[], object]]] = {
+        "opening a session": lambda steps: partial(_open, steps, state)
+    }
+    for count in (12, 60, 250):
+        works[f"a prompt of {count} tokens"] = partial(_prompt, book.tokens(count), state)
+    for count in (12, 60, 250):
+        works[f"{count} tokens of a document"] = partial(_part, book.tokens(count), state)
+    print(f"\n{'':<30} {'graphs, ms':>12} {'kernels, ms':>12} {'ratio':>7}")
+    for name, work in works.items():
+        took = defaultdict[Steps, list[float]](list)
+        for _ in range(repeats):
+            for steps in kinds:
+                took[steps].append(seconds(_to_the_end(work(steps))))
+        graphs, kernels = (1e3 * statistics.median(took[steps][3:]) for steps in kinds)
+        print(f"{name:<30} {graphs:>12.2f} {kernels:>12.2f} {kernels / graphs:>6.1f}x", flush=True)
+
+
+@torch.inference_mode()
+def _open(steps: Steps, state: State) -> Stream:
+    *_, stream = steps.opening(state)
+    assert stream is not None
+    return stream.map(lambda _, x: x.clone())
+
+
+def _prompt(tokens: list[int], state: State, steps: Steps) -> Callable[[], object]:
+    return partial(torch.inference_mode()(steps.read), tokens, _open(steps, state))
+
+
+def _part(tokens: list[int], state: State, steps: Steps) -> Callable[[], object]:
+    return partial(steps.ingest, [tokens], [state])
+
+
+def _to_the_end(work: Callable[[], object]) -> Callable[[], None]:
+    def done() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return done
 
 
 def _print_moves(state: State, repeats: int) -> None:

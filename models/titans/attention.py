@@ -47,11 +47,10 @@ class Placement:
     rotation: Rotation  # [B, T, 2]: of queries and keys, and of queries as seen from the persistent tokens
     bias_BTS: Tensor  # float32: 0 where a query may see a key, else UNSEEN
     oldest_first: Tensor | None  # [B, 1, W, 1] the slots in order; None: they are, or the token comes alone
-    rows: Tensor  # [N] batch row of each valid token that the ring keeps
-    columns: Tensor  # [N] its column among the new tokens
-    slots: Tensor  # [N] its slot in the ring
-    cells: Tensor  # [N G] the same, counted through all of a ring [B, G, W]
-    all_kept: bool  # every new token is one of the N
+    columns: Tensor  # [B, N] of the last N = min(T, W) tokens that count: what the ring keeps
+    slots: Tensor  # [B, N] theirs in the ring
+    counted: Tensor | None  # [B, N, 1] False: no new token but one of before, which keeps its slot; None: all are new
+    cells: Tensor  # [B N G] the slots, counted through all of a ring [B, G, W]
 
     @classmethod
     def place(
@@ -69,7 +68,7 @@ class Placement:
         """Place `num_tokens` columns after `position_B` tokens; row b uses its first `lengths_B[b]` columns, or all.
 
         Both are [B] int64. `window` is W, `num_kv_heads` G, `head_dim` E, `theta` the base of the rotary angles.
-        Where all columns are used, nothing here waits for the device.
+        Nothing here waits for the device, if it is not a CPU.
         """
         columns_T = torch.arange(num_tokens, device=position_B.device)
         slots_W = torch.arange(window, device=position_B.device)
@@ -89,25 +88,27 @@ class Placement:
             unseen_BTS |= (new_BT // window)[:, :, None] != (keys_BS // window)[:, None, :]
         else:
             unseen_BTS |= distance_BTS >= window
-        if lengths_B is None:
-            columns = columns_T[max(0, num_tokens - window) :].repeat(len(position_B))
-            rows = torch.arange(len(position_B), device=position_B.device).repeat_interleave(min(num_tokens, window))
-        else:
-            kept_BT = (columns_T < lengths_B[:, None]) & (columns_T >= lengths_B[:, None] - window)
-            rows, columns = kept_BT.nonzero(as_tuple=True)
-        slots = new_BT[rows, columns] % window
-        groups_G = torch.arange(num_kv_heads, device=position_B.device)
+        columns_BN = columns_T[max(0, num_tokens - window) :].expand(len(position_B), -1)
+        if lengths_B is not None:
+            columns_BN = columns_BN + (lengths_B - num_tokens)[:, None]
+        slots_BN = (position_B[:, None] + columns_BN) % window
+        groups_BG = torch.arange(len(position_B) * num_kv_heads, device=position_B.device).view(-1, num_kv_heads)
         back_BT = new_BT % window + 1 if segmented else (new_BT + 1).clamp(max=window)
         return cls(
             rotation=Rotation(torch.stack((new_BT, back_BT), dim=-1), head_dim, theta),
             bias_BTS=torch.zeros(unseen_BTS.shape, device=unseen_BTS.device).masked_fill_(unseen_BTS, UNSEEN),
             oldest_first=oldest_first,
-            rows=rows,
-            columns=columns,
-            slots=slots,
-            cells=((rows[:, None] * num_kv_heads + groups_G) * window + slots[:, None]).flatten(),
-            all_kept=len(rows) == new_BT.numel(),
+            columns=columns_BN.clamp(min=0),
+            slots=slots_BN,
+            counted=None if lengths_B is None else columns_BN[..., None] >= 0,
+            cells=(groups_BG[:, None] * window + slots_BN[..., None]).flatten(),
         )
+
+    def kept(self, new: Tensor) -> Tensor:
+        """Of new tokens [B, T, ...] those of `columns` [B, N, ...]; what is not `counted` among them means nothing."""
+        if self.counted is None and self.columns.shape[1] == new.shape[1]:
+            return new
+        return new.take_along_dim(self.columns.view(*self.columns.shape, *[1] * (new.ndim - 2)), dim=1)
 
 
 class Attention(nn.Module):
@@ -159,8 +160,10 @@ class Attention(nn.Module):
         if k_BTGE.shape[1] > 1:
             seen = Ring(*(self._before(past, new, place) for past, new in pairs))
         for past, new in pairs:
-            kept = new.detach() if place.all_kept else new.detach()[place.rows, place.columns]
-            past.view(-1, self.head_dim).index_copy_(0, place.cells, kept.reshape(-1, self.head_dim))
+            cells, kept = past.view(-1, self.head_dim), place.kept(new.detach())
+            if place.counted is not None:
+                kept = kept.where(place.counted[..., None], cells[place.cells].view_as(kept))
+            cells.index_copy_(0, place.cells, kept.reshape(-1, self.head_dim))
         return seen
 
     @staticmethod

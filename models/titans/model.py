@@ -34,6 +34,8 @@ from titans.layers import RMSNorm
 from titans.memory.neural import NeuralMemory
 from titans.state import Parts, State, Stream
 
+Lengths = Sequence[int] | Tensor
+
 # some of the layers: hidden states [B, T, D] and what the layers carry, to the same
 Walk = Callable[[Tensor, Run, Sequence[Parts]], tuple[Tensor, tuple[Parts, ...]]]
 
@@ -103,10 +105,10 @@ class TitansModel(nn.Module):
 
     @property
     def has_fixed_steps(self) -> bool:
-        """Whether a step is the same operations whatever it is given, if all its rows have as many tokens.
+        """Whether a step is the same operations whatever it is given: any tokens of any rows, as many or not.
 
-        Then nothing in it waits for the device, and a CUDA graph can hold it. Segments of a MAC, and chunks of the
-        chunk rule, end where a row's own do.
+        Then nothing in it waits for a device that is not a CPU, and a CUDA graph can hold it. Segments of a MAC, and
+        chunks of the chunk rule, end where a row's own do.
         """
         return self.config.architecture != "mac" and not any(memory.rule.bound_to_chunks for memory in self.memories)
 
@@ -137,12 +139,11 @@ class TitansModel(nn.Module):
         )
 
     @torch.no_grad()
-    def ingest(
-        self, tokens_BT: Tensor, state: State, lengths: Sequence[int] | None = None, *, recall: bool = True
-    ) -> State:
+    def ingest(self, tokens_BT: Tensor, state: State, lengths: Lengths | None = None, *, recall: bool = True) -> State:
         """The states after reading the first `lengths[b]` tokens of each row (all by default); `state` is not changed.
 
-        Tokens are [B, T], int64 or int32; padding, too, must be in the vocabulary. `lengths`: one a row, 0 to T.
+        Tokens are [B, T], int64 or int32; padding, too, must be in the vocabulary. `lengths`: one a row, 0 to T; as a
+        tensor [B] int64, where the model is, nothing waits for the device.
         Runs the layers up to the last memory and writes the memories; any number of tokens, a window at a time.
         `recall=False`: the memories answer nothing to the layers above them (the control).
         """
@@ -157,8 +158,10 @@ class TitansModel(nn.Module):
         h_BTD, layers = below(self.embedding(tokens_BT), call, state.layers[:-1])
         h_BTD, last = self.lower[-1].learn(h_BTD, call, state.layers[-1])
         if self.upper:
-            place = call.place
-            state.tail[place.rows, place.slots] = h_BTD[place.rows, place.columns]
+            kept_BND, slots_BN1 = call.place.kept(h_BTD), call.place.slots[..., None]
+            if call.place.counted is not None:
+                kept_BND = kept_BND.where(call.place.counted, state.tail.take_along_dim(slots_BN1, dim=1))
+            state.tail.scatter_(1, slots_BN1.expand_as(kept_BND), kept_BND)
         return State(call.after(tokens_BT.shape[1]), (*layers, last), state.tail)
 
     def open(self, state: State, *, recall: bool = True, write: bool = False) -> Stream:
@@ -180,7 +183,9 @@ class TitansModel(nn.Module):
             layers = (step.settle(parts, state.position) for step, parts in zip(self.lower, state.layers, strict=True))
             state = State(state.position, tuple(layers), state.tail)
         upper = [step.new_parts(state.batch_size, self.dtype) for step in self.upper]
-        length = int(state.position.max().clamp(max=self.config.window)) if self.upper else 0
+        length = self.config.window if self.upper else 0
+        if length and self.device.type == "cpu":  # elsewhere to look is dearer than to compute what nobody sees
+            length = int(state.position.max().clamp(max=length))
         if length:  # oldest first; columns before a session's first token are masked by their position
             start_B = state.position - length
             slots = (start_B[:, None] + torch.arange(length, device=self.device)) % self.config.window
@@ -194,7 +199,7 @@ class TitansModel(nn.Module):
                 yield None
         yield Stream(state, tuple(upper), write, recall=True)
 
-    def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Sequence[int] | None = None) -> tuple[Tensor, Stream]:
+    def forward(self, tokens_BT: Tensor, stream: Stream, lengths: Lengths | None = None) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] of tokens that follow a stream, normed, and the stream after them.
 
         `logits` scores them.
@@ -206,8 +211,7 @@ class TitansModel(nn.Module):
         its rings have moved on.
         """
         if self.config.architecture != "mac":
-            lengths_B = None if lengths is None else torch.tensor(lengths, device=self.device)
-            return self._read_run(tokens_BT, stream, lengths_B)
+            return self._read_run(tokens_BT, stream, None if lengths is None else self._counted(lengths))
         batch, num_tokens = tokens_BT.shape
         h_BTD = torch.zeros(batch, num_tokens, self.norm.weight.shape[0], dtype=self.dtype, device=self.device)
         for columns_BT, counts_B in self._runs(stream.state, tokens_BT, lengths, num_tokens):
@@ -307,27 +311,30 @@ class TitansModel(nn.Module):
             after.append(moved)
         return h_BTD, tuple(after)
 
+    def _counted(self, lengths: Lengths) -> Tensor:
+        return torch.as_tensor(lengths, dtype=torch.int64, device=self.device)
+
     def _runs(
-        self, state: State, tokens_BT: Tensor, lengths: Sequence[int] | None, most: int
+        self, state: State, tokens_BT: Tensor, lengths: Lengths | None, most: int
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns [B, T] and counts [B] of one run of tokens after the other, `most` tokens each at most.
 
         Counts are None where all of a run's columns count. In a MAC no run crosses the end of a row's segment.
         """
-        if lengths is None and self.config.architecture != "mac":
-            batch, num_tokens = tokens_BT.shape
+        batch, num_tokens = tokens_BT.shape
+        if self.config.architecture != "mac":
+            lengths_B = None if lengths is None else self._counted(lengths)
             for start in range(0, num_tokens, most):
                 columns_T = torch.arange(start, min(start + most, num_tokens), device=self.device)
-                yield columns_T.expand(batch, -1), None
+                counts_B = None if lengths_B is None else (lengths_B - start).clamp(0, len(columns_T))
+                yield columns_T.expand(batch, -1), counts_B
             return
-        lengths = [tokens_BT.shape[1]] * tokens_BT.shape[0] if lengths is None else lengths
-        segment, starts = self.config.window, [0] * len(lengths)
-        positions = state.position.tolist() if self.config.architecture == "mac" else None
+        lengths = [num_tokens] * batch if lengths is None else self._counted(lengths).tolist()
+        segment, starts, positions = self.config.window, [0] * batch, state.position.tolist()
         while any(start < length for start, length in zip(starts, lengths, strict=True)):
-            counts = [min(length - start, most) for start, length in zip(starts, lengths, strict=True)]
-            if positions is not None:
-                room = [segment - (p + start) % segment for p, start in zip(positions, starts, strict=True)]
-                counts = [min(pair) for pair in zip(counts, room, strict=True)]
+            room = [segment - (p + start) % segment for p, start in zip(positions, starts, strict=True)]
+            left = [length - start for start, length in zip(starts, lengths, strict=True)]
+            counts = [min(most, *pair) for pair in zip(left, room, strict=True)]
             columns = torch.tensor(starts)[:, None] + torch.arange(max(counts))
             yield columns.clamp(max=max(lengths) - 1).to(self.device), torch.tensor(counts, device=self.device)
             starts = [start + count for start, count in zip(starts, counts, strict=True)]

@@ -5,6 +5,7 @@ import random
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,11 +36,14 @@ def test_nothing_in_a_step_waits_for_the_device(form: dict[str, Any], monkeypatc
     assert model.has_fixed_steps
     window, batch = model.config.window, 3
     state = model.ingest(torch.zeros(batch, window, dtype=torch.int64, device="meta"), model.new_state(batch))
-    on_cpu = make_tiny(**form)
-    stream = on_cpu.open(on_cpu.new_state(batch)).map(lambda _, x: x.to("meta"))
-    hidden, _ = model(torch.zeros(batch, 1, dtype=torch.int64, device="meta"), stream)
+    lengths = torch.zeros(batch, dtype=torch.int64, device="meta")
+    for width in (5, window):
+        state = model.ingest(torch.zeros(batch, width, dtype=torch.int64, device="meta"), state, lengths)
+    stream = model.open(state)
+    hidden, stream = model(torch.zeros(batch, 1, dtype=torch.int64, device="meta"), stream)
     assert model.logits(hidden[:, -1]).shape == (batch, model.config.backbone.vocab_size)
-    assert state.parts().keys() == stream.state.parts().keys()
+    hidden, _ = model(torch.zeros(batch, 7, dtype=torch.int64, device="meta"), stream, lengths)
+    assert hidden.shape[:2] == (batch, 7)
 
 
 @pytest.mark.parametrize("form", [DEEP, {"architecture": "mac"}, {"architecture": "mac", **DEEP}])
@@ -113,7 +117,12 @@ class Again:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result.parts().values())
+    if isinstance(result, tuple):
+        return [x for each in result for x in _tensors(each)]
+    found = dict[str, Tensor]()
+    if not isinstance(result, Tensor):
+        result.map(found.setdefault)
+    return list(found.values()) or [result]
 
 
 def _on_this_machine(form: dict[str, Any]) -> tuple[GraphSteps, Steps, TitansModel]:
@@ -136,11 +145,35 @@ def test_windows_through_graphs_are_as_without(form: dict[str, Any]) -> None:
         for turn in range(3):
             parts = [_tokens(window, seed=10 * turn + i) for i in range(count)]
             mine, given = ours.ingest(parts, mine), plain.ingest(parts, given)
-        odd = [_tokens(5 + i, seed=i) for i in range(count)]
-        mine, given = ours.ingest(odd, mine), plain.ingest(odd, given)
+        for size in (5, 1, window - 3):
+            odd = [_tokens(size + i, seed=i) for i in range(count)]
+            mine, given = ours.ingest(odd, mine), plain.ingest(odd, given)
         for some, others in zip(mine, given, strict=True):
             for name, x in some.parts().items():
                 torch.testing.assert_close(x, others.parts()[name], rtol=1e-4, atol=2e-5)
+
+
+@each_form
+@pytest.mark.parametrize("num_read", [0, 5, 16, 70])
+@torch.inference_mode()
+def test_sessions_are_opened_and_prompts_read_the_same_through_graphs(form: dict[str, Any], num_read: int) -> None:
+    *both, model = _on_this_machine(form)
+    state = model.new_state()
+    if num_read:
+        (state,) = model.ingest(torch.tensor([_tokens(num_read, seed=num_read)], device=model.device), state).split()
+    for seed, sizes in enumerate(([1, 16, 3], [model.config.window, 2])):
+        streams = [stream for steps in both for stream in steps.opening(state) if stream is not None]
+        streams = [stream.map(lambda _, x: x.clone()) for stream in streams]
+        for size in sizes:
+            given = [steps.read(_tokens(size, seed), stream) for steps, stream in zip(both, streams, strict=True)]
+            torch.testing.assert_close(*(hidden for hidden, _ in given), rtol=1e-4, atol=1e-4)
+            streams = [stream for _, stream in given]
+    for recall in (True, False):
+        said = [
+            model.logits(model(torch.tensor([[7]], device=model.device), replace(stream, recall=recall))[0])
+            for stream in streams
+        ]
+        torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 
 
 @each_form

@@ -8,6 +8,7 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans_server.engine.openings import Openings
+from titans_server.engine.steps import Steps
 
 
 def read(model: TitansModel, seed: int) -> State:
@@ -23,7 +24,7 @@ def tensors_of(stream: Stream) -> dict[str, torch.Tensor]:
 
 def test_a_state_is_opened_a_layer_at_a_time_and_each_asker_has_a_copy() -> None:
     model = make_tiny()
-    openings, state = Openings(model), read(model, 1)
+    openings, state = Openings(Steps(model)), read(model, 1)
     tries = 1
     while (stream := openings.stream(state, recall=False, seconds=0.0)) is None:
         tries += 1
@@ -42,7 +43,7 @@ def test_a_state_is_opened_a_layer_at_a_time_and_each_asker_has_a_copy() -> None
 
 def test_a_state_that_is_let_go_of_takes_what_was_opened_with_it() -> None:
     model = make_tiny()
-    openings, whole, begun = Openings(model), read(model, 1), read(model, 2)
+    openings, whole, begun = Openings(Steps(model)), read(model, 1), read(model, 2)
     while openings.stream(whole, recall=True, seconds=0.0) is None:
         pass
     assert openings.stream(begun, recall=True, seconds=0.0) is None

@@ -58,9 +58,10 @@ def test_sessions_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
     padded = torch.zeros(4, 37, dtype=torch.int64)
     for i, row in enumerate(rows):
         padded[i, : row.shape[1]] = row
-    together = model.ingest(padded, State.cat(starts), lengths).split()
-    for row, start, ours in zip(rows, starts, together, strict=True):
-        assert_same(ours, model.ingest(row, start))
+    for told in (lengths, torch.tensor(lengths)):
+        together = model.ingest(padded, State.cat(starts), told).split()
+        for row, start, ours in zip(rows, starts, together, strict=True):
+            assert_same(ours, model.ingest(row, start))
 
 
 def test_ingest_leaves_the_state_it_was_given_alone(model: TitansModel) -> None:

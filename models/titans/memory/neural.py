@@ -251,13 +251,13 @@ class NeuralMemory(nn.Module):
         """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count, or all."""
         size, bound, reads = self.config.chunk_size, self.rule.bound_to_chunks, []
         length = min(size, writes.keys.shape[2])
-        shortest = writes.keys.shape[2] if ends_B is None else int(ends_B.min())
+        shortest = int(ends_B.min()) if bound and ends_B is not None else writes.keys.shape[2]
         if bound and queries is None and length < size:
             return Step(weights, momentum, None)  # a chunk that only begins here is taken up when it is full
         for i, chunk in enumerate(chunks(writes, length, queries)):
             start = i * size
-            complete = start + (size if bound else length) <= shortest  # in every row
-            ends = None if bound or complete or ends_B is None else (ends_B - start).clamp(0, length)
+            complete = not bound or start + size <= shortest  # in every row
+            ends = None if bound or ends_B is None else (ends_B - start).clamp(0, length)
             after = self.rule.step(chunk, weights, momentum, ends)
             if after.reads is not None:
                 reads.append(after.reads)

@@ -2,11 +2,11 @@
 
 A step of a small model is over a thousand small kernels, and to launch them one by one takes longer than to run them. A
 graph is one launch, but always the same kernels on the same memory: so answers keep their rows in a pool that does not
-move, documents pass through buffers, and there is a graph for 1, 2, 4, 8 ... rows, those not in use computing nothing
-that is looked at. Owned by the compute thread.
+move, documents and prompts pass through buffers, and there are graphs for 1, 2, 4, 8 ... rows and for a few widths;
+what is not in use of them computes nothing that is looked at. Owned by the compute thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,10 +16,11 @@ from titans.model import TitansModel
 from titans.state import State, Stream
 from torch import Tensor
 
-from titans_server.engine.pool import Pool
+from titans_server.engine.pool import Pool, move_on
 from titans_server.engine.steps import Steps, scores_after
 
 _T = TypeVar("_T")
+_WIDTHS = 16, 64  # tokens of a row, beside a window's
 
 
 def steps_for(model: TitansModel) -> Steps:
@@ -28,13 +29,16 @@ def steps_for(model: TitansModel) -> Steps:
 
 
 class GraphSteps(Steps):
-    """Steps of one token of every answer, and of a whole window of every document; others as ever."""
+    """A token of every answer, up to a window of every document and of a prompt, a session's opening."""
 
     def __init__(self, model: TitansModel, recorder: "Recorder | None" = None) -> None:
         super().__init__(model)
         self._recorder = recorder or CUDARecorder(model.device)
         self._tokens = WeakKeyDictionary[Pool, dict[int, TokenGraph]]()
-        self._windows: dict[int, WindowGraph] = {}
+        self._widths = *(x for x in _WIDTHS if x < model.config.window), model.config.window
+        self._parts: dict[tuple[int, int, bool], PartGraph] = {}
+        self._prompts: dict[int, PromptGraph] = {}
+        self._opening: OpeningGraph | None = None
 
     def new_pool(self, max_running: int) -> Pool:
         """See Steps."""
@@ -42,13 +46,18 @@ class GraphSteps(Steps):
 
     def warm_up(self, pool: Pool) -> None:
         """See Steps: all that answers with the memory may need, and a document by itself."""
+        for width in self._widths:
+            for ragged in (True, False):
+                self._part(1, width, ragged)
+        with torch.inference_mode():
+            for width in self._widths:
+                self.read([0] * width, self._open())
         super().warm_up(pool)
         rows = 1
         while rows <= pool.capacity:
             with torch.inference_mode():
                 self._token(pool, rows)
             rows *= 2
-        self._window(1)
 
     def decode(self, pool: Pool, tokens: list[int]) -> Tensor:
         """See Steps."""
@@ -56,9 +65,26 @@ class GraphSteps(Steps):
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
         """See Steps."""
-        if any(len(part) != self._model.config.window for part in parts):
-            return super().ingest(parts, states)
-        return self._window(_at_least(len(parts)))(parts, states)
+        width = self._width(max(len(part) for part in parts))
+        ragged = any(len(part) != width for part in parts)
+        return self._part(_at_least(len(parts)), width, ragged)(parts, states)
+
+    def opening(self, state: State) -> Iterator[Stream | None]:
+        """See Steps: all at once."""
+        self._opening = self._opening or OpeningGraph(self._model, self._recorder)
+        yield self._opening(state.to(self._model.device))
+
+    def read(self, tokens: list[int], stream: Stream) -> tuple[Tensor, Stream]:
+        """See Steps."""
+        if stream.write or not stream.recall:
+            return super().read(tokens, stream)
+        width = self._width(len(tokens))
+        if width not in self._prompts:
+            self._prompts[width] = PromptGraph(self._model, width, stream, self._recorder)
+        return self._prompts[width](tokens, stream)
+
+    def _width(self, count: int) -> int:
+        return next(width for width in self._widths if width >= count)
 
     def _token(self, pool: Pool, rows: int) -> "TokenGraph":
         graphs = self._tokens.setdefault(pool, {})
@@ -66,10 +92,10 @@ class GraphSteps(Steps):
             graphs[rows] = TokenGraph(self._model, pool.first(rows), self._recorder)
         return graphs[rows]
 
-    def _window(self, rows: int) -> "WindowGraph":
-        if rows not in self._windows:
-            self._windows[rows] = WindowGraph(self._model, rows, self._recorder)
-        return self._windows[rows]
+    def _part(self, rows: int, width: int, ragged: bool) -> "PartGraph":
+        if (key := (rows, width, ragged)) not in self._parts:
+            self._parts[key] = PartGraph(self._model, *key, self._recorder)
+        return self._parts[key]
 
 
 class TokenGraph:
@@ -95,28 +121,82 @@ class TokenGraph:
         return told
 
 
-class WindowGraph:
-    """A window's tokens into B sessions."""
+class PartGraph:
+    """Parts of documents into B sessions: T tokens each or, where it is ragged, up to T."""
 
-    def __init__(self, model: TitansModel, rows: int, recorder: "Recorder") -> None:
+    def __init__(self, model: TitansModel, rows: int, width: int, ragged: bool, recorder: "Recorder") -> None:
         with torch.inference_mode(mode=False), torch.no_grad():
-            self._tokens_BT = torch.zeros(rows, model.config.window, dtype=torch.int64, device=model.device)
+            self._tokens_BT = torch.zeros(rows, width, dtype=torch.int64, device=model.device)
+            self._lengths_B = torch.zeros(rows, dtype=torch.int64, device=model.device) if ragged else None
             self._before = model.new_state(rows).clone()
 
             def step() -> State:
-                return model.ingest(self._tokens_BT, self._before)
+                return model.ingest(self._tokens_BT, self._before, self._lengths_B)
 
             self._graph, self._after = recorder.capture(step, step)
 
     @torch.no_grad()
     def __call__(self, parts: list[list[int]], states: list[State]) -> list[State]:
-        """The states after their windows; copies."""
+        """The states after their parts; copies."""
         count, every = len(states), [state.parts() for state in states]
         for name, x in self._before.parts().items():
             torch.cat([each[name] for each in every], out=x[:count])
-        self._tokens_BT[:count].copy_(torch.tensor(parts))
+        _fill(self._tokens_BT, self._lengths_B, parts)
         self._graph.replay()
         return self._after.map(lambda _, x: x[:count]).split()
+
+
+class OpeningGraph:
+    """A session's last window through the layers above its memory."""
+
+    def __init__(self, model: TitansModel, recorder: "Recorder") -> None:
+        self._before = model.new_state().clone()
+
+        def step() -> Stream:
+            *_, stream = model.opening(self._before)
+            assert stream is not None
+            return stream
+
+        self._graph, self._opened = recorder.capture(step, step)
+
+    def __call__(self, state: State) -> Stream:
+        """A stream on a state; it shares with it what `TitansModel.opening` lets them share."""
+        self._before.position.copy_(state.position)
+        self._before.tail.copy_(state.tail)
+        self._graph.replay()
+        upper = tuple({name: x.clone() for name, x in parts.items()} for parts in self._opened.upper)
+        return Stream(state, upper, write=False, recall=True)
+
+
+class PromptGraph:
+    """Up to T tokens more of a stream."""
+
+    def __init__(self, model: TitansModel, width: int, stream: Stream, recorder: "Recorder") -> None:
+        """`stream`: any that reads as all will."""
+        self._tokens_1T = torch.zeros(1, width, dtype=torch.int64, device=model.device)
+        self._lengths_1 = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self._stream = stream.map(lambda _, x: x.clone())
+
+        def step() -> tuple[Tensor, Stream]:
+            hidden_1TD, after = model(self._tokens_1T, self._stream, self._lengths_1)
+            return hidden_1TD, after
+
+        self._graph, (self._hidden_1TD, self._after) = recorder.capture(step, step)
+
+    def __call__(self, tokens: list[int], stream: Stream) -> tuple[Tensor, Stream]:
+        """Hidden states [tokens, D] and the stream after them: copies."""
+        move_on(self._stream, stream)
+        _fill(self._tokens_1T, self._lengths_1, [tokens])
+        self._graph.replay()
+        return self._hidden_1TD[0, : len(tokens)].clone(), self._after.map(lambda _, x: x.clone())
+
+
+def _fill(tokens_BT: Tensor, lengths_B: Tensor | None, parts: list[list[int]]) -> None:
+    """Put parts in the first rows; the others are empty."""
+    width = tokens_BT.shape[1]
+    tokens_BT[: len(parts)].copy_(torch.tensor([part + [0] * (width - len(part)) for part in parts]))
+    if lengths_B is not None:
+        lengths_B.copy_(torch.tensor([len(part) for part in parts] + [0] * (len(lengths_B) - len(parts))))
 
 
 class Graph(Protocol):

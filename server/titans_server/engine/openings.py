@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from titans.model import TitansModel
 from titans.state import State, Stream
+
+from titans_server.engine.steps import Steps
 
 _KEPT = 64  # of 2.4 MB each with the shipped model; the rest of a stream is the state's own
 _UNDER_WAY = 8
@@ -28,8 +29,8 @@ class _Opened(NamedTuple):
 class Openings:
     """Streams by the states that they are on."""
 
-    def __init__(self, model: TitansModel) -> None:
-        self._model = model
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
         self._opened = OrderedDict[int, _Opened]()  # by the state's id; the one least lately asked first
         self._under_way = OrderedDict[int, Iterator[Stream | None]]()  # likewise; these keep their states
         self._lately: deque[weakref.ref[State]] = deque(maxlen=_LATELY)  # states that nobody has asked yet
@@ -70,7 +71,7 @@ class Openings:
 
     def _advance(self, state: State, seconds: float) -> None:
         until, key = time.perf_counter() + seconds, id(state)
-        opening = self._under_way.pop(key, None) or self._model.opening(state.to(self._model.device))
+        opening = self._under_way.pop(key, None) or self._steps.opening(state)
         for stream in opening:
             if stream is not None:
                 gone = weakref.ref(state, lambda _: self._opened.pop(key, None))

@@ -17,7 +17,7 @@ class Runner:
     def __init__(self, model: TitansModel) -> None:
         self._model = model
         self._steps = steps_for(model)
-        self._openings = Openings(model)
+        self._openings = Openings(self._steps)
         self._prefilling: dict[Generation, Stream] = {}
         self._last_hidden: dict[Generation, torch.Tensor] = {}  # [D], of prompts that are told of
         self._samplers: dict[Generation, Sampler] = {}
@@ -102,8 +102,8 @@ class Runner:
         if stream is None:
             return [], None
         tokens = request.prompt[request.num_read : request.num_read + size]
-        hidden, stream = self._model(self._steps.padded([tokens]), stream)
-        read = self._told(request, tokens, hidden[0]) if request.echo else []
+        hidden, stream = self._steps.read(tokens, stream)
+        read = self._told(request, tokens, hidden) if request.echo else []
         request.num_read += size
         if request.num_read < len(request.prompt):
             self._prefilling[request] = stream
@@ -111,7 +111,7 @@ class Runner:
         self._samplers[request] = Sampler(request.sampling)
         self._pools[request.recall].join(stream)
         self._members[request.recall].append(request)
-        return read, self._sample(request, self._model.logits(hidden[0, -1]).cpu())
+        return read, self._sample(request, self._model.logits(hidden[-1]).cpu())
 
     def _told(self, request: Generation, tokens: list[int], hidden_TD: torch.Tensor) -> list[Drawn]:
         """A prompt's tokens, each with its probability after those before it."""

@@ -1,5 +1,7 @@
 """What the engine asks of the model, batch by batch, kernel by kernel; `GraphSteps` does it in one launch each."""
 
+from collections.abc import Iterator
+
 import torch
 from titans.model import TitansModel
 from titans.state import State, Stream
@@ -23,7 +25,8 @@ class Steps:
         """Take the first steps in an empty pool, so that no request waits for what is only made once."""
         with torch.inference_mode():
             for count in (1, 2):
-                pool.join(self._model.open(self._model.new_state()))
+                _, stream = self.read([0], self._open())
+                pool.join(stream)
                 self.decode(pool, [0] * count)
             pool.leave(1)
             pool.leave(0)
@@ -36,12 +39,30 @@ class Steps:
         return scores_after(self._model, self.padded([[token] for token in tokens]), pool.stream).cpu()
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
-        """Each of the states after reading its part of a text; those given stay as they are."""
+        """Each of the states after reading its part of a text, a window at most; those given stay as they are."""
         if len(states) == 1:
             return [self._model.ingest(self.padded(parts), states[0])]
         sizes = [len(part) for part in parts]
         lengths = sizes if len(set(sizes)) > 1 else None
         return self._model.ingest(self.padded(parts), State.cat(states), lengths).split()
+
+    def opening(self, state: State) -> Iterator[Stream | None]:
+        """A stream on a state, bit by bit: `TitansModel.opening`. For those who only read."""
+        return self._model.opening(state.to(self._model.device))
+
+    def read(self, tokens: list[int], stream: Stream) -> tuple[Tensor, Stream]:
+        """The next tokens of a stream, a window at most: their hidden states [T, D], and the stream after them.
+
+        The stream given must not be used again.
+        """
+        hidden, stream = self._model(self.padded([tokens]), stream)
+        return hidden[0], stream
+
+    def _open(self) -> Stream:
+        """A stream on a session that has read nothing."""
+        *_, stream = self.opening(self._model.new_state())
+        assert stream is not None
+        return stream.map(lambda _, x: x.clone())
 
     def padded(self, parts: list[list[int]]) -> Tensor:
         """[B, T] where the model is."""
