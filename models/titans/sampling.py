@@ -1,12 +1,15 @@
 """From scores to a token.
 
 Scores pass bias and penalties, then the temperature, then what cuts unlikely tokens off; one of the rest is drawn.
-N is the size of the vocabulary; scores are float32, on the CPU.
+On a GPU sequences that want none of that but the temperature are drawn together: their tokens leave it, and not the
+vocabulary for each.
+
+Shapes: B sequences · N vocabulary · K tokens that may be drawn. Scores are float32.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +55,20 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores and a temperature are all that it takes."""
+        params = self.params
+        changed = params.logit_bias or params.presence_penalty or params.frequency_penalty
+        cut = params.top_k or params.top_p < 1 or params.min_p
+        return not changed and not cut and params.num_logprobs is None
+
     def sample(self, logits: Tensor) -> int:
-        """A token from [N] finite scores, and no more than it."""
+        """A token from [N] finite scores on the CPU, and no more than it."""
         return self.draw(logits).token
 
     def draw(self, logits: Tensor) -> Drawn:
-        """A token from [N] finite scores; it counts for the penalties of the next."""
+        """A token from [N] finite scores on the CPU; it counts for the penalties of the next."""
         params = self.params
         scores = biased(logits, params.logit_bias)
         scores = penalized(scores, self._counts, params.presence_penalty, params.frequency_penalty)
@@ -69,9 +80,56 @@ class Sampler:
         if self.params.temperature == 0:
             return int(scores.argmax())
         tokens, probabilities = candidates(scores, self.params)
-        reached = probabilities.double().cumsum(-1)
-        drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * reached[-1]
-        return int(tokens[min(int(torch.searchsorted(reached, drawn, right=True)), len(tokens) - 1)])
+        return int(tokens[_pick(probabilities[None], self.chance())[0]])
+
+    def chance(self) -> Tensor:
+        """What decides the next token: [1] between 0 and 1, float64."""
+        return torch.rand(1, dtype=torch.float64, generator=self._generator)
+
+
+def draw_each(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
+    """The next token of each sequence from its finite scores, wherever these are; to each as if it were alone."""
+    if scores_BN.device.type != "cpu":
+        return draw_together(samplers, scores_BN)
+    return [
+        sampler.draw(scores) for sampler, scores in zip(samplers, scores_BN, strict=True)
+    ]  # each stays in the cache
+
+
+def draw_together(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
+    """The same, at once for all that are plain."""
+    alike = [row for row, sampler in enumerate(samplers) if sampler.is_plain]
+    tokens = iter(_plain_tokens([samplers[row] for row in alike], _rows(scores_BN, alike)) if alike else [])
+    return [
+        Drawn(next(tokens)) if sampler.is_plain else sampler.draw(scores.cpu())
+        for sampler, scores in zip(samplers, scores_BN, strict=True)
+    ]
+
+
+def _plain_tokens(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[int]:
+    tokens_B = scores_BN.argmax(-1)
+    warm = [row for row, sampler in enumerate(samplers) if sampler.params.temperature]
+    if warm:
+        temperatures = torch.tensor([[samplers[row].params.temperature] for row in warm]).clamp(min=_COLDEST)
+        probabilities = _tempered(_rows(scores_BN, warm), temperatures.to(scores_BN.device)).softmax(-1)
+        chances = torch.cat([samplers[row].chance() for row in warm])
+        tokens_B[torch.tensor(warm, device=tokens_B.device)] = _pick(probabilities, chances.to(scores_BN.device))
+    return tokens_B.tolist()
+
+
+def _rows(scores_BN: Tensor, rows: list[int]) -> Tensor:
+    return scores_BN if len(rows) == len(scores_BN) else scores_BN[torch.tensor(rows, device=scores_BN.device)]
+
+
+def _tempered(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    return (scores - scores.amax(-1, keepdim=True)) / temperature  # at most 0: no quotient overflows up
+
+
+def _pick(probabilities_BK: Tensor, chance_B: Tensor) -> Tensor:
+    """Which of the K each row draws, [B], where its chance falls in what they add up to, which need not be 1."""
+    reached_BK = probabilities_BK.double().cumsum(-1)
+    drawn_B1 = chance_B[:, None] * reached_BK[:, -1:]
+    return torch.searchsorted(reached_BK, drawn_B1, right=True)[:, 0].clamp(max=reached_BK.shape[1] - 1)
 
 
 def biased(logits: Tensor, bias: Iterable[tuple[int, float]]) -> Tensor:
@@ -97,8 +155,7 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     Where something cuts, the likeliest comes first; else they are in the vocabulary's order: sorting one takes longer
     than a layer of the model.
     """
-    coldest = max(params.temperature, _COLDEST)
-    scores = (logits - logits.max()) / coldest  # at most 0: no quotient overflows up
+    scores = _tempered(logits, max(params.temperature, _COLDEST))
     num_left = min(params.top_k or len(scores), len(scores))
     if params.min_p:
         num_left = min(num_left, int((scores >= math.log(params.min_p)).sum()))

@@ -109,12 +109,6 @@ class Again:
         places = rehearsal()  # a capture computes nothing: what the step would have moved stays as it is
         return self.Graph(step, places), places
 
-    def host_buffer(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like)
-
-    def wait(self) -> None:
-        pass
-
 
 def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, tuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, penalized, told
+from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, draw_together, penalized, told
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -47,6 +47,37 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_a_seed_repeats() -> None:
     assert drawn(100, seed=3) == drawn(100, seed=3) != drawn(100, seed=4)
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1e-9},
+    {"top_p": 0.9},
+    {"top_k": 40},
+    {"frequency_penalty": 1.5},
+    {"logit_bias": ((7, 5.0),)},
+    {"num_logprobs": 3},
+]
+
+
+@pytest.mark.parametrize("kinds", [KINDS, KINDS[:1], KINDS[:4], KINDS[1:3], KINDS[4:]])
+def test_sequences_are_drawn_together_as_alone(kinds: list[dict[str, Any]]) -> None:
+    chance = torch.Generator().manual_seed(0)
+    together, alone = ([Sampler(SamplingParams(seed=i, **kind)) for i, kind in enumerate(kinds)] for _ in range(2))
+    for _ in range(20):
+        scores = 3 * torch.randn(len(kinds), 1_000, generator=chance)
+        assert draw_together(together, scores) == [
+            sampler.draw(row) for sampler, row in zip(alone, scores, strict=True)
+        ]
+
+
+def test_what_takes_scores_and_a_temperature_alone_is_plain() -> None:
+    plain = [Sampler(SamplingParams(**kind)).is_plain for kind in KINDS]
+    assert plain == [True] * 4 + [False] * 5
+    assert not Sampler(SamplingParams(min_p=0.1)).is_plain
+    assert not Sampler(SamplingParams(presence_penalty=-1)).is_plain
 
 
 def kept(**params: float) -> dict[int, float]:

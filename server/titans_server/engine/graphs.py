@@ -103,22 +103,17 @@ class TokenGraph:
 
     def __init__(self, model: TitansModel, stream: Stream, recorder: "Recorder") -> None:
         """`stream`: the places."""
-        self._recorder = recorder
         self._tokens_B1 = torch.zeros(stream.state.batch_size, 1, dtype=torch.int64, device=model.device)
         copy = stream.map(lambda _, x: x.clone())
         self._graph, self._scores_BN = recorder.capture(
             *(partial(scores_after, model, self._tokens_B1, each) for each in (stream, copy))
         )
-        self._told_BN = recorder.host_buffer(self._scores_BN)
 
     def __call__(self, tokens: list[int]) -> Tensor:
-        """The scores of the first rows, [tokens, N], in memory of the host that the next call writes to again."""
-        count = len(tokens)
-        self._tokens_B1[:count].copy_(torch.tensor(tokens)[:, None])
+        """The scores of the first rows, [tokens, N], where the next call writes again."""
+        self._tokens_B1[: len(tokens)].copy_(torch.tensor(tokens)[:, None])
         self._graph.replay()
-        told = self._told_BN[:count].copy_(self._scores_BN[:count], non_blocking=True)
-        self._recorder.wait()
-        return told
+        return self._scores_BN[: len(tokens)]
 
 
 class PartGraph:
@@ -215,12 +210,6 @@ class Recorder(Protocol):
         `rehearsal`: the same step on other tensors, for what libraries do only once.
         """
 
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """Memory of the host to copy such a tensor to."""
-
-    def wait(self) -> None:
-        """Until what has been asked for is done."""
-
 
 class CUDARecorder:
     """See Recorder. Its graphs share what memory they need, for they never run at the same time."""
@@ -240,14 +229,6 @@ class CUDARecorder:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 result = step()
         return graph, result
-
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """See Recorder: pinned, so that the device writes to it by itself."""
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-
-    def wait(self) -> None:
-        """See Recorder."""
-        torch.cuda.current_stream(self._device).synchronize()
 
 
 def _at_least(count: int) -> int:

@@ -2,7 +2,7 @@
 
 import torch
 from titans.model import TitansModel
-from titans.sampling import Drawn, Sampler, told
+from titans.sampling import Drawn, Sampler, draw_each, told
 from titans.state import State, Stream
 
 from titans_server.engine.graphs import steps_for
@@ -111,7 +111,7 @@ class Runner:
         self._samplers[request] = Sampler(request.sampling)
         self._pools[request.recall].join(stream)
         self._members[request.recall].append(request)
-        return read, self._sample(request, self._model.logits(hidden[-1]).cpu())
+        return read, self._sample([request], self._model.logits(hidden[-1:]))[request]
 
     def _told(self, request: Generation, tokens: list[int], hidden_TD: torch.Tensor) -> list[Drawn]:
         """A prompt's tokens, each with its probability after those before it."""
@@ -133,7 +133,7 @@ class Runner:
             if not members:
                 continue
             scores = self._steps.decode(self._pools[recall], [self._last_token[r] for r in members])
-            drawn |= {r: self._sample(r, row) for r, row in zip(members, scores, strict=True)}
+            drawn |= self._sample(members, scores)
         return drawn
 
     @torch.inference_mode()
@@ -152,7 +152,8 @@ class Runner:
             if last is not request:
                 members[row] = last
 
-    def _sample(self, request: Generation, scores: torch.Tensor) -> Drawn:
-        drawn = self._samplers[request].draw(scores)
-        self._last_token[request] = drawn.token
+    def _sample(self, requests: list[Generation], scores_BN: torch.Tensor) -> dict[Generation, Drawn]:
+        each = draw_each([self._samplers[request] for request in requests], scores_BN)
+        drawn = dict(zip(requests, each, strict=True))
+        self._last_token |= {request: one.token for request, one in drawn.items()}
         return drawn

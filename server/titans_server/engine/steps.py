@@ -32,11 +32,11 @@ class Steps:
             pool.leave(0)
 
     def decode(self, pool: Pool, tokens: list[int]) -> Tensor:
-        """Move every stream of a pool on by a token of its own: the scores of what follows [B, N], float32 on the CPU.
+        """Move every stream of a pool on by a token of its own: the scores of what follows [B, N], float32.
 
-        They are good until the next call.
+        They are where the model is, and good until the next call.
         """
-        return scores_after(self._model, self.padded([[token] for token in tokens]), pool.stream).cpu()
+        return scores_after(self._model, self.padded([[token] for token in tokens]), pool.stream)
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
         """Each of the states after reading its part of a text, a window at most; those given stay as they are."""
