@@ -91,9 +91,8 @@ def draw_each(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
     """The next token of each sequence from its finite scores, wherever these are; to each as if it were alone."""
     if scores_BN.device.type != "cpu":
         return draw_together(samplers, scores_BN)
-    return [
-        sampler.draw(scores) for sampler, scores in zip(samplers, scores_BN, strict=True)
-    ]  # each stays in the cache
+    # one after the other is faster here: each row stays in the cache
+    return [sampler.draw(scores) for sampler, scores in zip(samplers, scores_BN, strict=True)]
 
 
 def draw_together(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
