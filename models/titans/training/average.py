@@ -84,9 +84,3 @@ def average(body: Path, memories: Sequence[Path], shares: Sequence[float], out: 
 def command() -> tuple[str, object, object]:
     """The subcommand for `titans`: its help, its arguments, its action."""
     return "make one memory of several: the mean of their weights", add_arguments, run
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    raise SystemExit(run(parser.parse_args()))
