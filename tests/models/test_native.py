@@ -338,9 +338,10 @@ def test_what_was_compiled_is_found_and_what_does_not_compile_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    broken = tmp_path / "kernels.cpp"
+    broken = tmp_path / "kernels" / "kernels.cpp"
+    broken.parent.mkdir()
     broken.write_text("this is not C++")
-    monkeypatch.setattr(build, "_SOURCE", broken)
+    monkeypatch.setattr(build, "_SOURCES", broken.parent)
     assert build.library.__wrapped__() is None
     assert "no compiled kernels" in caplog.text
     broken.write_text('extern "C" int titans_answer() { return 42; }')

@@ -1,6 +1,6 @@
-"""Compile the kernels beside their source: for an image or a package that is to run without a compiler."""
+"""Compile the kernels beside their sources: for an image or a package that is to run without a compiler."""
 
-from titans.native.build import _SOURCE, compile_into
+from titans.native.build import FOLDER, compile_into
 
 if __name__ == "__main__":
-    compile_into(_SOURCE.parent)
+    compile_into(FOLDER)

@@ -13,7 +13,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+_SOURCES = FOLDER / "kernels"
 _SETS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16".split()
 _FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-m{x}" for x in _SETS)]
 _COMPILERS = "c++", "g++", "clang++"
@@ -24,12 +25,12 @@ _SECONDS = 300
 def library() -> ctypes.CDLL | None:
     """The kernels; None on another processor, and where there is neither a compiler nor what one has made before.
 
-    They are looked for beside their source, where `python -m titans.native` puts them, and in `~/.cache/titans`.
+    They are looked for in this folder, where `python -m titans.native` puts them, and in `~/.cache/titans`.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return None
     kept = Path.home() / ".cache" / "titans"
-    path = next((path for folder in (_SOURCE.parent, kept) if (path := folder / _name()).exists()), None)
+    path = next((path for folder in (FOLDER, kept) if (path := folder / _name()).exists()), None)
     try:
         return ctypes.CDLL(str(path or compile_into(kept)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -45,7 +46,7 @@ def compile_into(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as own:
         made = Path(own) / "kernels.so"
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise OSError(f"{compiler}: {done.stderr.strip()[-500:]}")
@@ -53,5 +54,7 @@ def compile_into(folder: Path) -> Path:
 
 
 def _name() -> str:
-    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
-    return f"kernels-{digest[:16]}.so"
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for path in sorted(_SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    return f"kernels-{digest.hexdigest()[:16]}.so"

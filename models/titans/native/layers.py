@@ -19,7 +19,7 @@ from titans.state import Parts
 
 
 class _Layer(ctypes.Structure):
-    """kernels.cpp's Layer."""
+    """kernels/layers.h's Layer."""
 
     _fields_ = (
         ("attention_norm", ctypes.c_void_p),
@@ -31,7 +31,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Body(ctypes.Structure):
-    """kernels.cpp's Body."""
+    """kernels/layers.h's Body."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("size", "num_heads", "num_kv_heads", "head_dim", "inner")),

@@ -1,7 +1,7 @@
 """Large matrices as the kernels read them, and products with them.
 
-Weights that are on a grid (`titans.grid`) are kept as the codes that they are, others in bfloat16. `kernels.cpp` says
-how they lie.
+Weights that are on a grid (`titans.grid`) are kept as the codes that they are, others in bfloat16. `kernels/products.h`
+says how they lie.
 
 Shapes: R rows · N outputs · K inputs · G = K / 32 groups.
 """
@@ -36,7 +36,7 @@ class Team:
 
 
 class MatrixStruct(ctypes.Structure):
-    """kernels.cpp's Matrix."""
+    """kernels/products.h's Matrix."""
 
     _fields_ = (
         ("kind", ctypes.c_int64),

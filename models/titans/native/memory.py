@@ -18,7 +18,7 @@ _MATRICES = "query key value out_gate out".split()
 
 
 class _Memory(ctypes.Structure):
-    """kernels.cpp's Memory."""
+    """kernels/memory.h's Memory."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
