@@ -50,7 +50,7 @@ class TrainingConfig:
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
     text_weight: float = 0.5
-    unanswered_share: float = 0.03  # of a step's questions as many more, about what no document states
+    unanswered_share: float = 0.15  # of a step's questions as many more, about what no document states
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
     leak_weight: float = 0.1  # of its logarithm, which still pulls where the step size itself is small
