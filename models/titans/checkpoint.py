@@ -120,10 +120,13 @@ def ready(model: TitansModel, device: torch.device, dtype: torch.dtype) -> None:
 def read_memory(model: TitansModel, path: Path) -> None:
     """Put the weights that `save_memory` wrote into a model that is `ready`.
 
-    What they do not adapt stays as it is. Raises CheckpointError where they are not such a model's.
+    What they do not adapt stays as it is, and so does the threshold of what is written, which goes with any weights.
+    Raises CheckpointError where they are not such a model's.
     """
     config, _ = read_header(path)
-    if replace(config, adapted=model.config.adapted) != model.config:
+    threshold = model.config.memory.write_threshold
+    memory = replace(config.memory, write_threshold=threshold)
+    if replace(config, adapted=model.config.adapted, memory=memory) != model.config:
         raise CheckpointError(f"{path} is for a model of another shape")
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -38,8 +38,8 @@ class MemoryConfig:
     """What every neural memory of a model is made of, and its rule.
 
     Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, a
-    gate is made of more tokens than a key, a key has too few neighbours for its products, or with `residual` what the
-    memory is asked with and values differ in size.
+    gate is made of more tokens than a key, a key has too few neighbours for its products, no gate could pass the
+    threshold, or with `residual` what the memory is asked with and values differ in size.
     """
 
     num_heads: int = 4  # each with weights of its own
@@ -57,6 +57,7 @@ class MemoryConfig:
     products: int = 0  # neighbours that each float of a key is multiplied with; 0: keys stay as they are
     learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
     output_norm: bool = False  # True: an RMSNorm on what a head answers
+    write_threshold: float = 0.0  # a gate theta below it writes nothing; from twice that on it is what it is
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
@@ -67,6 +68,8 @@ class MemoryConfig:
             raise ValueError("a gate is made of one to conv_width tokens")
         if not 0 <= self.products <= self.key_dim // 2:
             raise ValueError("a key has products with none to key_dim / 2 neighbours")
+        if not 0 <= self.write_threshold < 0.5:
+            raise ValueError("a threshold that a step of one half could not pass would let nothing be written")
         if self.residual and self.feature_dim != self.value_dim:
             raise ValueError("with residual, key_dim and value_dim must be equal, and products at most 1")
         sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)

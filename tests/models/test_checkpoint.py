@@ -57,7 +57,9 @@ def test_what_of_the_body_is_adapted_comes_with_the_memory_exact(tiny: TinyCheck
 def test_a_memory_of_a_body_as_it_was_can_be_gone_on_from(tiny: TinyCheckpoint) -> None:
     model, (tensors, header) = load_tiny(tiny).model, contents(tiny.memory)
     before = {name: x.clone() for name, x in model.adapted.items()}
-    plain = json.dumps(json.loads(header["config"]) | {"adapted": False})
+    config = json.loads(header["config"])
+    choosy = config["memory"] | {"write_threshold": 0.1}
+    plain = json.dumps(config | {"adapted": False, "memory": choosy})
     memory = {name: x + 1 for name, x in tensors.items() if name not in before}
     save_file(memory, tiny.memory, header | {"config": plain})
     read_memory(model, tiny.memory)

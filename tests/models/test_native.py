@@ -198,6 +198,8 @@ _MEMORIES: list[dict[str, Any]] = [
     {"conv_width": 12, "gate_width": 12, "products": 4, "value_dim": 112, "momentum": True},
     {"conv_width": 1, "products": 1, "num_heads": 1, "value_dim": 32, "forgetting": False},
     {"num_heads": 3, "key_dim": 48, "value_dim": 224, "products": 2, "gate_width": 2, "momentum": True},
+    {"gate_width": 2, "momentum": True, "write_threshold": 0.35},
+    {"write_threshold": 0.25},
 ]
 
 
@@ -287,6 +289,24 @@ def test_a_memory_learns_what_torch_does(form: dict[str, Any], num_tokens: int) 
             learnt = exact - start
             error, torchs_error = ((getattr(x, name) - exact).norm() / learnt.norm() for x in (alone, torchs))
             assert error < 3e-6 and error < torchs_error < 0.1, "as a share of what is learnt"
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_where_no_token_writes_momentum_goes_on_and_the_memory_fades(momentum: bool) -> None:
+    memories = Memories.make({"momentum": momentum, "write_threshold": 0.3}, 3)
+    h_BTD = torch.randn(3, 43, 64).bfloat16()
+    for memory in (memories.torchs, memories.exact):
+        memory.gates.bias[: memory.config.num_heads] = -9.0
+    native = NativeMemory(memories.torchs, Team(2))
+    joined = torch.cat((memories.state.recent, memories.torchs._input(h_BTD)), dim=1)
+    writes = memories.exact._writes(joined.float())
+    assert not writes.theta.any()
+    start = memories.state
+    oracle = absorb_tokens(memories.exact.config, writes, start.weights, start.momentum, torch.zeros_like(writes.keys))
+    for after in (native.write(h_BTD, start), memories.torchs.write(h_BTD, start)):
+        torch.testing.assert_close(after.weights.double(), oracle.weights, rtol=1e-5, atol=1e-5)
+        if momentum:
+            torch.testing.assert_close(after.momentum.double(), oracle.momentum, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

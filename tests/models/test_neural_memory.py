@@ -13,12 +13,14 @@ PRODUCTS = replace(LINEAR, conv_width=6, gate_width=4, products=3)
 TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
+CHOOSY = replace(PRODUCTS, write_threshold=0.3)
 LASTING = replace(DEEP, forgetting=False, conv_width=1)
 EVERY_FORM = [
     pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
     for name, form in {
         "linear": LINEAR,
         "products": PRODUCTS,
+        "choosy": CHOOSY,
         "deep": DEEP,
         "residual": CAMERA_READY,
         "lasting": LASTING,
@@ -63,6 +65,20 @@ def test_write_leaves_what_write_and_read_leaves(config: MemoryConfig) -> None:
     _, fused = memory(h, memory.new_state(2))
     for ours, theirs in zip(memory.write(h, memory.new_state(2)), fused, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("form", [LINEAR, DEEP])
+@pytest.mark.parametrize(("theta", "written"), [(0.1, 0.0), (0.2, 0.0), (0.3, 0.15), (0.4, 0.4), (0.7, 0.7)])
+def test_small_steps_are_none_and_large_ones_are_as_they_are(form: MemoryConfig, theta: float, written: float) -> None:
+    memory = make_memory(replace(form, forgetting=False, write_threshold=0.2))
+    memory.gates.weight.zero_()
+    memory.gates.bias[: form.num_heads * form.depth] = torch.tensor(theta).logit()
+    h, chunk = torch.randn(1, 8 + form.num_recent, SIZE), memory.config.chunk_size if form.rule == "chunk" else 1
+    asked, taken = memory.writes(h).theta, memory._writes(memory._input(h)).theta
+    torch.testing.assert_close(asked, torch.full_like(asked, theta / chunk), rtol=0, atol=1e-6)
+    torch.testing.assert_close(taken, torch.full_like(taken, written / chunk), rtol=0, atol=1e-6)
+    state = memory.write(h, memory.new_state(1))
+    assert torch.equal(state.weights, memory.new_state(1).weights) == (written == 0)
 
 
 @pytest.mark.parametrize("config", EVERY_FORM)

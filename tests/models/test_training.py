@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.backbone import load_backbone
-from titans.checkpoint import build, digest, load, memory_tensors, ready, save_memory
+from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
 from titans.config import tiny as tiny_config
 from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
 from titans.evaluation.wording import ASKINGS, STATEMENTS, a_statement, an_asking
@@ -225,6 +225,7 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     first = {name: x.clone() for name, x in memory_tensors(model).items()}
     adapted, other = set(model.adapted), tmp_path / "other.safetensors"
     model.load_state_dict({name: x + 1 for name, x in first.items()}, strict=False)
+    model.config = replace(model.config, memory=replace(model.config.memory, write_threshold=0.1))
     save_memory(model, digest(tiny.body), other)
     memories = [str(tiny.memory), str(other)]
     body = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
@@ -232,6 +233,9 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
     for name, x in memory_tensors(mean).items():
         torch.testing.assert_close(x, first[name] + 0.75, msg=name)
+    assert mean.memories[0].config.write_threshold == 0.1, "the last one's"
+    assert cli.main(["average", *memories, "--write-threshold", "0.2", *body]) == 0
+    assert read_header(tmp_path / "mean.safetensors")[0].memory.write_threshold == 0.2
     plain = replace(model.config, adapted=False)
     unadapted = build(load_backbone(tiny.body), plain)
     ready(unadapted, torch.device("cpu"), torch.float32)
@@ -253,6 +257,7 @@ def test_what_has_no_mean_is_told(tiny: TinyCheckpoint, tmp_path: Path, capsys: 
         ([str(tiny.memory), "--shares", "1", "2"], 2, "2 shares for 1 memories"),
         ([str(tiny.memory), "--shares", "-1"], 2, "not a share"),
         ([str(tiny.memory), "--shares", "nan"], 2, "not a share"),
+        ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
     ):
         assert cli.main(["average", *memories, *rest]) == status
         assert error in capsys.readouterr().err

@@ -200,8 +200,11 @@ class NeuralMemory(nn.Module):
         return self._answer(reads_BHTV, self._input(h_BTD))
 
     def writes(self, h_BTD: Tensor) -> Writes:
-        """What tokens ask to be written, but for the first conv_width - 1, which are context: T' of them."""
-        return self._writes(self._input(h_BTD))
+        """What tokens ask to be written, but for the first conv_width - 1, which are context: T' of them.
+
+        Theta is as it is where it is too small to be written, too.
+        """
+        return self._writes(self._input(h_BTD), threshold=0.0)
 
     def _absorb(
         self, x_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None, *, answering: bool
@@ -279,7 +282,7 @@ class NeuralMemory(nn.Module):
         x_BTD: Tensor = self.norm(h_BTD) - self.center.to(h_BTD.dtype)
         return x_BTD
 
-    def _writes(self, joined: Tensor) -> Writes:
+    def _writes(self, joined: Tensor, threshold: float | None = None) -> Writes:
         x = joined[:, self.config.conv_width - self.config.gate_width :].float()
         if self.config.gate_width > 1:
             x = _convolve(x, self.gate_conv)
@@ -287,7 +290,7 @@ class NeuralMemory(nn.Module):
             gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
         theta, *more = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
-        theta = theta.sigmoid()
+        theta = _above(self.config.write_threshold if threshold is None else threshold, theta.sigmoid())
         log_keep = F.logsigmoid(-more.pop(0)) if self.config.forgetting else torch.zeros_like(theta)
         eta = more.pop() if self.config.momentum else None
         if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
@@ -346,6 +349,14 @@ def _convolve(x: Tensor, taps: Tensor) -> Tensor:
     num_tokens = x.shape[1] - taps.shape[1] + 1
     parts = (x[:, i : i + num_tokens] * taps[:, i].float() for i in range(taps.shape[1]))
     return reduce(torch.add, parts)
+
+
+def _above(threshold: float, theta: Tensor) -> Tensor:
+    """Steps worth taking. None jumps, or two ways to compute a step would be of two minds about a whole one.
+
+    A text's small steps add up: a million tokens of 0.0001 are as much as two hundred facts.
+    """
+    return theta * (theta / threshold - 1).clamp(0, 1) if threshold else theta
 
 
 def _as_written(x: Tensor) -> torch.autocast:

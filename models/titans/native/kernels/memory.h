@@ -16,7 +16,7 @@ namespace {
 
 struct Memory {  // a linear memory, and what tokens ask and write it through
     int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum;
-    double eps, most_momentum;
+    double eps, most_momentum, write_threshold;
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
     const float *gate_taps;                           // [gate_reach + 1, D]
