@@ -18,7 +18,6 @@ from titans_server.engine.steps import Steps
 
 _KEPT = 64  # of 2.4 MB each with the shipped model; the rest of a stream is the state's own
 _UNDER_WAY = 8
-_LATELY = 16
 
 
 class _Opened(NamedTuple):
@@ -33,7 +32,7 @@ class Openings:
         self._steps = steps
         self._opened = OrderedDict[int, _Opened]()  # by the state's id; the one least lately asked first
         self._under_way = OrderedDict[int, Iterator[Stream | None]]()  # likewise; these keep their states
-        self._lately: deque[weakref.ref[State]] = deque(maxlen=_LATELY)  # states that nobody has asked yet
+        self._lately: deque[weakref.ref[State]] = deque(maxlen=_KEPT)  # states that nobody has asked yet
 
     def stream(self, state: State, *, recall: bool, seconds: float) -> Stream | None:
         """A stream of its own on a state. None: it has been opened for so many seconds, or to its end; ask again."""
