@@ -41,6 +41,18 @@ def test_a_state_is_opened_a_layer_at_a_time_and_each_asker_has_a_copy() -> None
         assert torch.equal(x, expected[name]), "it is a copy of its own"
 
 
+def test_all_states_that_may_be_asked_are_opened_ahead_the_last_one_first() -> None:
+    model = make_tiny()
+    openings, states = Openings(Steps(model)), [read(model, seed) for seed in range(40)]
+    for state in states:
+        openings.expect(state)
+    opened: list[int] = []
+    while openings.has_expected():
+        openings.prepare()
+        opened += [i for i, state in enumerate(states) if i not in opened and id(state) in openings._opened]
+    assert opened == list(range(40))[::-1]
+
+
 def test_a_state_that_is_let_go_of_takes_what_was_opened_with_it() -> None:
     model = make_tiny()
     openings, whole, begun = Openings(Steps(model)), read(model, 1), read(model, 2)

@@ -352,9 +352,9 @@ def _convolve(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def _above(threshold: float, theta: Tensor) -> Tensor:
-    """Steps worth taking. None jumps, or two ways to compute a step would be of two minds about a whole one.
+    """Steps worth taking: none below the threshold, and from twice that on they are as they are.
 
-    A text's small steps add up: a million tokens of 0.0001 are as much as two hundred facts.
+    Without a jump: two ways to compute a step differ in its last bits, and must not differ by all of it.
     """
     return theta * (theta / threshold - 1).clamp(0, 1) if threshold else theta
 
