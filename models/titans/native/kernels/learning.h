@@ -34,7 +34,7 @@ Gates gates_of(const Memory &m, int64_t head, const float *x) {  // x [D]: what 
     return {static_cast<float>((1 - eta) * theta), keep, eta};
 }
 
-// Of a head, whose gates stand `stride` apart: is there one of these tokens that writes?
+// Whether one of `length` gates, which stand `stride` apart, lets anything be written.
 bool writes(const Gates *gates, int64_t length, int64_t stride) {
     for (int64_t t = 0; t < length; ++t)
         if (gates[t * stride].theta != 0) return true;
