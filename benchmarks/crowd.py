@@ -18,26 +18,29 @@ from titans.checkpoint import load
 from titans_client import AsyncClient, Client
 
 
-async def together(url: str, sessions: list[str], count: int, documents: list[str]) -> tuple[list[Answer], int, float]:
-    """All answers at once while documents are learnt; the tokens learnt until the last answer ended; seconds."""
-    learnt = 0
+async def together(
+    url: str, sessions: list[str], count: int, documents: list[str]
+) -> tuple[list[Answer], float, float]:
+    """All answers at once while documents are learnt; the documents' share of the server's time; seconds."""
 
     async def read(text: str) -> None:
-        nonlocal learnt
         async with AsyncClient(url) as client:
-            before, session = 0, (await client.sessions.create()).id
-            async for event in client.ingest_stream(session, text):
-                learnt, before = learnt + event.tokens - before, event.tokens
+            await client.ingest((await client.sessions.create()).id, text)
+
+    async def learning() -> float:
+        metrics = (await http.get("/metrics")).text
+        (line,) = (line for line in metrics.splitlines() if line.startswith("titans_chunk_seconds_sum"))
+        return float(line.split()[-1])
 
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None)) as http:
-        reading = [asyncio.create_task(read(text)) for text in documents]
+        before, reading = await learning(), [asyncio.create_task(read(text)) for text in documents]
         started = time.perf_counter()
         answers = await asyncio.gather(*(answer(http, session, count) for session in sessions))
-        seconds = time.perf_counter() - started
+        seconds, learnt = time.perf_counter() - started, await learning() - before
         for task in reading:
             task.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
-    return answers, learnt, seconds
+    return answers, learnt / seconds, seconds
 
 
 def with_slots(book: Book, num: int, count: int) -> float:
@@ -58,9 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     print_machine()
     book, model = Book(), load().model
-    print("slowest: the last answer's time in the first one's; ceiling: what the products of a step alone would allow")
+    print("learning: the documents' share of the time; slowest: the last answer's time in the first one's;")
+    print("ceiling: what the products of a step alone would allow, as measured before the server has started")
+    products_alone = {num: products(model, num) for num in args.sessions}
     heads = (
-        *("sessions", "documents", "said, tok/s", "learnt, tok/s", "p50, ms", "p99, ms", "slowest", "ceiling"),
+        *("sessions", "documents", "said, tok/s", "learning", "p50, ms", "p99, ms", "slowest", "ceiling"),
         *(("llama.cpp", "ratio") if has_llama_cpp() else ()),
     )
     print(" ".join(f"{head:>13}" for head in heads))
@@ -73,8 +78,8 @@ def main() -> None:
             rate = sum(said.num_tokens for said in answers) / took
             p50, p99 = (1e3 * gaps[int(len(gaps) * q)] for q in (0.5, 0.99))
             ends = [said.times[-1] for said in answers]
-            shown = f"{rate:.1f}", f"{learnt / took:.0f}", f"{p50:.0f}", f"{p99:.0f}", f"{max(ends) / min(ends):.2f}"
-            share_of_ceiling = f"{rate * products(model, num) / num:.0%}"
+            shown = f"{rate:.1f}", f"{learnt:.0%}", f"{p50:.0f}", f"{p99:.0f}", f"{max(ends) / min(ends):.2f}"
+            share_of_ceiling = f"{rate * products_alone[num] / num:.0%}"
             theirs = []
             if not documents and has_llama_cpp():
                 peer = with_slots(book, num, args.tokens)

@@ -101,6 +101,10 @@ class Stream:
         )
         return Stream(state, upper, self.write, self.recall)
 
+    def clone(self) -> "Stream":
+        """A copy that shares nothing."""
+        return self.map(lambda _, x: x.clone())
+
     def select(self, rows: Sequence[int]) -> "Stream":
         """Some of the streams, as `State.select`; a copy."""
         index = torch.tensor(rows, device=self.state.position.device)

@@ -13,7 +13,7 @@ from support.servers import LiveServer, free_port
 from titans.sampling import Drawn, SamplingParams
 from titans_client import Client
 from titans_server.engine import Engine, Generation, Ingestion
-from titans_server.engine.runner import Runner
+from titans_server.engine.runner import Prefilled, Runner
 from titans_server.settings import Settings
 
 GREEDY = SamplingParams(temperature=0)
@@ -28,9 +28,9 @@ class Counting(Runner):
         self.num_portions += len(chunks)
         super().ingest(chunks)
 
-    def prefill(self, request: Generation, size: int, seconds: float) -> tuple[list[Drawn], Drawn | None]:
-        self.num_portions += 1
-        return super().prefill(request, size, seconds)
+    def prefill(self, parts: list[tuple[Generation, int]]) -> dict[Generation, Prefilled]:
+        self.num_portions += len(parts)
+        return super().prefill(parts)
 
 
 class Elsewhere(Runner):

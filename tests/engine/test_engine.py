@@ -14,8 +14,8 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State, Stream
-from titans_server.engine import Engine, Read, openings
-from titans_server.engine.runner import Runner
+from titans_server.engine import Engine, Generation, Ingestion, Read, openings
+from titans_server.engine.runner import Prefilled, Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
 from titans_server.observer import Computed, Observer
 
@@ -85,6 +85,81 @@ async def test_answers_with_and_without_recall_run_at_once(engine: Engine) -> No
     alone = [await answer(engine, state, prompt, recall=r) for r in (True, False)]
     assert await asyncio.gather(*(answer(engine, state, prompt, recall=r) for r in (True, False))) == alone
     assert alone[0] != alone[1]
+
+
+class Held(Runner):
+    """Waits in a document until it may go on, and remembers how many prompts it has read together."""
+
+    def __init__(self, model: TitansModel) -> None:
+        super().__init__(model)
+        self.may_go_on = threading.Event()
+        self.together: list[int] = []
+
+    def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
+        assert self.may_go_on.wait(timeout=20)
+        super().ingest(chunks)
+
+    def prefill(self, parts: list[tuple[Generation, int]]) -> dict[Generation, Prefilled]:
+        self.together.append(len(parts))
+        return super().prefill(parts)
+
+
+async def test_prompts_that_wait_together_are_read_in_one_call_and_told_as_alone() -> None:
+    runner = Held(make_tiny())
+    engine = Engine([runner], eos_token=2, max_running=8)
+    engine.start()
+    runner.may_go_on.set()
+    states = [await engine.ingest(engine.new_state(), tokens(20 * n, seed=n)) for n in range(1, 5)]
+    asked = [(states[i % 4], tokens(n, seed=n), i % 3 != 1) for i, n in enumerate((3, 1, 5, 7, 2, 4, 50))]
+    params = SamplingParams(temperature=0, num_logprobs=2)
+
+    async def told(state: State, prompt: list[int], recall: bool) -> list[Drawn | Read | str]:
+        stream = engine.generate(state, prompt, max_tokens=6, sampling=params, recall=recall, echo=True)
+        return [token async for token in stream]
+
+    alone = [await told(*each) for each in asked]
+    runner.may_go_on.clear()
+    runner.together.clear()
+    held = asyncio.create_task(engine.ingest(engine.new_state(), [5]))
+    asking = [asyncio.create_task(told(*each)) for each in asked]
+    await asyncio.sleep(0)
+    runner.may_go_on.set()
+    together = await asyncio.gather(*asking)
+    await held
+    await engine.close()
+    assert runner.together[0] == 4, "of sixteen tokens"
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_as_likely(one, other)
+
+
+def assert_as_likely(ours: Drawn | Read | str, theirs: Drawn | Read | str) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, str) or isinstance(theirs, str):
+        assert ours == theirs
+        return
+    one, other = (each.drawn if isinstance(each, Read) else each for each in (ours, theirs))
+    assert one.token == other.token
+    assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+async def test_a_session_that_fails_to_open_takes_nobody_with_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [await engine.ingest(engine.new_state(), tokens(40, seed=i)) for i in range(3)]
+    alone = [await answer(engine, state, [5, 6]) for state in states[1:]]
+    states[0] = states[0].clone()  # which nobody has opened ahead
+    opening = TitansModel.opening
+
+    def failing(self: TitansModel, state: State) -> Iterator[Stream | None]:
+        if state is states[0]:
+            raise RuntimeError("out of memory")
+        yield from opening(self, state)
+
+    monkeypatch.setattr(TitansModel, "opening", failing)
+    lost, *others = await asyncio.gather(*(answer(engine, s, [5, 6]) for s in states), return_exceptions=True)
+    assert isinstance(lost, TitansError)
+    assert others == alone
 
 
 async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(

@@ -157,7 +157,7 @@ def test_sessions_are_opened_and_prompts_read_the_same_through_graphs(form: dict
         (state,) = model.ingest(torch.tensor([_tokens(num_read, seed=num_read)], device=model.device), state).split()
     for seed, sizes in enumerate(([1, 16, 3], [model.config.window, 2])):
         streams = [stream for steps in both for stream in steps.opening(state) if stream is not None]
-        streams = [stream.map(lambda _, x: x.clone()) for stream in streams]
+        streams = [stream.clone() for stream in streams]
         for size in sizes:
             given = [steps.read(_tokens(size, seed), stream) for steps, stream in zip(both, streams, strict=True)]
             torch.testing.assert_close(*(hidden for hidden, _ in given), rtol=1e-4, atol=1e-4)
@@ -186,6 +186,11 @@ def test_answers_that_come_and_go_are_the_same_through_graphs(form: dict[str, An
             (state,) = pairs[1][0].ingest([_tokens(7 * turn + 1, seed=turn)], [model.new_state()])
             for _, pool in pairs:
                 pool.join(model.open(state))
+        if turn % 5 == 4 and len(pairs[0][1]) > 2:
+            prompts = [_tokens(size, seed=turn) for size in (1 + turn % 7, 3, 16)]
+            begun = zip(*(steps.begin(pool, prompts) for steps, pool in pairs), strict=True)
+            for ours, plain in begun:
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
         tokens = [chance.randrange(259) for _ in range(len(pairs[0][1]))]
         if tokens:
             ours, plain = (steps.decode(pool, tokens).clone() for steps, pool in pairs)

@@ -97,6 +97,39 @@ def test_every_answer_gets_a_token_a_step_whatever_else_waits() -> None:
         run_step(scheduler)
 
 
+def test_short_prompts_are_read_together_in_line_as_far_as_they_fit() -> None:
+    scheduler = make_scheduler()
+    prompts = [answer(n) for n in (5, 6, 6, 2, 40, 1, 3)]
+    for request in prompts:
+        scheduler.add(request)
+    assert scheduler.next_step().prefill == [(prompts[0], 5), (prompts[1], 6)], "of 16 tokens; nobody is passed by"
+    run_step(scheduler)
+    assert scheduler.next_step().prefill == [(prompts[2], CHUNK)], "while others are answered"
+
+
+def test_what_is_left_of_a_long_prompt_goes_with_those_behind_it() -> None:
+    scheduler = make_scheduler()
+    long, behind, last = answer(2 * WINDOW + 3), answer(5), answer(WINDOW)
+    for request in (long, behind, last):
+        scheduler.add(request)
+    for _ in range(2):
+        assert scheduler.next_step().prefill == [(long, WINDOW)]
+        run_step(scheduler)
+    assert scheduler.next_step().prefill == [(long, 3), (behind, 5)]
+
+
+def test_as_many_prompts_are_read_together_as_answers_may_begin() -> None:
+    scheduler = make_scheduler(max_running=3)
+    requests = [answer(1) for _ in range(5)]
+    for request in requests:
+        scheduler.add(request)
+    assert [request for request, _ in scheduler.next_step().prefill] == requests[:3]
+    run_step(scheduler)
+    assert not scheduler.next_step().prefill
+    scheduler.finish(requests[1])
+    assert [request for request, _ in scheduler.next_step().prefill] == requests[3:4]
+
+
 def test_documents_have_half_of_the_time_and_no_more_while_answers_run() -> None:
     scheduler = make_scheduler()
     scheduler.add(answer())

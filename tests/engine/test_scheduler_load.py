@@ -49,14 +49,15 @@ class Machine:
             self._spend("decode", len(step.decode), DECODE + ROW * len(step.decode))
         for answer in step.decode:
             self._token(answer)
-        for answer, size in step.prefill:
-            if not self._open(answer, step.seconds):
-                continue
-            answer.num_read += size
-            self._spend("prefill", size, CALL + TOKEN * size)
-            if answer.num_read == len(answer.prompt):
-                self.scheduler.prompt_read(answer)
-                self._token(answer)
+        if step.prefill and self._is_open(step.prefill[0][0], step.seconds):
+            ready = [(answer, size) for answer, size in step.prefill if not self.layers_left[answer]]
+            num_tokens = sum(size for _, size in ready)
+            self._spend("prefill", num_tokens, CALL + ROW * len(ready) + TOKEN * num_tokens)
+            for answer, size in ready:
+                answer.num_read += size
+                if answer.num_read == len(answer.prompt):
+                    self.scheduler.prompt_read(answer)
+                    self._token(answer)
         if step.ingest:
             num_tokens = len(step.ingest) * max(size for _, size in step.ingest)
             self._spend("ingest", num_tokens, CALL + TOKEN * num_tokens)
@@ -71,7 +72,7 @@ class Machine:
             self.turns_at[document].append(self.now)
         return step
 
-    def _open(self, answer: Request, seconds: float) -> bool:
+    def _is_open(self, answer: Request, seconds: float) -> bool:
         """Whether it was open already; else it goes on being opened."""
         if not self.layers_left[answer]:
             return True
@@ -208,7 +209,10 @@ def test_whatever_comes_whenever_a_step_holds_to_its_bounds(arrivals: list[tuple
         running = ours.scheduler.num_running
         step = ours.step()
         assert len(step.decode) == running <= MAX_RUNNING
-        assert len(step.prefill) <= 1
+        assert running + len(step.prefill) <= MAX_RUNNING
+        assert sum(size for _, size in step.prefill) <= WINDOW
+        if len(step.prefill) > 1:
+            assert all(len(answer.prompt) - answer.num_read in (size, 0) for answer, size in step.prefill)
         assert not (running and step.prefill and step.ingest)
         assert len(step.ingest) * max((size for _, size in step.ingest), default=0) <= WINDOW
         assert step or not len(ours.scheduler), "there was work, and nothing was done"

@@ -181,7 +181,12 @@ def test_a_row_is_as_alone_to_the_last_bit_whatever_the_threads() -> None:
         pack(model, {})
         torch.set_num_threads(1)
         streams = [opened(model, n) for n in (5, 40, 17, 90, 33)]
-        together, said = rows_of(streams), []
+        together, said, lengths = rows_of(streams), [], [3, 20, 1, 9, 5]
+        prompts = torch.arange(100).view(5, 20)
+        h, together = model(prompts, together, lengths)
+        for row, length in enumerate(lengths):
+            alone, streams[row] = model(prompts[row : row + 1, :length], streams[row])
+            assert torch.equal(h[row, :length], alone[0])
         for step in range(6):
             tokens = torch.tensor([[step + 3 + row] for row in range(5)])
             h, together = model(tokens, together)

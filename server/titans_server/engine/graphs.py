@@ -83,6 +83,16 @@ class GraphSteps(Steps):
             self._prompts[width] = PromptGraph(self._model, width, stream, self._recorder)
         return self._prompts[width](tokens, stream)
 
+    def begin(self, pool: Pool, prompts: list[list[int]]) -> list[Tensor]:
+        """See Steps: one after the other."""
+        every = []
+        for row, prompt in enumerate(prompts, -len(prompts)):
+            place = pool.last(-row).map(lambda _, x: x[:1])
+            hidden_TD, after = self.read(prompt, place)
+            move_on(place, after)
+            every.append(hidden_TD)
+        return every
+
     def _width(self, count: int) -> int:
         return next(width for width in self._widths if width >= count)
 
@@ -104,7 +114,7 @@ class TokenGraph:
     def __init__(self, model: TitansModel, stream: Stream, recorder: "Recorder") -> None:
         """`stream`: the places."""
         self._tokens_B1 = torch.zeros(stream.state.batch_size, 1, dtype=torch.int64, device=model.device)
-        copy = stream.map(lambda _, x: x.clone())
+        copy = stream.clone()
         self._graph, self._scores_BN = recorder.capture(
             *(partial(scores_after, model, self._tokens_B1, each) for each in (stream, copy))
         )
@@ -170,7 +180,7 @@ class PromptGraph:
         """`stream`: any that reads as all will."""
         self._tokens_1T = torch.zeros(1, width, dtype=torch.int64, device=model.device)
         self._lengths_1 = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._stream = stream.map(lambda _, x: x.clone())
+        self._stream = stream.clone()
 
         def step() -> tuple[Tensor, Stream]:
             hidden_1TD, after = model(self._tokens_1T, self._stream, self._lengths_1)
@@ -183,7 +193,7 @@ class PromptGraph:
         move_on(self._stream, stream)
         _fill(self._tokens_1T, self._lengths_1, [tokens])
         self._graph.replay()
-        return self._hidden_1TD[0, : len(tokens)].clone(), self._after.map(lambda _, x: x.clone())
+        return self._hidden_1TD[0, : len(tokens)].clone(), self._after.clone()
 
 
 def _fill(tokens_BT: Tensor, lengths_B: Tensor | None, parts: list[list[int]]) -> None:

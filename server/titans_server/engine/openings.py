@@ -34,41 +34,17 @@ class Openings:
         self._under_way = OrderedDict[int, Iterator[Stream | None]]()  # likewise; these keep their states
         self._lately: deque[weakref.ref[State]] = deque(maxlen=_KEPT)  # states that nobody has asked yet
 
-    def stream(self, state: State, *, recall: bool, seconds: float) -> Stream | None:
-        """A stream of its own on a state. None: it has been opened for so many seconds, or to its end; ask again."""
-        if (opened := self._opened.get(id(state))) is None:
-            self._advance(state, seconds)
-            return None
+    def is_open(self, state: State) -> bool:
+        """Whether a state has been opened to its end, and is kept so."""
+        return id(state) in self._opened
+
+    def stream(self, state: State, *, recall: bool) -> Stream:
+        """The stream on a state that is open: to be copied, for whoever asks has the same."""
         self._opened.move_to_end(id(state))
-        return replace(opened.stream.map(lambda _, x: x.clone()), recall=recall)
+        return replace(self._opened[id(state)].stream, recall=recall)
 
-    def abandon(self, state: State) -> None:
-        """Whoever wanted this state opened does so no more; what has been opened to its end stays."""
-        self._under_way.pop(id(state), None)
-
-    def expect(self, state: State) -> None:
-        """Somebody may ask this state soon."""
-        self._lately.append(weakref.ref(state))
-
-    def has_expected(self) -> bool:
-        """Whether `prepare` has something to do; drops what has been done or is gone."""
-        while self._lately:
-            state = self._lately[-1]()
-            if state is not None and id(state) not in self._opened:
-                return True
-            self._lately.pop()
-        return False
-
-    def prepare(self) -> None:
-        """Take the last state that is expected to be asked a layer further."""
-        if self.has_expected() and (state := self._lately[-1]()) is not None:
-            try:
-                self._advance(state, 0.0)
-            except Exception:
-                self._lately.pop()  # no further try: whoever asks will hear of it
-                raise
-
-    def _advance(self, state: State, seconds: float) -> None:
+    def open(self, state: State, seconds: float) -> None:
+        """Go on opening a state, a layer at least, for so many seconds."""
         until, key = time.perf_counter() + seconds, id(state)
         opening = self._under_way.pop(key, None) or self._steps.opening(state)
         for stream in opening:
@@ -82,3 +58,29 @@ class Openings:
         for some, most in ((self._opened, _KEPT), (self._under_way, _UNDER_WAY)):
             if len(some) > most:
                 some.popitem(last=False)
+
+    def abandon(self, state: State) -> None:
+        """Whoever wanted this state opened does so no more; what has been opened to its end stays."""
+        self._under_way.pop(id(state), None)
+
+    def expect(self, state: State) -> None:
+        """Somebody may ask this state soon."""
+        self._lately.append(weakref.ref(state))
+
+    def has_expected(self) -> bool:
+        """Whether `prepare` has something to do; drops what has been done or is gone."""
+        while self._lately:
+            state = self._lately[-1]()
+            if state is not None and not self.is_open(state):
+                return True
+            self._lately.pop()
+        return False
+
+    def prepare(self) -> None:
+        """Take the last state that is expected to be asked a layer further."""
+        if self.has_expected() and (state := self._lately[-1]()) is not None:
+            try:
+                self.open(state, 0.0)
+            except Exception:
+                self._lately.pop()  # no further try: whoever asks will hear of it
+                raise

@@ -34,6 +34,10 @@ class Pool:
             self._views = {name: room[: self._num_rows] for name, room in self._room.items()}
         return self._form.map(lambda name, _: self._views[name])
 
+    def last(self, count: int) -> Stream:
+        """As `stream`, of those that joined last."""
+        return self.stream.map(lambda _, x: x[-count:])
+
     def first(self, rows: int) -> Stream:
         """The places of the first rows, whoever is in them or nobody; once there was a stream. Of no more than fit."""
         assert self._form is not None and rows <= self.capacity

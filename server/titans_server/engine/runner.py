@@ -1,5 +1,7 @@
 """Runs a step on the model. Owned by the compute thread; knows nothing of queues or clients."""
 
+from typing import NamedTuple
+
 import torch
 from titans.model import TitansModel
 from titans.sampling import Drawn, Sampler, draw_each, told
@@ -9,6 +11,13 @@ from titans_server.engine.graphs import steps_for
 from titans_server.engine.openings import Openings
 from titans_server.engine.pool import Pool
 from titans_server.engine.request import Generation, Ingestion
+
+
+class Prefilled(NamedTuple):
+    """What came of a portion of a prompt."""
+
+    told: list[Drawn]  # of its tokens, where somebody asks for them
+    first: Drawn | None  # of the answer, at the prompt's end
 
 
 class Runner:
@@ -91,30 +100,59 @@ class Runner:
         squares = [(after[x] - before[x]).square().sum() for x in after if x.endswith(".weights")]
         return float(torch.stack(squares).sum().sqrt()) / len(request.tokens)
 
-    @torch.inference_mode()
-    def prefill(self, request: Generation, size: int, seconds: float) -> tuple[list[Drawn], Drawn | None]:
-        """Open the session, for so many seconds; or where it is open, read the next `size` tokens of the prompt.
+    def is_open(self, request: Generation) -> bool:
+        """Whether its prompt can be read."""
+        return request in self._prefilling or self._openings.is_open(request.state)
 
-        Returns what is to be told of these tokens, and the answer's first token at the prompt's end.
-        """
-        stream = self._prefilling.pop(request, None)
-        stream = stream or self._openings.stream(request.state, recall=request.recall, seconds=seconds)
-        if stream is None:
-            return [], None
+    @torch.inference_mode()
+    def open(self, request: Generation, seconds: float) -> None:
+        """Go on opening its session, for so many seconds."""
+        self._openings.open(request.state, seconds)
+
+    @torch.inference_mode()
+    def prefill(self, parts: list[tuple[Generation, int]]) -> dict[Generation, Prefilled]:
+        """Read so many tokens of prompts whose sessions are open; of several, all that is left of each."""
+        (first, size), *others = parts
+        if not others and first.num_read + size < len(first.prompt):
+            return {first: Prefilled(self._read(first, size), None)}
+        prefilled: dict[Generation, Prefilled] = {}
+        for recall, pool in self._pools.items():
+            beginning = [request for request, _ in parts if request.recall == recall]
+            for request in beginning:
+                pool.join(self._stream(request))
+                self._members[recall].append(request)
+            if beginning:
+                prefilled |= self._begin(beginning, pool)
+        return prefilled
+
+    def _stream(self, request: Generation) -> Stream:
+        """As far as its prompt has been read; to be copied, for it may be others', too."""
+        reading = self._prefilling.pop(request, None)
+        return reading or self._openings.stream(request.state, recall=request.recall)
+
+    def _read(self, request: Generation, size: int) -> list[Drawn]:
+        """The next tokens of a prompt, but not its last: what is to be told of them."""
         tokens = request.prompt[request.num_read : request.num_read + size]
-        hidden, stream = self._steps.read(tokens, stream)
-        read = self._told(request, tokens, hidden) if request.echo else []
+        hidden_TD, self._prefilling[request] = self._steps.read(tokens, self._stream(request).clone())
         request.num_read += size
-        if request.num_read < len(request.prompt):
-            self._prefilling[request] = stream
-            return read, None
-        self._samplers[request] = Sampler(request.sampling)
-        self._pools[request.recall].join(stream)
-        self._members[request.recall].append(request)
-        return read, self._sample([request], self._model.logits(hidden[-1:]))[request]
+        return self._told(request, tokens, hidden_TD)
+
+    def _begin(self, requests: list[Generation], pool: Pool) -> dict[Generation, Prefilled]:
+        """Read what is left of the prompts of those that joined a pool last."""
+        rest = [request.prompt[request.num_read :] for request in requests]
+        hidden = self._steps.begin(pool, rest)
+        prefilled: dict[Generation, list[Drawn]] = {}
+        for request, tokens, hidden_TD in zip(requests, rest, hidden, strict=True):
+            request.num_read += len(tokens)
+            self._samplers[request] = Sampler(request.sampling)
+            prefilled[request] = self._told(request, tokens, hidden_TD)
+        first = self._sample(requests, self._model.logits(torch.stack([hidden_TD[-1] for hidden_TD in hidden])))
+        return {request: Prefilled(told, first[request]) for request, told in prefilled.items()}
 
     def _told(self, request: Generation, tokens: list[int], hidden_TD: torch.Tensor) -> list[Drawn]:
-        """A prompt's tokens, each with its probability after those before it."""
+        """A prompt's tokens, each with its probability after those before it; none where nobody asks for them."""
+        if not request.echo:
+            return []
         num_top, before_D = request.sampling.num_logprobs, self._last_hidden.pop(request, None)
         if num_top is None:
             return [Drawn(token) for token in tokens]

@@ -3,7 +3,8 @@
 Answers come first: every running one gets a token a step. Beside them a step does one thing more, and for no longer
 than they may be held up, as far as that can be foretold from how long the last ones took:
 
-- read a portion of a waiting prompt, or open its session; or
+- read a portion of a waiting prompt and, where that is all of it, those behind it that fit as well, or open its
+  session; or
 - read a portion of a document, but only when answers have had as much time since as documents last took. So a document
   takes half of an answer's speed, however long it is and however many there are; and documents have the other half.
 
@@ -13,6 +14,7 @@ Whoever had a portion of a document goes to the back of the line; what an answer
 Portions end on the boundaries of the memory's chunks, or with the document: a chunk is never split.
 """
 
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ class Step:
     """The work of one step."""
 
     decode: list[Generation]  # one token each
-    prefill: list[tuple[Generation, int]]  # one at most, and how many tokens of its prompt
+    prefill: list[tuple[Generation, int]]  # and how many tokens of its prompt; several only where it is all of each
     ingest: list[tuple[Ingestion, int]]  # and how many tokens of its document
     seconds: float  # that prefill may take, where it has a choice
 
@@ -106,16 +108,14 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """Decide."""
-        reader = self._waiting[0] if self._waiting and len(self._running) < self._max_running else None
-        if reader is None and not self._running:
+        if not self._running and not self._waiting:
             self._owed = 0.0
             return Step([], [], self._blocks(self._window, self._ingest_budget), math.inf)
         if self.num_ingesting and self._owed <= 0:
             size = self._of_document.size // self._chunk * self._chunk
             return Step(list(self._running), [], self._blocks(size, size), self._portion_seconds)
         size, seconds = (self._of_prompt.size, self._portion_seconds) if self._running else (self._window, math.inf)
-        prefill = [(reader, min(size, len(reader.prompt) - reader.num_read))] if reader else []
-        return Step(list(self._running), prefill, [], seconds)
+        return Step(list(self._running), self._prompts(size), [], seconds)
 
     def spent(self, kind: Computed, num_tokens: int, seconds: float) -> None:
         """A part of the step has taken this long, and read or made so many tokens, padding counted."""
@@ -143,6 +143,17 @@ class Scheduler:
 
     def _line(self, request: Ingestion) -> deque[Ingestion]:
         return self._ingesting[0 if request.urgent else 1]
+
+    def _prompts(self, size: int) -> list[tuple[Generation, int]]:
+        """A portion of the first prompt in line; where that is all of it, the next ones too, while they fit whole."""
+        chosen: list[tuple[Generation, int]] = []
+        for request in itertools.islice(self._waiting, self._max_running - len(self._running)):
+            left = len(request.prompt) - request.num_read
+            if chosen and left > size:
+                break
+            chosen.append((request, min(left, size)))
+            size -= left
+        return chosen
 
     def _blocks(self, size: int, budget: int) -> list[tuple[Ingestion, int]]:
         """The next block of one document or more, as many as fit in the budget side by side."""

@@ -58,11 +58,19 @@ class Steps:
         hidden, stream = self._model(self.padded([tokens]), stream)
         return hidden[0], stream
 
+    def begin(self, pool: Pool, prompts: list[list[int]]) -> list[Tensor]:
+        """Move the last streams of a pool on by a prompt each, a window at most: their hidden states [T, D] each."""
+        lengths = [len(prompt) for prompt in prompts]
+        places = pool.last(len(prompts))
+        hidden_BTD, after = self._model(self.padded(prompts), places, lengths if len(set(lengths)) > 1 else None)
+        move_on(places, after)
+        return [hidden_TD[:length] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)]
+
     def _open(self) -> Stream:
         """A stream on a session that has read nothing."""
         *_, stream = self.opening(self._model.new_state())
         assert stream is not None
-        return stream.map(lambda _, x: x.clone())
+        return stream.clone()
 
     def padded(self, parts: list[list[int]]) -> Tensor:
         """[B, T] where the model is."""

@@ -131,8 +131,12 @@ class Worker:
             self._end(request)
         step = self._scheduler.next_step()
         self._guard("decode", step.decode, partial(self._decode, step.decode))
-        for request, size in step.prefill:
-            self._guard("prefill", [request], partial(self._prefill, request, size, step.seconds))
+        for first, _ in step.prefill[:1]:
+            if self._runner.is_open(first):
+                ready = [part for part in step.prefill if self._runner.is_open(part[0])]
+                self._guard("prefill", [request for request, _ in ready], partial(self._prefill, ready))
+            else:
+                self._guard("prefill", [first], partial(self._open, first, step.seconds))
         self._guard("ingest", [request for request, _ in step.ingest], partial(self._ingest, step.ingest))
 
     def _prepare(self) -> None:
@@ -166,18 +170,21 @@ class Worker:
                     request.done.set_result(request.state)
         return len(chunks) * max(size for _, size in chunks)
 
-    def _prefill(self, request: Generation, size: int, seconds: float) -> int:
-        before = request.num_read
-        read, drawn = self._runner.prefill(request, size, seconds)
-        for token in read:
-            request.emit(Read(token))
-        if drawn is not None:
-            self._scheduler.prompt_read(request)
-            if request.max_tokens:
-                self._record(request, drawn)
-            else:
-                self._finish(request, "length")
-        return request.num_read - before
+    def _open(self, request: Generation, seconds: float) -> int:
+        self._runner.open(request, seconds)
+        return 0
+
+    def _prefill(self, parts: list[tuple[Generation, int]]) -> int:
+        for request, (told, first) in self._runner.prefill(parts).items():
+            for token in told:
+                request.emit(Read(token))
+            if first is not None:
+                self._scheduler.prompt_read(request)
+                if request.max_tokens:
+                    self._record(request, first)
+                else:
+                    self._finish(request, "length")
+        return sum(size for _, size in parts)
 
     def _decode(self, requests: list[Generation]) -> int:
         for request, drawn in self._runner.decode(requests).items():
