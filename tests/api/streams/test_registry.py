@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -83,6 +84,36 @@ async def test_a_slow_reader_holds_the_work_up(streams: Streams, resumable: bool
         await settle()
     assert stalled_at + 90 < source.num_made < stalled_at + 110
     await events.aclose()
+
+
+async def test_a_slow_reader_loses_nothing_where_events_are_of_many_sizes(streams: Streams) -> None:
+    chance = random.Random(1)
+    said = [f"{i} {'x' * chance.choice([0, 50, 400, 2_000])}".strip() for i in range(300)]
+
+    async def frames() -> AsyncGenerator[Frame, None]:
+        for text in said:
+            yield Frame(text)
+
+    reader = streams.open(frames(), farewell, owner="me", resumable=True)
+    found: list[str] = []
+    async for wire in reader.events():
+        found.append(wire.decode().split("data: ")[1].strip())
+        assert reader.stream.ring.num_bytes < LIMITS.max_bytes + 2_500
+        await settle()
+    assert found == said
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+async def test_a_reader_who_is_behind_when_a_stream_is_stopped_hears_all_of_it(
+    streams: Streams, resumable: bool
+) -> None:
+    reader = streams.open(Source().frames(), farewell, owner="me", resumable=resumable)
+    await settle()
+    await streams.stop(reader.stream.id, "me")
+    *said, last = await texts(reader)
+    assert len(said) > 3, "a ring of them"
+    assert said == [str(i) for i in range(1, len(said) + 1)]
+    assert last == "stopped"
 
 
 async def test_a_stream_ends_with_its_reader(streams: Streams) -> None:

@@ -46,14 +46,19 @@ class Ring:
         return self.last - len(self._events) + 1
 
     @property
-    def is_full(self) -> bool:
-        """Whether the next event pushes the oldest out."""
-        return self.num_bytes >= self._max_bytes
+    def last_to_go(self) -> int:
+        """The newest event that the next one pushes out; the one before the oldest where it pushes out none."""
+        number, num_bytes = self.first - 1, self.num_bytes
+        for event in self._events:
+            if num_bytes < self._max_bytes:
+                break
+            number, num_bytes = event.id, num_bytes - event.num_bytes
+        return number
 
-    def append(self, frame: Frame) -> None:
-        """Keep one more event."""
-        while self._events and self.is_full:
-            self._drop()
+    def append(self, frame: Frame, *, pushing: bool = True) -> None:
+        """Keep one more event. `pushing`: no longer those that it pushes out."""
+        if pushing:
+            self.forget(self.last_to_go)
         self.last += 1
         event = Numbered(self.last, ServerSentEvent(frame.data, event=frame.name, id=str(self.last)).encode())
         self._events.append(event)
@@ -73,7 +78,4 @@ class Ring:
     def forget(self, number: int) -> None:
         """Keep the events up to this one no more."""
         while self._events and self.first <= number:
-            self._drop()
-
-    def _drop(self) -> None:
-        self.num_bytes -= self._events.popleft().num_bytes
+            self.num_bytes -= self._events.popleft().num_bytes

@@ -76,17 +76,17 @@ class Stream:
                     self._append(frame)
         except asyncio.CancelledError:
             for frame in self._farewell() if self._is_stopped else ():
-                self._append(frame)
+                self._append(frame, pushing=False)  # there may be a reader who is a ring behind; nobody waits any more
             raise
 
     async def _wait_for_reader(self) -> None:
         """Until the next event pushes none out that a reader has yet to take."""
-        while self.reader is not None and self.ring.is_full and self.reader.number < self.ring.first:
+        while self.reader is not None and self.reader.number < self.ring.last_to_go:
             self.room.clear()
             await self.room.wait()
 
-    def _append(self, frame: Frame) -> None:
-        self.ring.append(frame)
+    def _append(self, frame: Frame, *, pushing: bool = True) -> None:
+        self.ring.append(frame, pushing=pushing)
         self.news.set()
 
 
