@@ -15,6 +15,7 @@ from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State, Stream
 from titans_server.engine import Engine, Generation, Ingestion, Read, openings
+from titans_server.engine.pool import Pool
 from titans_server.engine.runner import Prefilled, Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
 from titans_server.observer import Computed, Observer
@@ -160,6 +161,25 @@ async def test_a_session_that_fails_to_open_takes_nobody_with_it(
     lost, *others = await asyncio.gather(*(answer(engine, s, [5, 6]) for s in states), return_exceptions=True)
     assert isinstance(lost, TitansError)
     assert others == alone
+
+
+async def test_an_answer_that_there_is_no_room_for_takes_nobody_with_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [await engine.ingest(engine.new_state(), tokens(40, seed=i)) for i in range(3)]
+    alone = [await answer(engine, state, [5, 6], recall=False) for state in states]
+    copy = Pool._write
+
+    def failing(self: Pool, name: str, row: int, x: torch.Tensor) -> torch.Tensor:
+        if name.startswith("upper."):
+            raise RuntimeError("out of memory")
+        return copy(self, name, row, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pool, "_write", failing)
+        with pytest.raises(TitansError):
+            await answer(engine, states[0], [5, 6], recall=False)
+    assert [await answer(engine, state, [5, 6], recall=False) for state in states] == alone
 
 
 async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(

@@ -47,8 +47,9 @@ class Pool:
         """Copy a single stream in. Returns its row, the one after the last."""
         self._form = stream
         self._views.clear()
-        row, self._num_rows = self._num_rows, self._num_rows + 1
+        row = self._num_rows
         stream.map(lambda name, x: self._write(name, row, x))
+        self._num_rows += 1  # not before: where there was no room for all of it, nobody has the row
         return row
 
     def leave(self, row: int) -> None:
