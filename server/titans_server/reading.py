@@ -33,9 +33,10 @@ class Document:
     async def skip(self, num_bytes: int, sha256: str) -> None:
         """Read over a beginning that was learnt before. Raises KeyReused where it is another one."""
         while self.num_bytes < num_bytes:
-            piece = (await anext(self._pieces, "")).encode()
-            if not piece:
+            text = await anext(self._pieces, None)
+            if text is None:
                 break
+            piece = text.encode()  # maybe of nothing: bytes that are no text yet
             ours, rest = piece[: num_bytes - self.num_bytes], piece[num_bytes - self.num_bytes :]
             self._count(ours)
             self._held = rest.decode(errors="surrogateescape")  # cut within a character: another document

@@ -94,6 +94,29 @@ def test_the_same_key_waits_while_its_document_is_on_its_way(http: httpx.Client,
     assert http.get(f"/v1/ingestions/{ingestions[0]}").json()["status"] == "done"
 
 
+def test_a_document_that_broke_off_goes_on_though_its_first_bytes_are_no_text(http: httpx.Client, session: str) -> None:
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "cut"}
+    head, text = b'{"text": "', TEXT * 8
+
+    def cut() -> Iterator[bytes]:
+        yield head + text[: len(text) // 2].encode()
+        while not http.get(f"/v1/sessions/{session}").json()["ingestions"]:
+            time.sleep(0.05)
+        raise ConnectionError
+
+    def whole() -> Iterator[bytes]:
+        yield head
+        time.sleep(0.3)  # it arrives by itself
+        yield text.encode() + b'"}'
+
+    with pytest.raises(ConnectionError):
+        learn(http, session, cut(), **headers)
+    while (answer := learn(http, session, whole(), **headers)).status_code == 409:
+        time.sleep(0.05)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["version"], answer.json()["bytes"]) == (1, len(text))
+
+
 def test_an_accepted_document_is_learnt_afterwards(http: httpx.Client, session: str) -> None:
     accepted = later(http, session, TEXT)
     assert accepted.status_code == 202
