@@ -107,6 +107,16 @@ def test_short_prompts_are_read_together_in_line_as_far_as_they_fit() -> None:
     assert scheduler.next_step().prefill == [(prompts[2], CHUNK)], "while others are answered"
 
 
+def test_padding_of_prompts_counts() -> None:
+    scheduler = make_scheduler()
+    prompts = [answer(n) for n in (WINDOW - 6, 1, 1, 1, 1, 1)]
+    for request in prompts:
+        scheduler.add(request)
+    assert scheduler.next_step().prefill == [(prompts[0], WINDOW - 6)], "five more would make 60 tokens of 15"
+    scheduler.finish(prompts[0])
+    assert scheduler.next_step().prefill == [(request, 1) for request in prompts[1:]]
+
+
 def test_what_is_left_of_a_long_prompt_goes_with_those_behind_it() -> None:
     scheduler = make_scheduler()
     long, behind, last = answer(2 * WINDOW + 3), answer(5), answer(WINDOW)

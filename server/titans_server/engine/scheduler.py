@@ -145,14 +145,18 @@ class Scheduler:
         return self._ingesting[0 if request.urgent else 1]
 
     def _prompts(self, size: int) -> list[tuple[Generation, int]]:
-        """A portion of the first prompt in line; where that is all of it, the next ones too, while they fit whole."""
+        """A portion of the first prompt in line; where that is all of it, the next ones too, while they fit whole.
+
+        They are read side by side, so each takes as many tokens as the longest.
+        """
         chosen: list[tuple[Generation, int]] = []
+        longest = 0
         for request in itertools.islice(self._waiting, self._max_running - len(self._running)):
             left = len(request.prompt) - request.num_read
-            if chosen and left > size:
+            longest = max(longest, left)
+            if chosen and longest * (len(chosen) + 1) > size:
                 break
             chosen.append((request, min(left, size)))
-            size -= left
         return chosen
 
     def _blocks(self, size: int, budget: int) -> list[tuple[Ingestion, int]]:

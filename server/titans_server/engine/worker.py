@@ -184,7 +184,7 @@ class Worker:
                     self._record(request, first)
                 else:
                     self._finish(request, "length")
-        return sum(size for _, size in parts)
+        return len(parts) * max(size for _, size in parts)
 
     def _decode(self, requests: list[Generation]) -> int:
         for request, drawn in self._runner.decode(requests).items():
