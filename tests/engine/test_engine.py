@@ -182,6 +182,16 @@ async def test_an_answer_that_there_is_no_room_for_takes_nobody_with_it(
     assert [await answer(engine, state, [5, 6], recall=False) for state in states] == alone
 
 
+async def test_who_gives_up_takes_nothing_from_others_who_wait_for_the_same_session(engine: Engine) -> None:
+    runner, state = Runner(make_tiny()), await engine.ingest(engine.new_state(), tokens(40, seed=1))
+    first, other = (Generation(state, [5], 1, GREEDY, recall=True, emit=lambda _: None) for _ in range(2))
+    for _ in range(len(make_tiny().upper) + 1):
+        assert not runner.is_open(first)
+        runner.open(first, seconds=0.0)
+        runner.forget(other)
+    assert runner.is_open(first)
+
+
 async def test_who_asks_a_session_again_does_not_wait_for_its_window_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

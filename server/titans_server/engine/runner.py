@@ -27,6 +27,7 @@ class Runner:
         self._model = model
         self._steps = steps_for(model)
         self._openings = Openings(self._steps)
+        self._opening: Generation | None = None  # whose session is being opened, of those that may want the same
         self._prefilling: dict[Generation, Stream] = {}
         self._last_hidden: dict[Generation, torch.Tensor] = {}  # [D], of prompts that are told of
         self._samplers: dict[Generation, Sampler] = {}
@@ -107,6 +108,7 @@ class Runner:
     @torch.inference_mode()
     def open(self, request: Generation, seconds: float) -> None:
         """Go on opening its session, for so many seconds."""
+        self._opening = request
         self._openings.open(request.state, seconds)
 
     @torch.inference_mode()
@@ -177,7 +179,9 @@ class Runner:
     @torch.inference_mode()
     def forget(self, request: Generation) -> None:
         """Let go of a request's stream."""
-        self._openings.abandon(request.state)
+        if request is self._opening:
+            self._opening = None
+            self._openings.abandon(request.state)
         self._prefilling.pop(request, None)
         self._last_hidden.pop(request, None)
         self._samplers.pop(request, None)
