@@ -297,6 +297,16 @@ async def test_a_closed_answer_stops_being_computed(engine: Engine) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_an_answer_is_made_to_its_end_though_nobody_takes_it_yet(engine: Engine) -> None:
+    whole = await answer(engine, engine.new_state(), [5], count=100)
+    async with aclosing(engine.generate(engine.new_state(), [5], max_tokens=100, sampling=GREEDY)) as stream:
+        first = await anext(stream)
+        async with asyncio.timeout(20):
+            while engine.num_requests:  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
+                await asyncio.sleep(0.01)
+        assert [first, *[token async for token in stream]] == whole
+
+
 async def test_too_many_requests_are_refused() -> None:
     engine = Engine([Runner(make_tiny())], eos_token=2, max_requests=2)
     tasks = [asyncio.create_task(engine.ingest(engine.new_state(), tokens(50, seed=i))) for i in range(2)]
