@@ -175,8 +175,8 @@ def _reaching(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def _cut(tokens: Tensor, probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The first of them, up to where they reach `top_p`."""
-    num_left = int((probabilities.cumsum(-1) - probabilities < top_p).sum())
+    """The first of them, up to where they reach `top_p`; one at least, though float32 may take that for 0."""
+    num_left = max(1, int((probabilities.cumsum(-1) - probabilities < top_p).sum()))
     return tokens[:num_left], probabilities[:num_left]
 
 

@@ -266,6 +266,15 @@ async def test_an_answer_ends_at_its_length(engine: Engine) -> None:
     assert (len(said), finish) == (5, "length") or (finish == "stop" and len(said) < 5)
 
 
+async def test_the_least_top_p_that_may_be_asked_for_ends_nobody(engine: Engine) -> None:
+    async def asked(params: SamplingParams) -> list[Drawn | Read | str]:
+        return [token async for token in engine.generate(engine.new_state(), [5], max_tokens=9, sampling=params)]
+
+    greedy = await asked(GREEDY)
+    for said in await asyncio.gather(asked(GREEDY), asked(SamplingParams(top_p=5e-324))):
+        assert said == greedy
+
+
 async def test_a_seed_repeats_its_answer(engine: Engine) -> None:
     async def draw(seed: int | None) -> list[Drawn | str]:
         params = SamplingParams(temperature=1.5, top_p=0.95, top_k=200, seed=seed)

@@ -43,6 +43,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert set(drawn(top_p=0.5)) == {0}
     assert set(drawn(top_p=0.51)) == {0, 1}
     assert set(drawn(top_p=0.01)) == {0}
+    for cut in ({}, {"top_k": 3}, {"min_p": 0.1}):
+        assert set(drawn(top_p=1e-50, **cut)) == {0}, "which float32 does not tell from 0"
 
 
 def test_a_seed_repeats() -> None:
