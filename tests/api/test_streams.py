@@ -17,7 +17,10 @@ import pytest
 from openai import APIError, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
+from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
+from titans_server.engine import Generation
+from titans_server.engine.runner import Runner
 from titans_server.settings import Settings
 
 MODEL = "tiny-0"
@@ -268,6 +271,20 @@ def test_a_quiet_stream_has_comments(server: LiveServer, session: str) -> None:
         while answer.count(b": ping") < 2:
             answer += raw.recv(65_536)
     assert b"data:" not in answer
+
+
+def test_openais_client_takes_a_comment_for_no_event(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Runner.decode
+
+    def slow(self: Runner, requests: list[Generation]) -> dict[Generation, Drawn]:
+        time.sleep(0.5)  # a comment's time, and more
+        return decode(self, requests)
+
+    monkeypatch.setattr(Runner, "decode", slow)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as ai:
+        ask: dict[str, Any] = {"model": MODEL, "prompt": "a", "max_tokens": 3, "temperature": 0}
+        stream = ai.completions.create(**ask, stream=True, logit_bias={str(EOS): -100})
+        assert "".join(chunk.choices[0].text for chunk in stream)
 
 
 def test_our_own_client_gives_up_a_stream_by_stopping_it(server: LiveServer, http: httpx.Client, session: str) -> None:

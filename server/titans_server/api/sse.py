@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -24,8 +24,17 @@ log = logging.getLogger(__name__)
 
 Event = Progress | DocumentLearnt | CompletionChunk | dict[str, Any]  # a dict is JSON already
 DONE = Frame("[DONE]")
-# No empty line follows: OpenAI's clients would take it for the end of an event, and an event without data for a fault.
-_PING = b": ping\r\n"
+
+
+class Ping(ServerSentEvent):
+    """A comment, which no empty line follows.
+
+    OpenAI's clients would take that for the end of an event, and an event without data for a fault.
+    """
+
+    def encode(self) -> bytes:
+        """As it goes over the wire."""
+        return b": ping\r\n"
 
 
 class EventStream(EventSourceResponse):
@@ -36,7 +45,13 @@ class EventStream(EventSourceResponse):
         headers = {"X-Stream-ID": reader.stream.id}
         if reader.stream.is_resumable:
             headers["Preference-Applied"] = "resumable"
-        super().__init__(reader.events(), headers=headers, ping=limits.ping_seconds, send_timeout=limits.stall_seconds)
+        super().__init__(
+            reader.events(),
+            headers=headers,
+            ping=limits.ping_seconds,
+            ping_message_factory=Ping,
+            send_timeout=limits.stall_seconds,
+        )
         self._reader = reader
         self._body_read = body_read
 
