@@ -340,6 +340,30 @@ async def test_closing_ends_what_is_left(engine: Engine) -> None:
         await engine.ingest(engine.new_state(), [5])
 
 
+async def test_a_device_that_is_lost_leaves_nobody_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(*_: object) -> NoReturn:
+        raise RuntimeError("the device is lost")
+
+    answers = [engine.generate(engine.new_state(), [5], max_tokens=10**6, sampling=GREEDY) for _ in range(3)]
+    for stream in answers:
+        await anext(stream)
+    monkeypatch.setattr(Runner, "decode", lost)
+    monkeypatch.setattr(Pool, "leave", lost)
+    async with asyncio.timeout(20):
+        for stream in answers:
+            with pytest.raises(TitansError):
+                async for _ in stream:
+                    pass
+        with pytest.raises(ShuttingDown):
+            await engine.ingest(engine.new_state(), [5])
+        while engine.is_alive():  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
+            await asyncio.sleep(0.01)
+    assert engine.num_requests == 0
+    assert "the device is lost" in caplog.text
+
+
 class Diary(Observer):
     """What the compute thread did, in order."""
 

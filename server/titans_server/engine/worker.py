@@ -1,7 +1,7 @@
 """A compute thread that owns torch on one device: it loops over decide (scheduler), compute (runner), record (here).
 
 The inbox is all that it shares with the asyncio side, under `_wake`. The thread ends when `close` is called and the
-work at hand is done.
+work at hand is done, or when not even a fault can be dealt with; whoever is left then is told.
 """
 
 import logging
@@ -104,13 +104,27 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
-        while self._take_in():
-            if len(self._scheduler):
-                self._step()
-            else:
-                self._prepare()
-        for request in self._scheduler.all_requests():
-            self._fail(request, ShuttingDown("the server is shutting down"))
+        try:
+            while self._take_in():
+                if len(self._scheduler):
+                    self._step()
+                else:
+                    self._prepare()
+            self._leave(ShuttingDown("the server is shutting down"))
+        except Exception:  # not even ending a request works any more: a device that is lost
+            log.exception("the thread that runs the model ends")
+            self._leave(ShuttingDown("the thread that runs the model has ended; the server's log says why"))
+
+    def _leave(self, error: TitansError) -> None:
+        """Refuse new work, and end what is left."""
+        with self._wake:
+            self._closing = True
+            left = [*self._scheduler.all_requests(), *self._inbox]
+            self._inbox.clear()
+        for request in left:
+            self._scheduler.finish(request)
+            _tell(request, error)
+        self._num_requests = 0
 
     def _take_in(self) -> bool:
         """Wait for work; False when the engine is closing. Where there is spare work, waiting ends after a while."""
@@ -202,22 +216,27 @@ class Worker:
         if request.num_generated == request.max_tokens:
             self._finish(request, "length")
 
-    def _finish(self, request: Generation, answer: Finish | BaseException) -> None:
+    def _finish(self, request: Generation, answer: Finish) -> None:
         if self._end(request):
             request.emit(answer)
 
     def _fail(self, request: Generation | Ingestion, error: TitansError) -> None:
-        if isinstance(request, Generation):
-            self._finish(request, error)
-        elif self._end(request) and request.done.set_running_or_notify_cancel():
-            request.done.set_exception(error)
+        if self._end(request):
+            _tell(request, error)
 
     def _end(self, request: Generation | Ingestion) -> bool:
         """Let go of a request: its place in line, its stream, its admission. False: that has been done."""
+        if isinstance(request, Generation):
+            self._runner.forget(request)  # first: where that fails, `_leave` finds the request
         if not self._scheduler.finish(request):
             return False
-        if isinstance(request, Generation):
-            self._runner.forget(request)
         with self._wake:
             self._num_requests -= 1
         return True
+
+
+def _tell(request: Generation | Ingestion, error: TitansError) -> None:
+    if isinstance(request, Generation):
+        request.emit(error)
+    elif request.done.set_running_or_notify_cancel():
+        request.done.set_exception(error)
