@@ -144,7 +144,8 @@ def _from_hugging_face(folder: Path) -> Backbone:
         theirs |= load_file(path)
     raw = _read_tokenizer(folder / "tokenizer.json")
     tensors = _fuse(lambda name: theirs[name].float(), config, _HUGGING_FACE_NAMES)
-    return Backbone(config, tensors, Tokenizer(raw, config.eos_token, config.bos_token, _chat_template(folder)))
+    ends, template = (config.eos_token, config.bos_token), _chat_template(folder)
+    return Backbone(config, tensors, Tokenizer(raw, *ends, template, num_known=config.vocab_size))
 
 
 def _chat_template(folder: Path) -> str | None:

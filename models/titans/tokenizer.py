@@ -28,11 +28,18 @@ class Tokenizer:
     """A byte-level BPE. Text is text: `encode` reads the name of a control token as its letters."""
 
     def __init__(
-        self, raw: RawTokenizer, eos_token: int, bos_token: int | None = None, chat_template: str | None = None
+        self,
+        raw: RawTokenizer,
+        eos_token: int,
+        bos_token: int | None = None,
+        chat_template: str | None = None,
+        *,
+        num_known: int | None = None,
     ) -> None:
         """`raw` is taken over and changed: it sees no control tokens in text.
 
-        `eos_token`: the id that ends a text. `bos_token`: the one that chat templates may begin with.
+        `eos_token`: the id that ends a text. `bos_token`: the one that chat templates may begin with. `num_known`:
+        tokens that the body knows, where that may be fewer.
         """
         self._raw = raw
         self._raw.encode_special_tokens = True
@@ -41,11 +48,7 @@ class Tokenizer:
         ends = {"bos_token": bos_token, "eos_token": eos_token}
         self._names = {name: raw.id_to_token(token) or "" for name, token in ends.items() if token is not None}
         self.eos_token = eos_token
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, control tokens too."""
-        return self._raw.get_vocab_size()
+        self.vocab_size = min(raw.get_vocab_size(), num_known or raw.get_vocab_size())  # control tokens too
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; no token is added to it. Raises TypeError where it has lone surrogates."""

@@ -14,6 +14,7 @@ from titans.chat import ChatError
 from titans.checkpoint import build
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel, next_token_loss
+from tokenizers import Tokenizer as RawTokenizer
 
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 
@@ -158,6 +159,15 @@ def test_a_chat_template_is_found_where_hugging_face_keeps_it(
             tokenizer.encode_chat(messages)
     else:
         assert tokenizer.decode(tokenizer.encode_chat(messages)) == says
+
+
+def test_a_token_that_the_body_has_no_row_for_is_none_of_its_tokens(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path).body
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.add_special_tokens(["[PAD]"])  # as those who train a body go about it: without a row in its embedding
+    raw.save(str(path / "tokenizer.json"))
+    body = load_backbone(path)
+    assert body.tokenizer.vocab_size == body.config.vocab_size == raw.get_vocab_size() - 1
 
 
 @pytest.mark.parametrize("config", ["{", '{"chat_template": 5}', '{"chat_template": [{}]}'])
