@@ -75,6 +75,15 @@ def test_a_body_that_is_not_utf8_is_no_json(http: httpx.Client, path: str, statu
     assert (refused.status_code, refused.json()["error"]["code"]) == (status, "invalid_json")
 
 
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+@pytest.mark.parametrize(
+    ("path", "status"), [("/v1/sessions", 422), ("/v1/completions", 400), ("/v1/conversations", 400)]
+)
+def test_a_body_nested_too_deep_to_read_is_no_json(http: httpx.Client, path: str, status: int, opening: bytes) -> None:
+    refused = http.post(path, content=100_000 * opening, headers={"Content-Type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, "invalid_json")
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "zstd", "nonsense"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/sessions/{}/documents"])
 def test_a_compressed_body_is_refused_unread(http: httpx.Client, session: str, path: str, encoding: str) -> None:

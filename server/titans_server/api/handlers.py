@@ -41,9 +41,11 @@ async def _titans_error(_: Request, error: Exception) -> Response:
 
 def unreadable(error: HTTPException) -> InvalidRequest | None:
     """FastAPI's 400 for a body that it cannot read, as an error of ours; None where it is another one."""
-    if error.status_code != 400 or not isinstance(error.__cause__, ValueError):
+    if error.status_code != 400 or not isinstance(error.__cause__, ValueError | RecursionError):
         return None
-    return InvalidRequest("the body is not JSON in UTF-8", code="invalid_json")
+    is_deep = isinstance(error.__cause__, RecursionError)
+    message = "the body is nested too deep" if is_deep else "the body is not JSON in UTF-8"
+    return InvalidRequest(message, code="invalid_json")
 
 
 def invalid_request(error: RequestValidationError) -> InvalidRequest:
