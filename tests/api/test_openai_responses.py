@@ -190,6 +190,18 @@ def test_a_conversation_whose_items_cannot_be_learnt_is_not_there(http: httpx.Cl
     assert http.post("/v1/conversations").status_code == 200, "a body may be left out"
 
 
+@pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/{}/items"])
+def test_items_with_half_a_surrogate_pair_are_refused(http: httpx.Client, path: str) -> None:
+    conversation = http.post("/v1/conversations").json()["id"]
+    before = len(http.get("/v1/sessions?limit=100").json()["data"])
+    body = b'{"items": [{"role": "user", "content": "a"}, {"role": "user", "content": "\\ud83d"}]}'
+    refused = http.post(path.format(conversation), content=body, headers={"Content-Type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_utf8")
+    assert refused.json()["error"]["param"] == "items"
+    assert version(http, conversation) == 0
+    assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_unknown_conversation_is_not_found(ai: Driver, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as caught:

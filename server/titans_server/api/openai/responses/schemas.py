@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from titans_server.api.openai.schemas import Asked, Memory
 from titans_server.api.schemas import Body, Metadata
@@ -93,16 +93,28 @@ class CreateResponse(Asked):
         return self.top_logprobs if _LOGPROBS in self.include else None
 
 
+def _are_unicode(items: list[InputItem]) -> list[InputItem]:
+    """Raises InvalidRequest: what is learnt goes into the log as UTF-8."""
+    try:
+        "".join(item.content for item in items).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param="items") from error
+    return items
+
+
+_Learnt = Annotated[list[InputItem], Field(max_length=20), AfterValidator(_are_unicode)]
+
+
 class AddItems(Body):
     """The body of POST /v1/conversations/{id}/items."""
 
-    items: list[InputItem] = Field(min_length=1, max_length=20)
+    items: _Learnt = Field(min_length=1)
 
 
 class CreateConversation(Body):
     """The body of POST /v1/conversations."""
 
-    items: list[InputItem] | None = Field(default=None, max_length=20)
+    items: _Learnt | None = None
     metadata: Metadata | None = None
 
 
