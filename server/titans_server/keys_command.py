@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--owner", metavar="ID", help="a key's id: the new one gets at the same sessions")
     for quota in fields(Quotas):
         flag = "--" + quota.name.replace("_", "-")
-        create.add_argument(flag, type=_number, metavar="N", help=f"(default: TITANS_QUOTA_{quota.name.upper()})")
+        number = _number if quota.name in {"sessions", "bytes"} else _number_above_0  # as in the settings
+        create.add_argument(flag, type=number, metavar="N", help=f"(default: TITANS_QUOTA_{quota.name.upper()})")
     create.set_defaults(action=_create)
 
     listing = actions.add_parser("list", parents=[store], help="print all keys, without their secrets")
@@ -109,6 +110,13 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"not a number: {text!r}")
     return int(text)
+
+
+def _number_above_0(text: str) -> int:
+    """Of a rate: none at all is what revoking a key is for, and is never there again."""
+    if (number := _number(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def _date(seconds: float) -> str:

@@ -54,6 +54,9 @@ def test_a_key_that_replaces_another_has_its_sessions(capsys: pytest.CaptureFixt
         (["create"], 2, "name"),
         (["create", "Bob", "--sessions", "-1"], 2, "--sessions"),
         (["create", "Bob", "--sessions", "many"], 2, "not a number"),
+        (["create", "Bob", "--requests-per-minute", "0"], 2, "at least 1"),
+        (["create", "Bob", "--tokens-per-minute", "0"], 2, "at least 1"),
+        (["create", "Bob", "--requests-at-once", "0"], 2, "at least 1"),
     ],
 )
 def test_what_cannot_be_done_is_said(
