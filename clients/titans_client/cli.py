@@ -6,6 +6,7 @@ usage; 130 after Ctrl-C; 141 when the reader of stdout has gone.
 
 import argparse
 import contextlib
+import io
 import os
 import stat
 import sys
@@ -24,8 +25,13 @@ Command = Callable[[Client, argparse.Namespace], None]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (`sys.argv`'s by default); the exit status. Never raises what a user can cause."""
+    with _open_streams():
+        return _caught(sys.argv[1:] if argv is None else argv)
+
+
+def _caught(argv: Sequence[str]) -> int:
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        return _run(argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -296,6 +302,25 @@ def _print_json(model: Wire) -> None:
 def _fail(message: str) -> int:
     sys.stderr.write(f"titans: {' '.join(message.split())}\n")
     return 1
+
+
+class _Closed(io.TextIOBase):
+    """Stands for a stdout that is not there."""
+
+    def write(self, text: str, /) -> int:
+        raise OSError("standard output is closed")
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """What the shell has closed (`2>&-`) is None to Python: nobody is told then, and a result cannot be written."""
+    with contextlib.ExitStack() as stack:
+        if sys.stderr is None:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if sys.stdout is None:
+            stack.enter_context(contextlib.redirect_stdout(_Closed()))
+        yield
 
 
 def _abandon_stdout() -> None:

@@ -171,6 +171,30 @@ def test_a_server_that_is_not_there_is_one_line(run: Run) -> None:
     assert err.count("\n") == 1
 
 
+def closing(contract: Any, stream: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """A command line with a stream that the shell has closed."""
+    command = [sys.executable, "-m", "titans_client.cli", "--url", contract.url, *argv]
+    words = ["sh", "-c", f'exec "$@" {stream}', "sh", *command]
+    return subprocess.run(words, check=False, capture_output=True, text=True)
+
+
+def test_without_stderr_there_are_results_all_the_same(session: str, contract: Any, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"text")
+    learnt = closing(contract, "2>&-", "ingest", str(path))
+    answered = closing(contract, "2>&-", "ask", session, "Why?")
+    assert (learnt.returncode, learnt.stdout.splitlines()[0]) == (0, "ses_2")
+    assert (answered.returncode, answered.stdout) == (0, "4819203.\n")
+    assert closing(contract, "2>&-", "ask", "ses_9", "Why?").returncode == 1
+    assert closing(contract, "2>&-", "fly").returncode == 2
+
+
+@pytest.mark.parametrize("words", [["health"], ["ask", "SESSION", "Why?"]])
+def test_without_stdout_a_result_is_an_error(session: str, contract: Any, words: list[str]) -> None:
+    ended = closing(contract, ">&-", *[word.replace("SESSION", session) for word in words])
+    assert (ended.returncode, ended.stderr) == (1, "titans: standard output is closed\n")
+
+
 @pytest.mark.parametrize(
     "argv",
     [
