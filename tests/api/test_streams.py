@@ -109,6 +109,15 @@ def test_every_event_has_its_number(http: httpx.Client, session: str, endpoint: 
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "stream_not_found")
 
 
+def test_preferences_may_stand_in_several_lines(http: httpx.Client, session: str) -> None:
+    request = endless("native", session)
+    request["json"] |= {"max_tokens": 1}
+    with http.stream(**request, headers=[("Prefer", "wait=5"), ("Prefer", "respond-async, resumable")]) as response:
+        assert response.headers["preference-applied"] == "resumable"
+        response.read()
+    http.delete(f"/v1/streams/{response.headers['x-stream-id']}")
+
+
 @pytest.mark.parametrize("endpoint", ["native", "text", "chat"])
 def test_a_stream_is_resumed_where_it_was_cut(http: httpx.Client, session: str, endpoint: str) -> None:
     request = endless(endpoint, session)

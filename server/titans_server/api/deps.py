@@ -112,12 +112,12 @@ class Replying:
         request: Request,
         caller: From,
         context: Context,
-        prefer: Annotated[str | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
+        prefer: Annotated[list[str] | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
     ) -> None:
         self._request = request
         self.caller = caller
         self._streams = context.streams
-        preferences = {part.partition(";")[0].strip().lower() for part in (prefer or "").split(",")}
+        preferences = {part.partition(";")[0].strip().lower() for part in ",".join(prefer or []).split(",")}
         self._resumable = "resumable" in preferences
 
     def stream(
