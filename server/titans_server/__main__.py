@@ -12,6 +12,7 @@ from titans_server.api.deps import AppContext
 from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
 from titans_server.serving import DrainingServer, PunctualProtocol
+from titans_server.sessions.open import open_store
 from titans_server.settings import Settings
 from titans_server.telemetry import logs
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("host", "port", "store") if getattr(args, name) is not None}
     try:
         settings = Settings(**given)
+        open_store(settings.store)  # touches nothing: it says which URLs are known
         failpoints.arm(settings.failpoints)
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201

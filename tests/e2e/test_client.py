@@ -304,6 +304,7 @@ def test_the_command_line_makes_a_session_for_a_file(server: ServerProcess, tmp_
         (["ask", "ses_nobody", "who?"], 1, "session_not_found"),
         (["sessions"], 2, "usage"),
         (["no-such-command"], 2, "no-such-command"),
+        (["serve", "--store", "mysql://x"], 2, "known are memory://"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(server: ServerProcess, words: list[str], status: int, says: str) -> None:
