@@ -12,6 +12,7 @@ from titans_server import failpoints
 from titans_server.engine import Engine, Finish, Read
 from titans_server.errors import InvalidRequest, VersionConflict
 from titans_server.events import AnswerPiece, Usage
+from titans_server.learning import check_match
 from titans_server.observer import Asked, Observer
 from titans_server.prompts import CompletionRequest, encode, prepare
 from titans_server.sessions import history
@@ -54,7 +55,8 @@ class Answers:
     async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
         """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
 
-        Without a session the model answers as one of which no document was read; nothing is kept of it.
+        Without a session the model answers as one of which no document was read; nothing is kept of it. Raises
+        VersionConflict where the session is not at the version that is asked for.
         """
         if session_id is None:
             if request.memory == "write":
@@ -67,6 +69,7 @@ class Answers:
                         yield piece
                 return
             record, state = await self._states.newest(session_id)
+            check_match(record, request.if_match)
             version = record.version
         async with aclosing(self._answer(state, request, [])) as pieces:
             async for piece in pieces:
@@ -75,6 +78,7 @@ class Answers:
     async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
         async with self._writers.turn(session_id):
             record, state = await self._states.newest(session_id)
+            check_match(record, request.if_match)
             said: list[int] = []
             async with aclosing(self._answer(state, request, said)) as pieces:
                 async for piece in pieces:

@@ -31,6 +31,7 @@ class CompletionRequest:
     stops: tuple[str, ...] = ()
     memory: Literal["read", "write", "off"] = "read"
     echo: bool = False  # the answer begins with the prompt
+    if_match: int | None = None  # the version that the session has to be at
 
 
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:

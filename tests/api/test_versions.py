@@ -66,6 +66,45 @@ def test_a_write_is_done_at_the_version_it_names_and_at_no_other(http: httpx.Cli
     assert http.delete(path, headers={"If-Match": '"2"'}).status_code == 204
 
 
+ANSWER: dict[str, Any] = {"max_tokens": 2, "memory": "write"}
+OPENAI: dict[str, Any] = {"model": "tiny-0"} | ANSWER
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize("memory", ["write", "read"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/sessions/{}/completions", {"prompt": "a"} | ANSWER),
+        ("/v1/completions", {"prompt": "a"} | OPENAI),
+        ("/v1/chat/completions", {"messages": MESSAGES} | OPENAI),
+        ("/v1/responses", {"model": "tiny-0", "input": "a", "max_output_tokens": 2}),
+    ],
+)
+def test_an_answer_is_of_the_version_it_names(
+    http: httpx.Client, session: str, path: str, body: dict[str, Any], memory: str
+) -> None:
+    learn(http, session, "one")
+    named = {} if "{}" in path else {"session": session}
+    for version, status in (('"0"', 412), ('"no version"', 412), ('"1"', 200)):
+        headers = {"If-Match": version}
+        response = http.post(path.format(session), json=body | named | {"memory": memory}, headers=headers)
+        assert response.status_code == status
+        assert status == 200 or code(response) == (412, "version_conflict")
+        assert show(http, session)["version"] == (2 if (status, memory) == (200, "write") else 1)
+
+
+def test_a_conversation_is_changed_at_the_version_it_is_asked_to_be(http: httpx.Client, session: str) -> None:
+    learn(http, session, "one")
+    path = f"/v1/conversations/{session}"
+    stale, items = {"If-Match": '"0"'}, {"items": MESSAGES}
+    assert code(http.post(f"{path}/items", json=items, headers=stale)) == (412, "version_conflict")
+    assert code(http.delete(path, headers=stale)) == (412, "version_conflict")
+    assert show(http, session)["version"] == 1
+    assert http.post(f"{path}/items", json=items, headers={"If-Match": '"1"'}).status_code == 200
+    assert http.delete(path, headers={"If-Match": '"2"'}).status_code == 200
+
+
 def test_the_last_versions_are_kept_and_any_of_them_is_restored(http: httpx.Client, read: str) -> None:
     path = f"/v1/sessions/{read}"
     versions = http.get(f"{path}/versions").json()["data"]

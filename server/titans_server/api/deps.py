@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Depends, Header, Request
 
 from titans_server.api.documents import DocumentReader
+from titans_server.api.preconditions import IfMatch
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted
@@ -112,10 +113,12 @@ class Replying:
         request: Request,
         caller: From,
         context: Context,
+        if_match: IfMatch,
         prefer: Annotated[list[str] | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
     ) -> None:
         self._request = request
         self.caller = caller
+        self.if_match = if_match
         self._streams = context.streams
         preferences = {part.partition(";")[0].strip().lower() for part in ",".join(prefer or []).split(",")}
         self._resumable = "resumable" in preferences

@@ -76,9 +76,15 @@ _ONCE = {
 }
 _HEADERS: dict[tuple[str, str], list[Json]] = {  # that a route reads itself
     ("delete", "/v1/sessions/{session_id}"): [_IF_MATCH],
+    ("post", "/v1/sessions/{session_id}/completions"): [_IF_MATCH],
     ("post", "/v1/sessions/{session_id}/documents"): [_IF_MATCH, _ONCE],
     ("post", "/v1/sessions/{session_id}/restore"): [_IF_MATCH],
     ("put", "/v1/sessions/{session_id}/state"): [_IF_MATCH],
+    ("post", "/v1/completions"): [_IF_MATCH],
+    ("post", "/v1/chat/completions"): [_IF_MATCH],
+    ("post", "/v1/responses"): [_IF_MATCH],
+    ("delete", "/v1/conversations/{session_id}"): [_IF_MATCH],
+    ("post", "/v1/conversations/{session_id}/items"): [_IF_MATCH],
 }
 _STREAMED = {  # operations that may answer with events
     "/v1/sessions/{session_id}/documents",

@@ -1,6 +1,7 @@
 """The endpoints. docs/api.md says the same to a user, and a test compares the two."""
 
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -56,9 +57,10 @@ async def create_completion(
         raise InvalidRequest(f"max_tokens is at most {limit}", param="max_tokens")
     if body.memory == "write":
         await room(reply.caller, service)
+    request = replace(body.to_request(), if_match=reply.if_match)
     if body.stream:
-        return reply.stream(service.complete(session_id, body.to_request()))
-    return await reply.whole(_complete(service, session_id, body.to_request()))
+        return reply.stream(service.complete(session_id, request))
+    return await reply.whole(_complete(service, session_id, request))
 
 
 async def _complete(service: SessionService, session_id: str, request: CompletionRequest) -> Completion:

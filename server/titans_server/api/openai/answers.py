@@ -13,7 +13,6 @@ from titans_server.errors import InvalidRequest, ModelNotFound
 from titans_server.events import AnswerPiece
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
-from titans_server.tenants.gatekeeper import Caller
 
 T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number of its answer
@@ -23,7 +22,7 @@ async def respond(
     form: type[AnswerForm], body: CreateAnswer, reply: Replying, context: AppContext, header: str | None
 ) -> Any:
     """The response. What a client may have got wrong is found before a stream begins."""
-    session_id, prepared = await prepare(body, body.memory, reply.caller, context, header)
+    session_id, prepared = await prepare(body, body.memory, reply, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
     pieces = merged([context.service.answer(session_id, choice) for choice in choices])
     answer_form = form(context.service.model, with_logprobs=body.num_logprobs is not None)
@@ -34,20 +33,21 @@ async def respond(
 
 
 async def prepare(
-    body: Asked, memory: Memory | None, caller: Caller, context: AppContext, header: str | None
+    body: Asked, memory: Memory | None, reply: Replying, context: AppContext, header: str | None
 ) -> tuple[str | None, list[CompletionRequest]]:
     """The session that is asked, and what; None: it is written where there is one. Raises what is wrong with either."""
     service = context.service
     check_model(service, body.model)
     session_id = named_session(body.session, header)
     if session_id is not None:
-        await own_session(session_id, caller, service)
+        await own_session(session_id, reply.caller, service)
     if session_id is None and memory == "write":
         raise InvalidRequest("there is no session that could learn this: name one", param="memory")
     memory = memory or ("read" if session_id is None else "write")
     if memory == "write":
-        await room(caller, service)
-    return session_id, [service.prepare(x) for x in body.to_requests(context.settings.max_completion_tokens, memory)]
+        await room(reply.caller, service)
+    requests = body.to_requests(context.settings.max_completion_tokens, memory)
+    return session_id, [service.prepare(replace(request, if_match=reply.if_match)) for request in requests]
 
 
 def check_model(service: SessionService, name: str) -> None:

@@ -12,7 +12,9 @@ from titans_server.api.openai.convert import Json
 from titans_server.api.openai.responses.convert import ResponseForm, ResponseFraming, conversation_object, item_list
 from titans_server.api.openai.responses.schemas import AddItems, CreateConversation, CreateResponse, InputItem
 from titans_server.api.openai.routes import OpenAIRoute, SessionHeader
+from titans_server.api.preconditions import IfMatch
 from titans_server.errors import InvalidRequest
+from titans_server.ingesting import Terms
 from titans_server.service import SessionService
 
 router = APIRouter(route_class=OpenAIRoute)
@@ -22,7 +24,7 @@ CONVERSATION = "/v1/conversations/{session_id}"
 @router.post("/v1/responses", response_model=None)
 async def create_response(body: CreateResponse, reply: Reply, context: Context, session: SessionHeader = None) -> Any:
     """Answer; in a conversation from all that was said in it, which then remembers this, too."""
-    session_id, (request,) = await prepare(body, body.memory, reply.caller, context, session)
+    session_id, (request,) = await prepare(body, body.memory, reply, context, session)
     form = ResponseForm(body, session_id, context.service.model)
     pieces = context.service.answer(session_id, request)
     if body.stream:
@@ -52,16 +54,16 @@ async def get_conversation(session_id: OwnSession, service: Service) -> Json:
 
 
 @router.delete(CONVERSATION)
-async def delete_conversation(session_id: OwnSessionToDelete, service: Service) -> Json:
+async def delete_conversation(session_id: OwnSessionToDelete, service: Service, if_match: IfMatch) -> Json:
     """Forget a conversation."""
-    await service.delete(session_id)
+    await service.delete(session_id, if_match)
     return {"id": session_id, "object": "conversation.deleted", "deleted": True}
 
 
 @router.post(CONVERSATION + "/items", dependencies=[Room])
 async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json | None:
     """Have a conversation learn what items say; the answer comes when that is durable."""
-    await reply.whole(_learn(service, session_id, body.items))
+    await reply.whole(_learn(service, session_id, body.items, reply.if_match))
     return item_list(body.items)
 
 
@@ -71,11 +73,11 @@ async def list_items(session_id: OwnSession) -> NoReturn:
     raise InvalidRequest("a conversation keeps what it learnt from its items, not their words", code="items_not_kept")
 
 
-async def _learn(service: SessionService, session_id: str, items: list[InputItem]) -> None:
+async def _learn(service: SessionService, session_id: str, items: list[InputItem], if_match: int | None = None) -> None:
     async def pieces() -> AsyncGenerator[str, None]:
         for i, item in enumerate(items):
             yield f"\n\n{item.content}" if i else item.content
 
-    async with aclosing(service.ingest(session_id, pieces())) as events:
+    async with aclosing(service.ingest(session_id, pieces(), Terms(if_match=if_match))) as events:
         async for _ in events:
             pass
