@@ -184,7 +184,7 @@ def test_requests_a_minute_are_counted_down_and_refused(http: httpx.Client, stor
     _, header = new_key(store, Quotas(requests_per_minute=3))
     answers = [http.get("/v1/models", headers=header) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
-    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers[:3]] == ["2", "1", "0"]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["2", "1", "0", "0"]
     assert answers[0].headers["x-ratelimit-limit-requests"] == "3"
     assert answers[0].headers["x-ratelimit-reset-requests"].endswith("s")
     assert refused(answers[3]) == (429, "rate_limit_exceeded")
@@ -213,11 +213,12 @@ def test_tokens_of_documents_and_answers_are_charged(http: httpx.Client, store: 
     late = http.post(f"{path}/completions", json=ASK, headers=header)
     assert refused(late) == (429, "rate_limit_exceeded")
     assert 0 < int(late.headers["retry-after"]) < 200
+    assert late.headers["x-ratelimit-remaining-tokens"] == "0"
     assert http.get(path, headers=header).status_code == 200, "looking costs no tokens"
 
 
 def test_streams_at_once_are_bounded_for_each_key(server: LiveServer, http: httpx.Client, store: str) -> None:
-    _, header = new_key(store, Quotas(requests_at_once=2))
+    _, header = new_key(store, Quotas(requests_at_once=2, tokens_per_minute=1_000_000))
     model = http.get("/v1/models", headers=header).json()["data"][0]["id"]
     endless = {"model": model, "prompt": "x", "max_tokens": 4_000, "logit_bias": {"2": -100}, "stream": True}
     with (
@@ -227,6 +228,7 @@ def test_streams_at_once_are_bounded_for_each_key(server: LiveServer, http: http
         assert (one.status_code, other.status_code) == (200, 200)
         third = http.post("/v1/completions", json=endless, headers=header)
         assert refused(third) == (429, "rate_limit_exceeded")
+        assert third.headers["x-ratelimit-remaining-tokens"].isdecimal()
         assert third.headers["retry-after"] == "1"
         assert http.get("/v1/models", headers={"Authorization": f"Bearer {STATIC}"}).status_code == 200
     for _ in range(100):

@@ -18,7 +18,7 @@ from titans_server.errors import (
     UploadStalled,
 )
 from titans_server.lifecycle import Lifecycle
-from titans_server.tenants.gatekeeper import Gatekeeper
+from titans_server.tenants.gatekeeper import Caller, Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
 
 _STREAMED = ("/documents", "/state")  # bodies that are never held whole; the routes have limits of their own
@@ -61,13 +61,16 @@ class Gate:
             try:
                 if scope["path"] not in self._always:
                     stack.enter_context(self._lifecycle.in_flight())
-                allowance = await self._admit(scope, stack)
+                caller = await self._caller(scope)
+                send = _telling(self._limiter.allowance(caller), send)  # from here on, refusals too
+                self._check_body(scope, int(Headers(scope=scope).get("Content-Length", 0)))
+                stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
             except TitansError as error:
                 await answer(error)(scope, receive, send)
                 return
-            await self._app(scope, self._bounded(scope, receive), _telling(allowance, send))
+            await self._app(scope, self._bounded(scope, receive), send)
 
-    async def _admit(self, scope: Scope, stack: ExitStack) -> Allowance:
+    async def _caller(self, scope: Scope) -> Caller:
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._limits.max_header_bytes:
             raise HeadersTooLarge(f"the headers may have {self._limits.max_header_bytes} bytes")
         headers = Headers(scope=scope)
@@ -79,8 +82,7 @@ class Gate:
         gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
         caller = await gatekeeper.admit(shown[0] if shown else None)
         scope["state"]["caller"] = caller
-        self._check_body(scope, int(headers.get("Content-Length", 0)))
-        return stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
+        return caller
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         """`receive`, until it has given more than one body may have, or been waited for long enough."""

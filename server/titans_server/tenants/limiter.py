@@ -34,11 +34,7 @@ class Limiter:
         quotas, owner = caller.quotas, caller.owner
         if quotas.requests_at_once is not None and self._at_once[owner] >= quotas.requests_at_once:
             raise RateLimited(f"{quotas.requests_at_once} requests of this key are under way already", 1.0)
-        allowance = Allowance(
-            self._bucket(owner, "requests", quotas.requests_per_minute),
-            self._bucket(owner, "tokens", quotas.tokens_per_minute),
-            self._clock,
-        )
+        allowance = self.allowance(caller)
         allowance.enter(costs_tokens=costs_tokens)
         _current.set(allowance)
         self._at_once[owner] += 1
@@ -48,6 +44,12 @@ class Limiter:
             self._at_once[owner] -= 1
             if not self._at_once[owner]:
                 del self._at_once[owner]
+
+    def allowance(self, caller: Caller) -> "Allowance":
+        """What a caller may take. Nothing is taken by looking."""
+        quotas, owner = caller.quotas, caller.owner
+        requests = self._bucket(owner, "requests", quotas.requests_per_minute)
+        return Allowance(requests, self._bucket(owner, "tokens", quotas.tokens_per_minute), self._clock)
 
     def _bucket(self, owner: str, kind: _Kind, per_minute: int | None) -> Bucket | None:
         if per_minute is None:
