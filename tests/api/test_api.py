@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from httpx_sse import connect_sse
-from support.servers import LiveServer, Upload
+from support.servers import LiveServer, Upload, free_port
 from titans_server.settings import Settings
 
 PLAIN = {"Content-Type": "text/plain"}
@@ -231,6 +231,19 @@ def test_a_prompt_too_long_is_refused(http: httpx.Client, session: str) -> None:
     assert (response.status_code, code(response)) == (422, "prompt_too_long")
     streamed = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 101, "stream": True})
     assert '"code":"prompt_too_long"' in streamed.text
+
+
+def test_where_an_operator_gives_fewer_tokens_than_the_default_these_are_given(settings: Settings) -> None:
+    own = {"port": free_port(), "store": "memory://", "max_completion_tokens": 3}
+    with LiveServer(settings.model_copy(update=own)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        session = http.post("/v1/sessions").json()["id"]
+        for path, body in (
+            (f"/v1/sessions/{session}/completions", {"prompt": "a", "temperature": 0}),
+            ("/v1/completions", {"model": "tiny-0", "prompt": "a", "temperature": 0}),
+        ):
+            assert http.post(path, json=body).json()["usage"]["completion_tokens"] == 3
+            refused = http.post(path, json=body | {"max_tokens": 4})
+            assert (refused.status_code // 100, refused.json()["error"]["param"]) == (4, "max_tokens")
 
 
 @pytest.mark.parametrize("name", ["ses_nobody", "..%2f..%2fetc", "ses_ä", "%00", "a" * 3_000, "{sid}:record"])

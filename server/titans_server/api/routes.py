@@ -53,11 +53,12 @@ async def create_completion(
     session_id: OwnSession, body: CreateCompletion, service: Service, context: Context, reply: Reply
 ) -> Any:
     """Answer a prompt from what the session has read."""
-    if body.max_tokens > (limit := context.settings.max_completion_tokens):
+    limit = context.settings.max_completion_tokens
+    if body.max_tokens > limit and "max_tokens" in body.model_fields_set:
         raise InvalidRequest(f"max_tokens is at most {limit}", param="max_tokens")
     if body.memory == "write":
         await room(reply.caller, service)
-    request = replace(body.to_request(), if_match=reply.if_match)
+    request = replace(body.to_request(), max_tokens=min(body.max_tokens, limit), if_match=reply.if_match)
     if body.stream:
         return reply.stream(service.complete(session_id, request))
     return await reply.whole(_complete(service, session_id, request))

@@ -129,9 +129,11 @@ class Asked(Body):
         """What the service is asked for, one a prompt. `max_tokens`: the most that the server gives."""
         limit = max_tokens if self.token_limit is None else self.token_limit
         if limit > max_tokens:
-            names = ("max_output_tokens", "max_completion_tokens")
-            name = next((name for name in names if name in self.model_fields_set), "max_tokens")
-            raise InvalidRequest(f"{name} is at most {max_tokens}", param=name)
+            names = ("max_output_tokens", "max_completion_tokens", "max_tokens")
+            name = next((name for name in names if name in self.model_fields_set), None)
+            if name is not None:
+                raise InvalidRequest(f"{name} is at most {max_tokens}", param=name)
+            limit = max_tokens
         sampling = SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
