@@ -81,3 +81,13 @@ def test_text_is_known(kind: str) -> None:
 def test_other_kinds_are_refused(kind: str | None) -> None:
     with pytest.raises(UnsupportedMediaType):
         reader_for(kind)
+
+
+@pytest.mark.parametrize("piece", [b"x" * 4_096, b"x: y\r\n" * 100])
+def test_a_forms_header_does_not_fill_the_memory(piece: bytes) -> None:
+    reader = reader_for("multipart/form-data; boundary=xyz")
+    reader.feed(b'--xyz\r\nContent-Disposition: form-data; name="a"; filename="b"\r\nNote: ')
+    with pytest.raises(InvalidRequest) as caught:
+        for _ in range(100):
+            reader.feed(piece)
+    assert caught.value.code == "invalid_form"
