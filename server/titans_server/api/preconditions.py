@@ -29,7 +29,8 @@ IfMatch = Annotated[int | None, Depends(_if_match)]
 def _terms(request: Request, if_match: IfMatch) -> Terms:
     key = request.headers.get("idempotency-key", "").strip('"')
     if "idempotency-key" in request.headers and not _KEY.fullmatch(key):
-        raise InvalidRequest("an Idempotency-Key has 1 to 255 printable ASCII characters", param="Idempotency-Key")
+        message = "an Idempotency-Key has 1 to 255 printable ASCII characters, no space"
+        raise InvalidRequest(message, param="Idempotency-Key")
     return Terms(key, if_match)
 
 
