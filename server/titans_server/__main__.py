@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         host=settings.host,
         port=settings.port,
         http=PunctualProtocol,
+        h11_max_incomplete_event_size=max(1 << 14, 2 * settings.max_header_bytes),  # a little too much, the app refuses
         log_config=None,
         access_log=False,  # our own has the request's id
     )
