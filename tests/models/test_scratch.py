@@ -17,6 +17,7 @@ from titans.training.scratch.__main__ import table
 from titans.training.scratch.config import ScratchConfig, ablations
 from titans.training.scratch.tasks import TASKS
 from titans.training.scratch.trainer import ScratchTrainer
+from titans_client import cli
 
 TINY = ScratchConfig(hidden_size=16, num_tokens=128, batch_size=4, num_steps=4, warmup_steps=1)
 
@@ -92,6 +93,13 @@ def test_the_table_shows_what_was_scored() -> None:
     assert heading.split() == ["1x", "2x", "4x", "memory", "off,", "4x", "paper,", "table", "5"]
     assert row.split() == ["mac,", "no", "momentum", "100.0%", "99.5%", "50.0%", "12.5%", "87.1%"]
     assert other.split()[-2:] == ["12.5%", "-"]
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "many"])
+def test_a_run_has_a_step(steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["scratch", "mac", "--steps", steps, "--run", str(tmp_path / "run")]) == 2
+    assert "--steps" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:

@@ -220,6 +220,16 @@ def test_weights_that_are_none_are_refused_before_any_work(tmp_path: Path, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_a_layer_that_the_body_has_not_is_told(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    for layer in ("18", "-1"):
+        assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), "--layer", layer, *rest]) == 1
+        assert capsys.readouterr().err == "titans: train: the body has the layers 0 to 3\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     model = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32).model
     first = {name: x.clone() for name, x in memory_tensors(model).items()}

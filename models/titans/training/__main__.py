@@ -62,9 +62,11 @@ def _train(args: argparse.Namespace) -> None:
         read_header(args.start)  # before minutes of work
         config = config.answering() if args.answers else config.going_on()
     config = config.scaled(args.share)
+    backbone = load_backbone(body)
+    if not 0 <= args.layer < backbone.config.num_layers:
+        raise BackboneError(f"the body has the layers 0 to {backbone.config.num_layers - 1}")
     args.run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    backbone = load_backbone(body)
     whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
     model = build(backbone, whole)
     device = preferred_device()

@@ -16,11 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("architecture", choices=get_args(Architecture))
     parser.add_argument("--task", choices=sorted(TASKS), default="recall")
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="where runs live; each resumes")
-    parser.add_argument("--steps", type=int, default=ScratchConfig.num_steps)
+    parser.add_argument("--steps", type=steps, default=ScratchConfig.num_steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablations", action="store_true", help="also train it with one part less each time")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
+
+
+def steps(text: str) -> int:
+    """One or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"not a number from 1: {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
