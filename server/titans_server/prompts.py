@@ -16,6 +16,7 @@ class Chat:
     """A conversation, to be put into the model's own form."""
 
     messages: tuple[Mapping[str, str], ...]  # "role" and "content"
+    param: str = "messages"  # the request's field that they are from
 
 
 Prompt = str | Sequence[int] | Chat  # text, tokens, or what the model's chat template makes text of
@@ -37,7 +38,7 @@ class CompletionRequest:
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:
     """The request with its prompt in tokens. Raises InvalidRequest where it is empty, too long or not for it."""
     tokens = encode(request.prompt, tokenizer)
-    param = "messages" if isinstance(request.prompt, Chat) else "prompt"
+    param = _param(request.prompt)
     if not tokens:
         raise InvalidRequest("the prompt is empty", param=param)
     if len(tokens) > max_tokens:
@@ -58,10 +59,13 @@ def encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
             return tokenizer.encode(prompt)
         return tokenizer.encode_chat(prompt.messages) if isinstance(prompt, Chat) else list(prompt)
     except ChatError as error:
-        raise InvalidRequest(str(error), code="no_chat_template", param="messages") from error
+        raise InvalidRequest(str(error), code="no_chat_template", param=_param(prompt)) from error
     except TypeError as error:
-        param = "messages" if isinstance(prompt, Chat) else "prompt"
-        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param=param) from error
+        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param=_param(prompt)) from error
+
+
+def _param(prompt: Prompt) -> str:
+    return prompt.param if isinstance(prompt, Chat) else "prompt"
 
 
 def _check(tokens: Sequence[int], tokenizer: Tokenizer, param: str) -> None:

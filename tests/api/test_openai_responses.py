@@ -228,6 +228,7 @@ async def test_an_unknown_conversation_is_not_found(ai: Driver, stream: bool) ->
         ({"input": [{"role": "clown", "content": "x"}]}, "input.0.role", "invalid_request"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "unsupported_parameter"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input", None),
+        ({"input": "x" * 2_000}, "input", "prompt_too_long"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a", "invalid_request"),
         ({"extra_body": {"memory": "write"}}, "memory", "invalid_request"),
         ({"extra_body": {"n": 2}}, "n", "unsupported_parameter"),

@@ -80,7 +80,7 @@ class CreateResponse(Asked):
     def prompts(self) -> Sequence[Prompt]:
         """The instructions, then the input."""
         first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [Chat((*first, *(as_message(item) for item in self.input)))]
+        return [Chat((*first, *(as_message(item) for item in self.input)), param="input")]
 
     @property
     def token_limit(self) -> int | None:
