@@ -11,6 +11,7 @@ from typing import Any
 
 GROUP = "titans.commands"
 EXTRAS = {
+    "average": "server",
     "eval": "server",
     "keys": "server",
     "scratch": "train",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from titans_client import _terminal, cli
+from titans_client import _extensions, _terminal, cli
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -308,6 +309,12 @@ class TestExtensions:
     def test_a_built_in_command_cannot_be_taken_over(self, run: Run) -> None:
         assert run("health")[0] == 0
         assert "health" in run("--help")[1]
+
+
+def test_every_command_of_this_package_is_known_by_the_extra_that_it_needs() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert _extensions.EXTRAS.keys() == project["entry-points"][_extensions.GROUP].keys()
+    assert set(_extensions.EXTRAS.values()) <= project["optional-dependencies"].keys()
 
 
 def test_a_built_in_command_does_not_look_for_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
