@@ -6,6 +6,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from titans.state import State
@@ -54,7 +55,8 @@ class States:
         self._policy = policy
         self._observer = observer
         self._loads: dict[str, asyncio.Task[State]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()  # snapshots of what had to leave memory
+        self._tasks: set[asyncio.Task[None]] = set()  # snapshots that are due, and of what had to leave memory
+        self._due: set[str] = set()  # sessions with a snapshot under way because the log is long: one a session
         self._one_snapshot = asyncio.Lock()  # at a time: nobody waits for it
         self._idle: asyncio.Task[None] | None = None  # from `start` to `close`
         self.empty = engine.new_state()
@@ -101,8 +103,9 @@ class States:
     def keep(self, session_id: str, version: Version, state: State) -> None:
         """Hold the state of a session's newest version in memory. What has to leave gets its snapshot first."""
         kept, left = self._cache.put(session_id, version, state)
-        if self.is_due(version.snapshot, state, len(version.entries)):
-            self._spawn(self._snapshot(kept))
+        if session_id not in self._due and self.is_due(version.snapshot, state, len(version.entries)):
+            self._due.add(session_id)
+            self._spawn(self._store_due(kept))
         for held in left:
             if not held.is_stored and len(self._tasks) < _MAX_EVICTED:
                 self._spawn(self._store_evicted(held))
@@ -190,18 +193,24 @@ class States:
         failpoints.reach("during_replay")
         return await self._engine.ingest(state, tokens[half:], urgent=True)
 
+    async def _store_due(self, held: Held) -> None:
+        try:
+            await self._snapshot(held, is_recent=True)
+        finally:
+            self._due.discard(held.session_id)
+
     async def _store_evicted(self, held: Held) -> None:
         failpoints.reach("during_eviction")
         await self._snapshot(held)
 
-    async def _snapshot(self, held: Held) -> None:
+    async def _snapshot(self, held: Held, *, is_recent: bool = False) -> None:
         """Give a version its snapshot, unless it has one. Whatever goes wrong, the log has it all."""
         if held.is_stored:
             return
         async with self._one_snapshot:
             try:
                 snapshot = await self.store(held.session_id, held.state)
-                attach = lambda record: history.attach(record, held.version, snapshot)  # noqa: E731
+                attach = partial(history.attach, version=held.version, snapshot=snapshot, is_recent=is_recent)
                 record = await self._ledger.change(held.session_id, attach)
             except (StoreUnavailable, VersionConflict) as error:
                 log.warning("no snapshot of session %s: %s", held.session_id, error)

@@ -1,5 +1,7 @@
 """What a session's record becomes: nothing that it points at is ever gone."""
 
+from dataclasses import replace
+
 import pytest
 from support.records import a_session
 from titans_server.sessions import history
@@ -26,3 +28,28 @@ def test_a_version_stands_on_the_snapshot_that_its_base_got_meanwhile(how: str) 
         edit = history.seal(record, draft, SEPARATOR, writing, outcome)
     assert edit.record.head.snapshot == record.head.snapshot
     assert edit.record.entries() == edit.append.keys()
+
+
+def test_a_snapshot_of_a_version_serves_those_that_go_on_from_it_and_no_other() -> None:
+    record, versions = a_session(), []
+    for number in range(3):
+        record = history.write(record, Writing(record.head, f"w{number}", (1, 2), 8, num_kept=9)).record
+        versions.append(record.head)
+    record = history.restore(record, 1, "again", num_kept=9).record
+    assert history.attach(record, versions[1], Snapshot("late", "0" * 64, 8, 4)).record is record, "it was left behind"
+
+    record = history.restore(record, 3, "forth", num_kept=9).record
+    snapshot = Snapshot("blob", "0" * 64, 8, 4)
+    record = history.attach(record, versions[1], snapshot).record
+    assert [(x.snapshot, x.entries, x.num_to_replay) for x in record.versions[1:]] == [
+        (None, ((0, 2),), 2),
+        (snapshot, (), 0),
+        (snapshot, ((2, 2),), 2),
+        (None, ((0, 2),), 2),
+        (snapshot, ((2, 2),), 2),
+    ]
+    unknown = replace(versions[2], write_id="of a commit that the store has lost")
+    newer = Snapshot("newer", "0" * 64, 8, 6)
+    assert history.attach(record, unknown, newer).record is record, "its entries may be others by now"
+    record = history.attach(record, versions[2], newer).record  # as whoever began before the first one knows it
+    assert (record.head.snapshot, record.head.entries) == (newer, ())

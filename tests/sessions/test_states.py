@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from support.engines import states_on
@@ -53,6 +54,14 @@ class Counting(MemoryStore):
         self.num_blobs[session_id] += 1
         if session_id == self.broken:
             raise RuntimeError("unforeseen")
+        return await super().write_blob(session_id, data)
+
+
+class Slow(Counting):
+    """Takes longer to keep a blob than it takes to write the next versions."""
+
+    async def write_blob(self, session_id: str, data: bytes) -> str:
+        await asyncio.sleep(0.2)
         return await super().write_blob(session_id, data)
 
 
@@ -109,3 +118,24 @@ async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_ot
     assert store.num_blobs == dict.fromkeys([x.id for x in (deleted, torn, broken, whole)], 1)
     await states.close()
     assert (await store.get(broken.id)).head.num_to_replay == len(TOKENS), "the log has it"
+
+
+async def test_snapshots_of_a_session_that_is_written_to_all_the_time_keep_its_log_short(engine: Engine) -> None:
+    store = Slow()
+    record, ledger, states = await made(store), Ledger(store), states_on(store, engine)
+    state = engine.new_state()
+    for number in range(200):
+        state = await engine.ingest(state, TOKENS[:2])
+        writing = Writing(record.head, f"w{number}", TOKENS[:2], state.num_bytes, 8)
+        record = await ledger.change(record.id, partial(history.write, writing=writing))
+        states.keep_newest(record, writing.write_id, state)
+        await asyncio.sleep(0.01)
+    assert len(states._tasks) <= 1, "no state waits for its snapshot behind another one of its session"
+    await states.close()
+    record = await store.get(record.id)
+    assert store.num_blobs[record.id] <= 200 // 64 + 1
+    assert set(store._blobs) == set(record.snapshots()), "none was in vain"
+    _, found = await states_on(store, engine).newest(record.id)
+    assert int(found.position) == 400
+    for name, x in state.parts().items():
+        assert x.allclose(found.parts()[name], rtol=1e-3, atol=1e-4), name

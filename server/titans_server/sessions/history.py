@@ -178,12 +178,21 @@ def discard(record: SessionRecord, ingestion: str) -> Edit:
     return Edit(record if rest == record.drafts else replace(record, drafts=rest))
 
 
-def attach(record: SessionRecord, version: Version, snapshot: Snapshot) -> Edit:
-    """Give the newest version a snapshot of its own; nothing to do where it is the newest no more."""
-    if record.head.write_id != version.write_id or not record.head.num_to_replay:
+def attach(record: SessionRecord, version: Version, snapshot: Snapshot, *, is_recent: bool = False) -> Edit:
+    """Give a version a snapshot of its own, from which those that go on from it begin as well.
+
+    Nothing to do where the newest does not, nor where the version is kept no more; unless it `is_recent`: it was made a
+    moment ago, so that the numbers of its entries cannot have come to stand for others, in a store that lost commits.
+    """
+    kept = record.made_by(version.write_id) or (version if is_recent else None)
+    if kept is None or not kept.num_to_replay or not _goes_on(record.head, kept):
         return Edit(record)
-    head = replace(record.head, snapshot=snapshot, entries=())
-    return Edit(replace(record, versions=(*record.versions[:-1], head)))
+    version, num_read = kept, len(kept.entries)
+    begun = (
+        replace(x, snapshot=snapshot, entries=x.entries[num_read:]) if _goes_on(x, version) else x
+        for x in record.versions
+    )
+    return Edit(replace(record, versions=tuple(begun)))
 
 
 def restore(record: SessionRecord, number: int, write_id: str, num_kept: int) -> Edit:
@@ -240,6 +249,11 @@ def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, byte
 def _living(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
     limit = time.time() - _KEPT_DRAFT_SECONDS
     return tuple(x for x in drafts if x.accepted or x.lease_until > limit)
+
+
+def _goes_on(version: Version, older: Version) -> bool:
+    """Whether a version has read what an older one has, and then more or nothing."""
+    return version.snapshot == older.snapshot and version.entries[: len(older.entries)] == older.entries
 
 
 def _with(drafts: tuple[Draft, ...], changed: Draft) -> tuple[Draft, ...]:
