@@ -195,7 +195,6 @@ class SessionService:
         if int(state.position) < 0:
             raise InvalidState("the state has read fewer tokens than none")
         write_id = secrets.token_hex(8)
-        snapshot = await self._states.store(session_id, state)
 
         def edit(record: SessionRecord) -> history.Edit:
             if record.made_by(write_id) is None:
@@ -204,6 +203,8 @@ class SessionService:
             return history.replace_state(record, writing, snapshot)
 
         async with self._writers.turn(session_id):
+            check_match(await self.get(session_id), if_match)
+            snapshot = await self._states.store(session_id, state)  # not before: what waits for an hour is swept
             record = await self._ledger.change(session_id, edit)
             self._states.keep_newest(record, write_id, state)
             return record

@@ -1,12 +1,20 @@
 """A session's past and copies: If-Match, versions, restore, forks, state files, listing, expiry."""
 
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy
 import pytest
 import safetensors.numpy
+from titans_server.sessions import database
+from titans_server.sessions.database import Database
+from titans_server.settings import Settings
 
 ASK = {"prompt": "where", "max_tokens": 8, "temperature": 0}
 
@@ -173,6 +181,40 @@ def test_a_state_file_that_is_not_whole_or_not_this_models_changes_nothing(http:
     assert code(http.put(path, content=stranger)) == (409, "state_mismatch")
     assert code(http.put(path, content=b"\0" * (8 << 20))) == (413, "document_too_large")
     assert show(http, read)["version"] == before["version"]
+
+
+def test_a_state_file_that_waits_for_a_document_longer_than_an_hour_is_there_afterwards(
+    http: httpx.Client, read: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, go = f"/v1/sessions/{read}", threading.Event()
+    blob = http.get(f"{path}/state").content
+
+    def slowly() -> Iterator[bytes]:
+        yield b"a document that takes its time. "
+        assert go.wait(60)
+        yield b"its end."
+
+    def document() -> int:
+        headers = {"Content-Type": "text/plain"}
+        return http.post(f"{path}/documents", content=slowly(), headers=headers).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        learning = pool.submit(document)
+        time.sleep(0.5)
+        importing = pool.submit(lambda: http.put(f"{path}/state", content=blob))
+        time.sleep(0.5)
+        assert not importing.done(), "one writer at a time"
+        monkeypatch.setattr(database, "_ORPHAN_SECONDS", -60.0)  # as if the hour had passed
+        store = Database(Path(settings.store.removeprefix("sqlite:///")))
+        with closing(store):
+            store.open()
+            store.sweep()
+            go.set()
+            assert learning.result() == 200
+            assert importing.result().json()["version"] == 5
+            snapshot = store.get(read).head.snapshot
+            assert snapshot is not None
+            assert store.blobs.read(snapshot.blob) is not None
 
 
 def test_sessions_are_listed_newest_first_page_by_page(http: httpx.Client) -> None:
