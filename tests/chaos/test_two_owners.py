@@ -1,5 +1,6 @@
 """Two servers on one store write to one session at once: every acknowledged write is there, once, in one order."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from support.servers import ServerProcess, Upload
 from support.table import Table
 from support.tracing import when_stopped
 from support.world import World
+from titans_server.sessions.history import LEASE_SECONDS
 
 REFUSED = {(412, "version_conflict"), (429, "session_busy"), (409, "version_conflict")}
 each_store = pytest.mark.parametrize("world", ["sqlite", "redis"], indirect=True)
@@ -157,3 +159,47 @@ def test_a_key_is_good_for_one_document_through_two_servers(
             assert acknowledged, [response.text for response in both]
             if len(set(acknowledged)) > 1 or show(world.server, session)["version"] != 1:
                 raise LostError(f"{[response.text for response in both]}, shown is {show(world.server, session)}")
+
+
+@each_store
+def test_a_document_that_was_sent_to_another_server_meanwhile_is_not_read_twice(
+    world: World, twin: ServerProcess, table: Table
+) -> None:
+    """Its server stands still before the last commit; the other one has accepted all of it, and learnt nothing yet."""
+    session, text = create(twin), "A document of several portions, which is sent again. " * 8
+    headers = {"Idempotency-Key": "key", "Content-Type": "text/plain"}
+    accepted, answered, later = threading.Event(), threading.Event(), list[httpx.Response]()
+    twin.kill()
+    twin.environment = twin.environment | {"TITANS_FAILPOINTS": "after_append=stop"}
+    twin.start()
+    world.restart_with(TITANS_FAILPOINTS="before_append=stop@2")
+
+    def post(server: ServerProcess, **more: str) -> httpx.Response:
+        return server.http.post(f"/v1/sessions/{session}/documents", content=text, headers=headers | more)
+
+    def hand_over() -> None:
+        time.sleep(LEASE_SECONDS + 0.5)
+        sending.start()
+        accepted.wait(TAKEOVER_SECONDS)
+
+    def stay() -> None:
+        accepted.set()
+        answered.wait(TAKEOVER_SECONDS)
+
+    sending = threading.Thread(target=lambda: later.append(post(twin, Prefer="respond-async")))
+    with table.attempt(world.kind, "two servers", "one goes on with the other's document"):
+        with when_stopped(twin.pid, stay), when_stopped(world.server.pid, hand_over):
+            response = post(world.server)
+            answered.set()
+            sending.join()
+        assert accepted.is_set()
+        assert later[0].status_code == 202
+        deadline = time.monotonic() + TAKEOVER_SECONDS
+        while not show(twin, session)["version"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        alone = create(twin)
+        written = write(twin, alone, text)
+        assert written is not None
+        if (show(twin, session)["version"], show(twin, session)["tokens_seen"]) != (1, written.tokens):
+            raise LostError(f"{written.tokens} tokens are shown as {show(twin, session)}, answered {response.text}")
+        assert ask(twin, session) == ask(twin, alone)

@@ -1,11 +1,13 @@
 """What a session's record becomes: nothing that it points at is ever gone."""
 
+import time
 from dataclasses import replace
 
 import pytest
 from support.records import a_session
+from titans_server.errors import VersionConflict
 from titans_server.sessions import history
-from titans_server.sessions.history import Writing
+from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.record import Draft, Outcome, Snapshot
 
 SEPARATOR = (10, 10)
@@ -53,3 +55,20 @@ def test_a_snapshot_of_a_version_serves_those_that_go_on_from_it_and_no_other() 
     assert history.attach(record, unknown, newer).record is record, "its entries may be others by now"
     record = history.attach(record, versions[2], newer).record  # as whoever began before the first one knows it
     assert (record.head.snapshot, record.head.entries) == (newer, ())
+
+
+def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twice() -> None:
+    """Ours stands still before its last commit; meanwhile the client sends it to theirs, to be learnt later."""
+    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
+    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    (ours,) = record.drafts
+    record = history.renew(record, "ing_1", "theirs").record
+    (theirs,) = record.drafts
+    record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole", is_last=True)).record
+    (theirs,) = record.drafts
+
+    outcome = Outcome("ing_1", "done", 0.0, key="key", sha256="whole", num_bytes=5)
+    with pytest.raises(VersionConflict, match="another server"):
+        history.seal(record, ours, SEPARATOR, Writing(record.head, "ours", (4, 5), 8, num_kept=8), outcome)
+    record = history.seal(record, theirs, SEPARATOR, Writing(record.head, "theirs", (), 8, num_kept=8), outcome).record
+    assert (record.version, record.tokens_seen, record.outcomes[-1].tokens) == (1, 5, 5)

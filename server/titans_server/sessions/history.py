@@ -131,7 +131,8 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
     """A version that has read a whole document: what of it is in the draft, and `writing.tokens`.
 
     `outcome` lacks what only the version tells. Nothing is done where the document has an outcome already, by its id
-    or by its key. Raises Overtaken, IngestionCancelled where the draft is gone.
+    or by its key. Raises Overtaken, IngestionCancelled where the draft is gone, VersionConflict where another server
+    has appended to it.
     """
     done = record.outcome(draft.ingestion) or record.done(draft.key)
     if done is not None:
@@ -140,6 +141,8 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
     found = record.draft(draft.ingestion)
     if found is None and draft.entries:
         raise _cancelled(draft.ingestion)
+    if found is not None and found.tokens != draft.tokens:
+        raise _goes_on_elsewhere(draft)
     base = _standing(record, writing.base)
     ours = found.entries if found else ()
     num_tokens = (found.tokens if found else 0) + len(writing.tokens)
@@ -272,7 +275,11 @@ def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> No
         if draft.entries or record.outcome(draft.ingestion) is not None:
             raise _cancelled(draft.ingestion)
     elif (found.tokens, found.server) != (draft.tokens, draft.server):
-        raise VersionConflict(f"another server goes on with the document {draft.ingestion}")
+        raise _goes_on_elsewhere(draft)
+
+
+def _goes_on_elsewhere(draft: Draft) -> VersionConflict:
+    return VersionConflict(f"another server goes on with the document {draft.ingestion}")
 
 
 def _cancelled(ingestion: str) -> IngestionCancelled:
