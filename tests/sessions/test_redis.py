@@ -101,6 +101,35 @@ async def test_a_full_memory_is_unavailable_and_leaves_the_old_version(
     assert await snapshot_of(store, commit.record) == b"second"
 
 
+@pytest.mark.parametrize("fault", ["full", "gone"])
+async def test_a_commit_that_redis_has_done_is_done_whatever_happens_to_it_next(
+    server: RedisServer, store: RedisStore, record: SessionRecord, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = store._write
+
+    async def and_then(*args: object) -> object:
+        written = await write(*args)  # type: ignore[arg-type]
+        if fault == "full":
+            server.command("CONFIG", "SET", "maxmemory", "1mb")
+        else:
+            server.kill()
+        return written
+
+    commit = await with_snapshot(store, record, b"second")
+    with monkeypatch.context() as during:
+        during.setattr(store, "_write", and_then)
+        await store.commit(commit)
+    if fault == "full":
+        assert await snapshot_of(store, record) is None, "what the version before needed makes room"
+        server.command("CONFIG", "SET", "maxmemory", "0")
+    else:
+        server.start()
+    assert await store.get(record.id) == commit.record
+    following = logged(commit.record, b"tokens", tokens=10)
+    await store.commit(following)
+    assert await store.usage("") == Usage(1, 6 + 40)
+
+
 async def test_a_replica_is_unavailable_to_writers(server: RedisServer, store: RedisStore) -> None:
     server.command("CONFIG", "SET", "replica-serve-stale-data", "yes")
     server.command("REPLICAOF", "127.0.0.1", "1")

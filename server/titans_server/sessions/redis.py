@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
+from redis.exceptions import RedisError
+
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
 from titans_server.sessions.record import SessionRecord, not_found, taken
@@ -159,8 +161,18 @@ class RedisStore:
         if revision is None or write_id is None:
             raise not_found(record.id)
         record.is_replaced_at(int(revision), write_id.decode())
-        await self._index(record)
-        await self._unuse(record.id, commit.release)
+        await self._settle(record, commit.release)
+
+    async def _settle(self, record: SessionRecord, release: Iterable[str]) -> None:
+        """What follows a commit, which is done, whatever becomes of this.
+
+        Where Redis fails now, as when it is full, the sizes are those of the commit before, and blobs are swept later.
+        """
+        try:
+            await self._unuse(record.id, release)
+            await self._index(record)
+        except (RedisError, OSError) as error:
+            _log.warning("the index has not followed the last commit of session %s: %r", record.id, error)
 
     async def _write(self, script: str, *keys_and_values: object) -> Any:
         """Run a script on two keys; return when so many replicas as are asked for have what it wrote."""
