@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
@@ -215,6 +217,28 @@ async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_du
     assert await store.usage("") == Usage(2, 0)
     server.command("HSET", key, "record", text)
     assert (await store.get(broken.id)).drafts == (draft,)
+
+
+async def test_work_that_is_accepted_while_a_look_finds_none_is_due_later(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = Draft("ing_1", "gone", lease_until=1.0, created_at=0.0, accepted=True)
+    accepted = moved(await made(store), drafts=(draft,))
+    await store.commit(accepted)
+    learnt = moved(accepted.record, drafts=())
+    await store.commit(learnt)
+    find = store._find
+
+    async def and_then(session_id: str) -> SessionRecord | None:
+        found = await find(session_id)
+        await store.commit(moved(learnt.record, drafts=(replace(draft, lease_until=time.time() + 0.3),)))
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_find", and_then)
+        assert await store.due() == []
+    await asyncio.sleep(0.4)
+    assert await store.due() == [accepted.record.id]
 
 
 async def test_all_of_a_sessions_keys_have_its_hash_tag_and_are_deleted(

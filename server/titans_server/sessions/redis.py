@@ -17,6 +17,7 @@ from titans_server.sessions.redis_layout import (
     CREATE,
     DUE,
     EXPIRES,
+    NOT_DUE,
     UNUSE,
     USE,
     blob_keys,
@@ -268,14 +269,14 @@ class RedisStore:
 
     async def _due(self) -> Sequence[str]:
         now, found = time.time(), []
-        for name in await self._client.zrangebyscore(DUE, 0, now):
+        for name, score in await self._client.zrangebyscore(DUE, 0, now, withscores=True):
             try:
                 record = await self._find(name.decode())
             except StateCorrupted:
                 found.append(name.decode())  # whoever goes on with it will say so
                 continue
             if record is None or record.due_at is None:
-                await self._client.zrem(DUE, name)
+                await self._client.eval(NOT_DUE, 1, DUE, name, score)
             elif record.due_at < now:
                 found.append(record.id)
         return found

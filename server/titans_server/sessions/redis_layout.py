@@ -52,6 +52,11 @@ UNUSE = """
 redis.call('HDEL', KEYS[2], ARGV[1])
 if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[1]) end
 """
+# Unless it has been put there anew meanwhile, for a document that was accepted after the look at its session.
+NOT_DUE = """
+local at = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if at and tonumber(at) == tonumber(ARGV[2]) then redis.call('ZREM', KEYS[1], ARGV[1]) end
+"""
 
 
 def session_keys(session_id: str) -> tuple[str, str]:
