@@ -106,7 +106,7 @@ class Ingestions:
         if known is not None:
             await document.rest()
             if document.sha256 != known.sha256:
-                raise KeyReused("the Idempotency-Key was used for another document")
+                raise KeyReused(history.KEY_REUSED)
             return self._status(record, known.ingestion)
         work = self._begin(record, terms, is_async=True)
         try:

@@ -184,17 +184,17 @@ def check_match(record: SessionRecord, version: int | None) -> None:
 def replayed(session_id: str, outcome: Outcome, sha256: str) -> DocumentLearnt:
     """What was said when a document was learnt. Raises KeyReused where that was another document."""
     if outcome.sha256 != sha256:
-        raise KeyReused("the Idempotency-Key was used for another document")
+        raise KeyReused(history.KEY_REUSED)
     return _learnt(session_id, outcome, is_replay=True)
 
 
 def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
     """What the session says of a document that was sealed, by this server or by another one, under its key."""
-    own, other = record.outcome(draft.ingestion), record.done(draft.key)
+    own, first = record.outcome(draft.ingestion), record.done(draft.key)
+    if first is not None and first.ingestion != draft.ingestion:
+        return replayed(record.id, first, sha256)
     if own is not None and own.status == "done":
         return _learnt(record.id, own, is_replay=False)
-    if own is None and other is not None:
-        return replayed(record.id, other, sha256)
     raise IngestionCancelled(f"ingestion {draft.ingestion} was cancelled")
 
 

@@ -203,3 +203,34 @@ def test_a_document_that_was_sent_to_another_server_meanwhile_is_not_read_twice(
         if (show(twin, session)["version"], show(twin, session)["tokens_seen"]) != (1, written.tokens):
             raise LostError(f"{written.tokens} tokens are shown as {show(twin, session)}, answered {response.text}")
         assert ask(twin, session) == ask(twin, alone)
+
+
+@each_store
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_documents_that_two_servers_accepted_under_one_key_both_can_be_asked_for(
+    world: World, twin: ServerProcess, same: bool
+) -> None:
+    session, text = create(twin), "The document, which is learnt later. "
+    headers = {"Idempotency-Key": "key", "Content-Type": "text/plain", "Prefer": "respond-async"}
+    world.restart_with(TITANS_FAILPOINTS="before_append=stop")
+
+    def accept(server: ServerProcess, content: str) -> str:
+        answer = server.http.post(f"/v1/sessions/{session}/documents", content=content, headers=headers)
+        assert answer.status_code == 202
+        return answer.headers["Location"]
+
+    theirs = list[str]()
+    with when_stopped(world.server.pid, lambda: theirs.append(accept(twin, text if same else "Another one. "))):
+        place = accept(world.server, text)
+    deadline = time.monotonic() + TAKEOVER_SECONDS
+    while True:
+        ours, other = (world.server.http.get(x).raise_for_status().json() for x in (place, theirs[0]))
+        if "learning" not in {ours["status"], other["status"]} or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert show(twin, session)["version"] == 1
+    assert (other["status"], other["version"]) == ("done", 1)
+    if same:
+        assert (ours["status"], ours["version"]) == ("done", 1)
+    else:
+        assert (ours["status"], ours["error"]["code"]) == ("failed", "idempotency_key_reused")

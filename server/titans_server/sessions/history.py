@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from titans_server.errors import IngestionCancelled, IngestionNotFound, SessionBusy, VersionConflict
+from titans_server.errors import IngestionCancelled, IngestionNotFound, KeyReused, SessionBusy, VersionConflict
 from titans_server.sessions.log import pack
 from titans_server.sessions.record import Draft, Entries, Outcome, SessionRecord, Snapshot, Version
 
 LEASE_SECONDS = 3.0
+KEY_REUSED = "the Idempotency-Key was used for another document"
 _KEPT_OUTCOMES = 64
 _KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of
 _MAX_DRAFTS = 16
@@ -130,15 +131,16 @@ def write(record: SessionRecord, writing: Writing) -> Edit:
 def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing: Writing, outcome: Outcome) -> Edit:
     """A version that has read a whole document: what of it is in the draft, and `writing.tokens`.
 
-    `outcome` lacks what only the version tells. Nothing is done where the document has an outcome already, by its id
-    or by its key. Raises Overtaken, IngestionCancelled where the draft is gone, VersionConflict where another server
+    `outcome` lacks what only the version tells. No version is made where the document has an outcome already, by its
+    id or by its key. Raises Overtaken, IngestionCancelled where the draft is gone, VersionConflict where another server
     has appended to it.
     """
-    done = record.outcome(draft.ingestion) or record.done(draft.key)
-    if done is not None:
-        rest = tuple(x for x in record.drafts if x.ingestion != draft.ingestion)
-        return Edit(record if rest == record.drafts else replace(record, drafts=rest))
+    if record.outcome(draft.ingestion) is not None:
+        return discard(record, draft.ingestion)
     found = record.draft(draft.ingestion)
+    if (first := record.done(draft.key)) is not None:
+        rest = discard(record, draft.ingestion).record
+        return Edit(record if found is None else _ended(rest, _second(outcome, first)))
     if found is None and draft.entries:
         raise _cancelled(draft.ingestion)
     if found is not None and found.tokens != draft.tokens:
@@ -242,6 +244,13 @@ def _advanced(record: SessionRecord, version: Version, writing: Writing) -> Sess
 
 def _ended(record: SessionRecord, outcome: Outcome) -> SessionRecord:
     return replace(record, outcomes=(*record.outcomes, outcome)[-_KEPT_OUTCOMES:])
+
+
+def _second(outcome: Outcome, first: Outcome) -> Outcome:
+    """What becomes of a document whose key was used for another one, on another server, which was learnt first."""
+    if outcome.sha256 == first.sha256:
+        return replace(first, ingestion=outcome.ingestion)
+    return replace(outcome, status="failed", code=KeyReused.default_code, message=KEY_REUSED)
 
 
 def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, bytes], Entries]:
