@@ -13,14 +13,16 @@ from support.records import made
 from titans_server import accepted, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine
+from titans_server.errors import VersionConflict
 from titans_server.learning import Learning
 from titans_server.leases import Leases
 from titans_server.observer import Observer
-from titans_server.sessions import history
+from titans_server.sessions import history, ledger
 from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, SessionRecord
+from titans_server.sessions.store import Commit
 from titans_server.takeover import TakeOver
 from titans_server.writers import Writers
 
@@ -49,6 +51,12 @@ class Faulty(MemoryStore):
             self.num_tries += 1
             raise RuntimeError("unforeseen")
         return await super().get(session_id)
+
+    async def commit(self, commit: Commit) -> None:
+        if commit.record.version and "race" in self.faults:
+            self.faults.remove("race")
+            raise VersionConflict("others are always faster")
+        await super().commit(commit)
 
     async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
         self._fail_if("log")
@@ -82,10 +90,10 @@ async def server_on(store: MemoryStore, engine: Engine) -> AsyncIterator[None]:
         await accepted.close()
 
 
-async def left_behind(store: MemoryStore) -> str:
+async def left_behind(store: MemoryStore, if_match: int | None = None) -> str:
     """A session with an accepted document whose server is gone."""
     record, ledger = await made(store), Ledger(store)
-    draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True)
+    draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True, if_match=if_match)
     portion = Portion(TOKENS, len(TOKENS), hashlib.sha256(b"text").hexdigest(), is_last=True)
     await ledger.change(record.id, lambda record: history.append(record, draft, (3,), portion))
     await ledger.change(record.id, lambda record: history.renew(record, draft.ingestion, "gone", seconds=0))
@@ -144,6 +152,28 @@ async def test_a_store_and_a_document_that_fail_for_a_while_are_told_of_with_one
     assert not store.faults
     assert told(caplog, "cannot look for work that was left: a fault of the server's") == [True, False, False]
     assert told(caplog, f"ingestion ing_{session} waits: a fault of the server's") == [True, False, False]
+
+
+@pytest.mark.parametrize("if_match", [None, 0])
+async def test_a_document_whose_commit_loses_every_race_is_tried_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, if_match: int | None
+) -> None:
+    monkeypatch.setattr(ledger, "_ATTEMPTS", 1)
+    store = Faulty()
+    session = await left_behind(store, if_match)
+    store.faults = ["race", "race"]
+    async with server_on(store, engine):
+        await learnt(store, [session])
+    assert not store.faults
+
+
+async def test_a_document_that_was_to_follow_another_version_fails(engine: Engine) -> None:
+    store = Faulty()
+    session = await left_behind(store, if_match=7)
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert [(x.status, x.code) for x in outcomes] == [("failed", "version_conflict")]
 
 
 async def test_another_models_session_is_left_to_that_models_server(

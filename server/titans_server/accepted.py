@@ -120,7 +120,10 @@ class Accepted:
         return None
 
     async def _learn(self, work: Work) -> None:
-        """Learn it, as the session's writer. Raises StoreUnavailable, Overloaded, ShuttingDown; else it has ended."""
+        """Learn it, as the session's writer. Raises StoreUnavailable, Overloaded, ShuttingDown; else it has ended.
+
+        Raises VersionConflict where it stands on the version it is to follow, and others were faster.
+        """
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
         if draft is None:
             return  # whoever had the session before has learnt it already
@@ -133,8 +136,13 @@ class Accepted:
         except (IngestionCancelled, SessionNotFound):
             pass
         except TitansError as error:
+            if isinstance(error, VersionConflict) and await self._may_follow(work.session_id, draft):
+                raise
             outcome = Outcome(draft.ingestion, "failed", time.time(), code=error.code, message=error.message)
             await self._ledger.change(work.session_id, lambda record: history.end(record, outcome))
+
+    async def _may_follow(self, session_id: str, draft: Draft) -> bool:
+        return draft.if_match in {None, (await self._ledger.store.get(session_id)).version}
 
     def _taken(self, session_id: str, draft: Draft) -> Work:
         return Work(session_id, replace(draft, server=self._leases.server))
