@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from support.redis_server import RedisServer
-from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable
+from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client
 from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.redis import RedisStore
+from titans_server.sessions.redis_layout import blob_keys
 from titans_server.sessions.store import Commit, Usage
 
 STATE = os.urandom(1 << 20)
@@ -272,6 +273,55 @@ async def test_a_crash_leaves_a_blob_that_is_swept_once_it_is_old(
     assert await snapshot_of(store, child) == STATE
     await store.delete(child.id)
     assert server.command("KEYS", "titans:{ses_*") == []
+
+
+@pytest.mark.parametrize("how", ["commit", "fork"])
+async def test_a_snapshot_that_is_pointed_at_amid_a_sweep_stays(
+    server: RedisServer, store: RedisStore, record: SessionRecord, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a server whose clock is hours behind the sweeping one's."""
+    commit, child, find = (
+        await with_snapshot(store, record, b"second"),
+        a_session(versions=record.versions),
+        store._find,
+    )
+    wanted = commit.record if how == "commit" else child
+    (blob,) = wanted.snapshots()
+    uses = blob_keys(blob)[1]
+    server.command("HSET", uses, wanted.id, "1.5")  # a fork has come as far as this
+
+    async def and_then(session_id: str) -> SessionRecord | None:
+        found = await find(session_id)
+        if session_id == wanted.id:
+            await (store.commit(commit) if how == "commit" else store.create(Commit(child)))
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_find", and_then)
+        await store._sweep_blob(uses, time.time())
+    if how == "fork":
+        await store.delete(record.id)
+    assert await store.get(wanted.id) == wanted
+    assert await snapshot_of(store, wanted) == (b"second" if how == "commit" else STATE)
+
+
+async def test_a_fork_whose_use_of_a_snapshot_was_swept_is_refused(
+    server: RedisServer, store: RedisStore, record: SessionRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, write, (blob,) = a_session(versions=record.versions), store._write, record.snapshots()
+
+    async def and_then(*args: object) -> object:
+        written = await write(*args)  # type: ignore[arg-type]
+        server.command("HDEL", blob_keys(blob)[1], child.id)
+        return written
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_write", and_then)
+        with pytest.raises(VersionConflict, match="no more"):
+            await store.create(Commit(child))
+    with pytest.raises(SessionNotFound):
+        await store.get(child.id)
+    assert await snapshot_of(store, record) == STATE
 
 
 async def test_what_an_index_has_too_much_is_swept_once_it_is_old(

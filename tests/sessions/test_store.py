@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
-from titans_server.errors import SessionNotFound, VersionConflict
+from titans_server.errors import SessionNotFound, StoreUnavailable, VersionConflict
 from titans_server.sessions.open import open_store
 from titans_server.sessions.record import Draft, Outcome, Parent
 from titans_server.sessions.store import Commit, SessionStore, Usage
@@ -138,6 +138,26 @@ async def test_a_snapshot_that_is_replaced_goes_and_one_that_is_kept_stays(store
     await store.commit(await with_snapshot(store, kept.record, b"third"))
     assert await snapshot_of(store, first) is None
     assert await snapshot_of(store, kept.record) is None
+
+
+async def test_a_commit_to_a_snapshot_that_was_swept_is_refused_and_changes_nothing(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = logged(await made(store), b"tokens")
+    await store.commit(first)
+    late = await with_snapshot(store, first.record, b"state")
+    real = time.time
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(time, "time", lambda: real() + 7200)  # another server's clock, or this one stood still
+        await store.sweep()
+    with pytest.raises(StoreUnavailable, match="swept"):
+        await store.commit(late)
+    assert await store.get(first.record.id) == first.record
+    assert list(await store.read_log(first.record.id, [0])) == [b"tokens"]
+    again = await with_snapshot(store, first.record, b"state")
+    await store.commit(again)
+    await store.commit(again)
+    assert await snapshot_of(store, again.record) == b"state"
 
 
 async def test_a_fork_shares_its_parents_snapshot_for_as_long_as_either_needs_it(store: SessionStore) -> None:

@@ -28,7 +28,8 @@ def moved(record: SessionRecord, append: Mapping[int, bytes] | None = None, **fi
     """The commit that brings a session to its next revision: what is pointed at no more goes."""
     after = replace(record, revision=record.revision + 1, write_id=uuid.uuid4().hex, **fields)
     drop = frozenset(record.entries() - after.entries())
-    return Commit(after, append or {}, drop, frozenset(record.snapshots().keys() - after.snapshots().keys()))
+    release, point = record.snapshots().keys() - after.snapshots(), after.snapshots().keys() - record.snapshots()
+    return Commit(after, append or {}, drop, frozenset(release), frozenset(point))
 
 
 def logged(record: SessionRecord, data: bytes, tokens: int = 7) -> Commit:

@@ -52,6 +52,10 @@ class BlobFolder:
         except FileNotFoundError:
             return None
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self._path / name).exists()
+
     def remove(self, name: str) -> None:
         """Remove a blob that nothing points at, or will. Never raises: what stays is swept at a later start."""
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titans_server.errors import StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions.blobs import BlobFolder
-from titans_server.sessions.record import SessionRecord, from_format_1, not_found, taken
+from titans_server.sessions.record import SessionRecord, from_format_1, not_found, swept, taken
 from titans_server.sessions.store import Commit, Usage
 
 _log = logging.getLogger(__name__)
@@ -104,6 +104,8 @@ class Database:
                 raise not_found(record.id)
             if not record.is_replaced_at(*row):
                 return
+            if not all(map(self.blobs.has, commit.point)):
+                raise swept(record.id)
             self._db.execute(f"UPDATE sessions SET {_FIELDS} WHERE id = ?", (*_fields(record), record.id))
             self._write(commit)
             unused = self._unpoint(record.id, commit.release)
@@ -162,7 +164,8 @@ class Database:
                 unused = self._delete(session_id)
             self._remove(unused)
         old = self.blobs.older_than(_ORPHAN_SECONDS)
-        self._remove(old.difference(name for (name,) in self._db.execute("SELECT blob FROM pointers")))
+        with self._transaction():  # no commit may point at one meanwhile
+            self._remove(old.difference(name for (name,) in self._db.execute("SELECT blob FROM pointers")))
 
     def ping(self) -> None:
         """See SessionStore."""

@@ -60,9 +60,10 @@ class Ledger:
         new = replace(new, revision=old.revision + 1, write_id=secrets.token_hex(8))
         drop = frozenset(old.entries() - new.entries())
         release = frozenset(old.snapshots().keys() - new.snapshots().keys())
+        point = frozenset(new.snapshots().keys() - old.snapshots().keys())
         if append:
             failpoints.reach("before_append")
-        await self.store.commit(Commit(new, append, drop, release))
+        await self.store.commit(Commit(new, append, drop, release, point))
         if append:
             failpoints.reach("after_append")
         return new

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from titans_server.errors import VersionConflict
-from titans_server.sessions.record import SessionRecord, not_found, taken
+from titans_server.sessions.record import SessionRecord, not_found, swept, taken
 from titans_server.sessions.store import Commit, Usage
 
 
@@ -47,6 +47,8 @@ class MemoryStore:
         record = commit.record
         kept = self._find(record.id)
         if record.is_replaced_at(kept.record.revision, kept.record.write_id):
+            if not commit.point <= self._blobs.keys():
+                raise swept(record.id)
             kept.record = record
             kept.log.update(commit.append)
             for number in commit.drop:

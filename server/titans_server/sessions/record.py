@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from titans_server.errors import SessionNotFound, StateCorrupted, VersionConflict, VersionNotFound
+from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict, VersionNotFound
 
 FORMAT = 2  # of the JSON; 1 had one state a session and no log (`from_format_1`)
 
@@ -244,6 +244,11 @@ def not_found(session_id: str) -> SessionNotFound:
 def taken(session_id: str) -> VersionConflict:
     """The error for a new session whose id another one has."""
     return VersionConflict(f"there is a session {session_id} already")
+
+
+def swept(session_id: str) -> StoreUnavailable:
+    """The error for a commit that points at a blob which is there no more."""
+    return StoreUnavailable(f"a snapshot of session {session_id} was swept before it was used")
 
 
 def _pointing(kind: type[Any], fields: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
-from titans_server.sessions.record import SessionRecord, not_found, taken
+from titans_server.sessions.record import SessionRecord, not_found, swept, taken
 from titans_server.sessions.redis_layout import (
     COMMIT,
     CREATE,
@@ -20,6 +20,7 @@ from titans_server.sessions.redis_layout import (
     NOT_DUE,
     UNUSE,
     USE,
+    USED,
     blob_keys,
     owner_keys,
     record_fields,
@@ -137,9 +138,13 @@ class RedisStore:
                 raise VersionConflict(f"a snapshot for session {record.id} is there no more")
         await self._index(record)
         entries = [x for entry in commit.append.items() for x in entry]
-        kept = await self._write(CREATE, *session_keys(record.id), *record_fields(record), *entries)
+        kept = await self._write(CREATE, session_keys(record.id), *record_fields(record), *entries)
         if SessionRecord.from_json(kept, record.id) != record:
             raise taken(record.id)
+        for name in record.snapshots():
+            if not await self._client.eval(USED, 1, blob_keys(name)[1], record.id, time.time()):
+                await self._remove(record)
+                raise VersionConflict(f"a snapshot for session {record.id} is there no more")
 
     async def _get(self, session_id: str) -> SessionRecord:
         text, expires_at = await self._read(session_id)
@@ -157,10 +162,13 @@ class RedisStore:
         if record.due_at is not None:
             await self._client.zadd(DUE, {record.id: record.due_at})
         entries = [x for entry in commit.append.items() for x in entry]
-        fields = (*record_fields(record), time.time(), len(commit.append), *entries, *commit.drop)
-        revision, write_id = await self._write(COMMIT, *session_keys(record.id), *fields)
-        if revision is None or write_id is None:
+        fields = (*record_fields(record), time.time(), len(commit.append), record.id, *entries, *commit.drop)
+        keys = (*session_keys(record.id), *(blob_keys(name)[1] for name in commit.point))
+        revision, write_id = await self._write(COMMIT, keys, *fields)
+        if revision is None:
             raise not_found(record.id)
+        if write_id is None:
+            raise swept(record.id)
         record.is_replaced_at(int(revision), write_id.decode())
         await self._settle(record, commit.release)
 
@@ -175,12 +183,12 @@ class RedisStore:
         except (RedisError, OSError) as error:
             _log.warning("the index has not followed the last commit of session %s: %r", record.id, error)
 
-    async def _write(self, script: str, *keys_and_values: object) -> Any:
-        """Run a script on two keys; return when so many replicas as are asked for have what it wrote."""
+    async def _write(self, script: str, keys: Sequence[str], *values: object) -> Any:
+        """Run a script; return when so many replicas as are asked for have what it wrote."""
         if not self._num_replicas:
-            return await self._client.eval(script, 2, *keys_and_values)
+            return await self._client.eval(script, len(keys), *keys, *values)
         async with self._client.pipeline(transaction=False) as pipe:  # WAIT is about its own connection's writes
-            pipe.eval(script, 2, *keys_and_values)
+            pipe.eval(script, len(keys), *keys, *values)
             pipe.execute_command("WAIT", self._num_replicas, _REPLICAS_MS)
             result, num_replicas = await pipe.execute()
         if num_replicas < self._num_replicas:
@@ -310,7 +318,7 @@ class RedisStore:
                 except StateCorrupted:
                     continue  # what cannot be read may point at it
                 if record is None or name not in record.snapshots():
-                    await self._unuse(session_id.decode(), [name])
+                    await self._client.eval(UNUSE, 2, *blob_keys(name), session_id, since)
 
     async def _sweep_index(self, key: bytes, now: float) -> None:
         for name in await self._client.zrangebyscore(key, 0, now - _ORPHAN_SECONDS):

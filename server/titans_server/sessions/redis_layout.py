@@ -6,7 +6,9 @@ them all. A blob stands under the session that wrote it, wherever its forks are:
     titans:{<id>}:session        a hash: revision and write_id, which the scripts compare, and record, as JSON
     titans:{<id>}:log            a hash: log entries by number
     titans:{<id>}:blob:<name>    a snapshot
-    titans:{<id>}:uses:<name>    a hash: the sessions that point at it, or are about to, and since when
+    titans:{<id>}:uses:<name>    a hash: the sessions that point at it, or are about to, and since when. Whoever begins
+                                 to point at it finds its use there and renews it in the same step, and a use is swept
+                                 only as it was seen: so none is swept between a look at the record and its commit
 
 What spans sessions is an index, written before what it leads to and removed after it: it may hold too much, and
 never too little.
@@ -37,9 +39,11 @@ local at = redis.call('HMGET', KEYS[1], 'revision', 'write_id', 'expires_at')
 if not at[1] or tonumber(at[3]) <= tonumber(ARGV[5]) then return {false, false} end
 local again = at[1] == ARGV[1] and at[2] == ARGV[2]
 if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 and not again then return {at[1], at[2]} end
+for i = 3, #KEYS do if redis.call('HEXISTS', KEYS[i], ARGV[7]) == 0 then return {ARGV[1], false} end end
+for i = 3, #KEYS do redis.call('HSET', KEYS[i], ARGV[7], ARGV[5]) end
 redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
-local drops = 7 + 2 * tonumber(ARGV[6])
-for i = 7, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+local drops = 8 + 2 * tonumber(ARGV[6])
+for i = 8, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 for i = drops, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
 return {ARGV[1], ARGV[2]}
 """
@@ -48,7 +52,13 @@ if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
 return 1
 """
+USED = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
+"""
 UNUSE = """
+if ARGV[2] and redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then return end
 redis.call('HDEL', KEYS[2], ARGV[1])
 if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('DEL', KEYS[1]) end
 """

@@ -20,6 +20,7 @@ class Commit:
     append: Mapping[int, bytes] = field(default_factory=dict)  # new log entries, by number
     drop: frozenset[int] = frozenset()  # log entries that the record no longer points at
     release: frozenset[str] = frozenset()  # blobs that it no longer points at
+    point: frozenset[str] = frozenset()  # the session's own blobs that it points at from now on
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class SessionStore(Protocol):
         """Move a session to `commit.record.revision` from the one before.
 
         Raises VersionConflict where it stands at another, SessionNotFound where it is gone. A commit whose
-        `write_id` is the session's last is done already: it answers at once.
+        `write_id` is the session's last is done already: it answers at once. Raises StoreUnavailable where a blob of
+        `point` was swept meanwhile: nothing has changed, and what the blob was to replace is there.
         """
 
     async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
