@@ -145,9 +145,10 @@ class SessionService:
         """
         _check_id(session_id)
         async with self._writers.turn(session_id):
-            if if_match is not None:
-                check_match(await self._store.get(session_id), if_match)
-            await self._store.delete(session_id)
+            if if_match is None:
+                await self._store.delete(session_id)
+            else:
+                await self._ledger.delete(session_id, lambda record: check_match(record, if_match))
             self._states.forget(session_id)
 
     async def fork(

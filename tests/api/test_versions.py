@@ -1,5 +1,6 @@
 """A session's past and copies: If-Match, versions, restore, forks, state files, listing, expiry."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +13,11 @@ import httpx
 import numpy
 import pytest
 import safetensors.numpy
+from support.records import logged
+from support.servers import LiveServer
 from titans_server.sessions import database
 from titans_server.sessions.database import Database
+from titans_server.sessions.record import SessionRecord
 from titans_server.settings import Settings
 
 ASK = {"prompt": "where", "max_tokens": 8, "temperature": 0}
@@ -111,6 +115,30 @@ def test_a_conversation_is_changed_at_the_version_it_is_asked_to_be(http: httpx.
     assert show(http, session)["version"] == 1
     assert http.post(f"{path}/items", json=items, headers={"If-Match": '"1"'}).status_code == 200
     assert http.delete(path, headers={"If-Match": '"2"'}).status_code == 200
+
+
+def test_a_session_that_another_server_writes_to_amid_its_deletion_under_if_match_stays(
+    server: LiveServer, http: httpx.Client, read: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looks = server.context.service._store, list[SessionRecord]()
+    get = store.get
+
+    def write() -> None:
+        with closing(Database(Path(settings.store.removeprefix("sqlite:///")))) as other:
+            other.open()
+            other.commit(logged(looks[-1], b"theirs"))
+
+    async def and_then(session_id: str) -> SessionRecord:
+        looks.append(await get(session_id))
+        if len(looks) == 2:  # the first one is at whose session it is
+            await asyncio.to_thread(write)
+        return looks[-1]
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "get", and_then)
+        response = http.delete(f"/v1/sessions/{read}", headers={"If-Match": '"3"'})
+    assert code(response) == (412, "version_conflict")
+    assert show(http, read)["version"] == 4
 
 
 def test_the_last_versions_are_kept_and_any_of_them_is_restored(http: httpx.Client, read: str) -> None:

@@ -205,6 +205,19 @@ async def test_a_deleted_session_is_gone(store: SessionStore) -> None:
     assert list(await store.read_log(record.id, [0])) == [None]
 
 
+async def test_a_session_is_deleted_at_the_revision_that_is_named_and_at_no_other(store: SessionStore) -> None:
+    first = await made_with_snapshot(store)
+    commit = logged(first, b"tokens")
+    await store.commit(commit)
+    with pytest.raises(VersionConflict, match="moved on"):
+        await store.delete(first.id, first.revision)
+    assert await store.get(first.id) == commit.record
+    assert await snapshot_of(store, commit.record) == b"first"
+    await store.delete(first.id, commit.record.revision)
+    with pytest.raises(SessionNotFound):
+        await store.delete(first.id, commit.record.revision)
+
+
 async def test_an_unknown_session_is_not_found(store: SessionStore) -> None:
     record = a_session()
     for attempt in (store.get(record.id), store.commit(logged(record, b"")), store.delete(record.id)):

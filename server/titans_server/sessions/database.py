@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titans_server.errors import StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions.blobs import BlobFolder
-from titans_server.sessions.record import SessionRecord, from_format_1, not_found, swept, taken
+from titans_server.sessions.record import SessionRecord, from_format_1, moved_on, not_found, swept, taken
 from titans_server.sessions.store import Commit, Usage
 
 _log = logging.getLogger(__name__)
@@ -117,12 +117,15 @@ class Database:
         rows = (self._db.execute(query, (session_id, number)).fetchone() for number in numbers)
         return [row and row[0] for row in rows]
 
-    def delete(self, session_id: str) -> None:
+    def delete(self, session_id: str, revision: int | None) -> None:
         """See SessionStore."""
         with self._transaction():
-            query = "SELECT 1 FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
-            if not self._db.execute(query, (session_id, time.time())).fetchone():
+            query = "SELECT revision FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
+            row = self._db.execute(query, (session_id, time.time())).fetchone()
+            if row is None:
                 raise not_found(session_id)
+            if revision not in {None, row[0]}:
+                raise moved_on(session_id)
             unused = self._delete(session_id)
         self._remove(unused)
 

@@ -43,6 +43,20 @@ class Ledger:
                 await asyncio.sleep(random.uniform(0, _PAUSE * (attempt + 1)))
         raise VersionConflict(f"session {session_id} changes too fast")
 
+    async def delete(self, session_id: str, check: Callable[[SessionRecord], None]) -> None:
+        """Forget a session whose newest record passes a check: no commit comes between the two.
+
+        Raises what `check` raises, SessionNotFound, StateCorrupted, VersionConflict where others are always faster.
+        """
+        for attempt in range(_ATTEMPTS):
+            record = await self.store.get(session_id)
+            check(record)
+            try:
+                return await self.store.delete(session_id, record.revision)
+            except VersionConflict:
+                await asyncio.sleep(random.uniform(0, _PAUSE * (attempt + 1)))
+        raise VersionConflict(f"session {session_id} changes too fast")
+
     async def read(self, session_id: str, entries: Entries) -> list[int]:
         """The tokens of log entries. Raises StateCorrupted where one is missing, torn, or not as long as it was."""
         found = await self.store.read_log(session_id, [number for number, _ in entries])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from titans_server.errors import VersionConflict
-from titans_server.sessions.record import SessionRecord, not_found, swept, taken
+from titans_server.sessions.record import SessionRecord, moved_on, not_found, swept, taken
 from titans_server.sessions.store import Commit, Usage
 
 
@@ -71,9 +71,12 @@ class MemoryStore:
         """A blob."""
         return self._blobs.get(name)
 
-    async def delete(self, session_id: str) -> None:
+    async def delete(self, session_id: str, revision: int | None = None) -> None:
         """Forget a session."""
-        self._remove(self._find(session_id).record)
+        record = self._find(session_id).record
+        if revision not in {None, record.revision}:
+            raise moved_on(session_id)
+        self._remove(record)
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's."""

@@ -217,7 +217,7 @@ class SessionRecord:
         if (revision, write_id) == (self.revision, self.write_id):
             return False
         if revision != self.revision - 1:
-            raise VersionConflict(f"session {self.id} has moved on")
+            raise moved_on(self.id)
         return True
 
 
@@ -239,6 +239,11 @@ def from_format_1(text: str | bytes, blob: str) -> SessionRecord:
 def not_found(session_id: str) -> SessionNotFound:
     """The error for a session that the store does not have."""
     return SessionNotFound(f"no session {session_id}")
+
+
+def moved_on(session_id: str) -> VersionConflict:
+    """The error for a session that stands at another revision than was thought."""
+    return VersionConflict(f"session {session_id} has moved on")
 
 
 def taken(session_id: str) -> VersionConflict:

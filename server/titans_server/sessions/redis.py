@@ -11,10 +11,11 @@ from redis.exceptions import RedisError
 
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
-from titans_server.sessions.record import SessionRecord, not_found, swept, taken
+from titans_server.sessions.record import SessionRecord, moved_on, not_found, swept, taken
 from titans_server.sessions.redis_layout import (
     COMMIT,
     CREATE,
+    DELETE,
     DUE,
     EXPIRES,
     NOT_DUE,
@@ -90,9 +91,9 @@ class RedisStore:
         data: bytes | None = await self._run(self._client.get(blob_keys(name)[0]))
         return data
 
-    async def delete(self, session_id: str) -> None:
+    async def delete(self, session_id: str, revision: int | None = None) -> None:
         """Forget a session and all that is its alone."""
-        await self._run(self._delete(session_id))
+        await self._run(self._delete(session_id, revision))
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's, by the index."""
@@ -202,15 +203,21 @@ class RedisStore:
         await self._client.set(blob, data)
         return name
 
-    async def _delete(self, session_id: str) -> None:
+    async def _delete(self, session_id: str, revision: int | None) -> None:
         try:
             record = await self._get(session_id)
         except StateCorrupted:
+            if revision is not None:
+                raise
             return await self._remove_unreadable(session_id)
-        await self._remove(record)
+        await self._remove(record, revision)
 
-    async def _remove(self, record: SessionRecord) -> None:
-        if not await self._client.delete(*session_keys(record.id)):
+    async def _remove(self, record: SessionRecord, revision: int | None = None) -> None:
+        at = () if revision is None else (revision,)
+        num_removed = await self._client.eval(DELETE, 2, *session_keys(record.id), *at)
+        if num_removed < 0:
+            raise moved_on(record.id)
+        if not num_removed:
             raise not_found(record.id)
         await self._unuse(record.id, record.snapshots())
         await self._unindex(record.id, owner_keys(record.owner)[0])

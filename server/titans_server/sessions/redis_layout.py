@@ -47,6 +47,11 @@ for i = 8, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 for i = drops, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
 return {ARGV[1], ARGV[2]}
 """
+DELETE = """
+local at = redis.call('HGET', KEYS[1], 'revision')
+if at and ARGV[1] and at ~= ARGV[1] then return -1 end
+return redis.call('DEL', KEYS[1], KEYS[2])
+"""
 USE = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])

@@ -80,8 +80,11 @@ class SessionStore(Protocol):
     async def read_blob(self, name: str) -> bytes | None:
         """A blob; None where it is not there."""
 
-    async def delete(self, session_id: str) -> None:
-        """Forget a session and all that is its alone, also one that is unreadable. Raises SessionNotFound."""
+    async def delete(self, session_id: str, revision: int | None = None) -> None:
+        """Forget a session and all that is its alone, also one that is unreadable.
+
+        Raises SessionNotFound, and VersionConflict where it stands at another revision than the one that is given.
+        """
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's, by what the store knows beside the record."""
