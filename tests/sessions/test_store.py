@@ -242,6 +242,7 @@ async def test_an_expired_session_is_not_found_and_swept(store: SessionStore) ->
         with pytest.raises(SessionNotFound):
             await attempt
     assert [record.id for record in await store.list(owner, 10)] == [stays.id]
+    assert await store.usage(owner) == Usage(1, 0), "what is not found takes no room"
     await store.sweep()
     assert await snapshot_of(store, gone) is None
     assert await store.usage(owner) == Usage(1, 0)

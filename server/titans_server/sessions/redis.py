@@ -105,8 +105,7 @@ class RedisStore:
 
     async def usage(self, owner: str) -> Usage:
         """What the owner's sessions take."""
-        sizes = await self._run(self._client.hvals(owner_keys(owner)[1]))
-        return Usage(len(sizes), sum(map(int, sizes)))
+        return await self._run(self._usage(owner))
 
     async def due(self) -> Sequence[str]:
         """Sessions with an accepted document that nobody works on."""
@@ -281,6 +280,14 @@ class RedisStore:
         except StateCorrupted as error:
             _log.warning("session %s is left out of a list: %s", session_id, error.message)
             return None
+
+    async def _usage(self, owner: str) -> Usage:
+        now, sizes = time.time(), await self._client.hgetall(owner_keys(owner)[1])
+        expired = sizes.keys() & set(await self._client.zrangebyscore(EXPIRES, 0, now))
+        for name in expired:  # the index may be older than the session's last commit
+            if (await self._read(name.decode()))[1] <= now:
+                del sizes[name]
+        return Usage(len(sizes), sum(map(int, sizes.values())))
 
     async def _due(self) -> Sequence[str]:
         now, found = time.time(), []
