@@ -149,7 +149,8 @@ class States:
             await asyncio.gather(self._idle, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for held in self._cache:
-            await self._snapshot(held)
+            if not await self._snapshot(held):
+                break  # each of the others would wait as long, and the server has to end
 
     async def _load(self, record: SessionRecord, version: Version) -> State:
         """One load a version, however many ask."""
@@ -203,10 +204,13 @@ class States:
         failpoints.reach("during_eviction")
         await self._snapshot(held)
 
-    async def _snapshot(self, held: Held, *, is_recent: bool = False) -> None:
-        """Give a version its snapshot, unless it has one. Whatever goes wrong, the log has it all."""
+    async def _snapshot(self, held: Held, *, is_recent: bool = False) -> bool:
+        """Give a version its snapshot, unless it has one. Whatever goes wrong, the log has it all.
+
+        Returns whether the store is there.
+        """
         if held.is_stored:
-            return
+            return True
         async with self._one_snapshot:
             try:
                 snapshot = await self.store(held.session_id, held.state)
@@ -215,6 +219,7 @@ class States:
             except (StoreUnavailable, VersionConflict) as error:
                 log.warning("no snapshot of session %s: %s", held.session_id, error)
                 held.used_at = time.monotonic()  # another try once it has been idle again
+                return not isinstance(error, StoreUnavailable)
             except TitansError as error:  # another server has deleted it, or nobody can read it
                 log.warning("no snapshot of session %s, nor another try: %s", held.session_id, error)
                 self._cache.drop(held.session_id)
@@ -224,6 +229,7 @@ class States:
             else:
                 held.is_stored = True
                 held.version = record.made_by(held.version.write_id) or held.version
+            return True
 
     async def _watch_idle(self) -> None:
         while True:

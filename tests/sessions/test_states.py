@@ -9,7 +9,7 @@ import pytest
 from support.engines import states_on
 from support.records import made
 from titans_server.engine import Engine
-from titans_server.errors import StateCorrupted
+from titans_server.errors import StateCorrupted, StoreUnavailable
 from titans_server.sessions import history
 from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
@@ -44,6 +44,7 @@ class Counting(MemoryStore):
         super().__init__()
         self.num_blobs: Counter[str] = Counter()
         self.torn = self.broken = ""
+        self.is_away = False
 
     async def get(self, session_id: str) -> SessionRecord:
         if session_id == self.torn:
@@ -52,6 +53,8 @@ class Counting(MemoryStore):
 
     async def write_blob(self, session_id: str, data: bytes) -> str:
         self.num_blobs[session_id] += 1
+        if self.is_away:
+            raise StoreUnavailable("away")
         if session_id == self.broken:
             raise RuntimeError("unforeseen")
         return await super().write_blob(session_id, data)
@@ -118,6 +121,17 @@ async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_ot
     assert store.num_blobs == dict.fromkeys([x.id for x in (deleted, torn, broken, whole)], 1)
     await states.close()
     assert (await store.get(broken.id)).head.num_to_replay == len(TOKENS), "the log has it"
+
+
+async def test_a_server_that_ends_does_not_ask_a_store_that_is_away_once_for_every_session(engine: Engine) -> None:
+    store = Counting()
+    records = [await written(store, engine) for _ in range(4)]
+    states = states_on(store, engine)
+    for record in records:
+        await states.newest(record.id)
+    store.is_away = True
+    await states.close()
+    assert store.num_blobs.total() == 1, "each of them would take as long as the store takes to not answer"
 
 
 async def test_snapshots_of_a_session_that_is_written_to_all_the_time_keep_its_log_short(engine: Engine) -> None:
