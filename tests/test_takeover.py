@@ -14,14 +14,14 @@ from titans_server import accepted, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine
 from titans_server.errors import VersionConflict
-from titans_server.learning import Learning
+from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history, ledger
 from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
-from titans_server.sessions.record import Draft, SessionRecord
+from titans_server.sessions.record import Draft, Outcome, SessionRecord
 from titans_server.sessions.store import Commit
 from titans_server.takeover import TakeOver
 from titans_server.writers import Writers
@@ -174,6 +174,26 @@ async def test_a_document_that_was_to_follow_another_version_fails(engine: Engin
         while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert [(x.status, x.code) for x in outcomes] == [("failed", "version_conflict")]
+
+
+async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is_learnt(engine: Engine) -> None:
+    store = Faulty()
+    session, get = await left_behind(store), store.get
+    (first,) = (await get(session)).drafts
+    cancelled = Outcome(first.ingestion, "cancelled", time.time())
+
+    async def and_then(session_id: str) -> SessionRecord:
+        record = await get(session_id)
+        store.get = get  # type: ignore[method-assign]
+        await Ledger(store).change(session_id, lambda record: history.end(record, cancelled))
+        return record
+
+    store.get = and_then  # type: ignore[method-assign]
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    accepted = Accepted(ledger, learning, Writers(4), Leases(ledger), works={})
+    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
+    assert not (await accepted.after_others(behind)).drafts
 
 
 async def test_another_models_session_is_left_to_that_models_server(

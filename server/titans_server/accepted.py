@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from titans_server.errors import (
@@ -88,8 +89,9 @@ class Accepted:
             if ours and ours[0] == earlier[0]:
                 mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
                 try:
-                    async with self._leases.held(mine):
-                        await self._learn(mine)
+                    with suppress(IngestionCancelled):  # that one was, not ours
+                        async with self._leases.held(mine):
+                            await self._learn(mine)
                 finally:
                     self._works.pop(mine.draft.ingestion, None)
             else:
