@@ -381,6 +381,28 @@ def test_what_was_compiled_is_found_and_what_does_not_compile_is_said(
     assert [path.suffix for path in (tmp_path / ".cache" / "titans").iterdir()] == [".so"]
 
 
+@pytest.mark.parametrize("home", [None, "x" * 300])
+def test_a_user_without_a_home_has_the_kernels_beside_the_sources_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: str | None
+) -> None:
+    """Nobody knows one, or to look into it is refused: a container that runs as some number, say."""
+
+    def of_nobody() -> Path:
+        if home is None:
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path / home
+
+    kernels = build.library()
+    assert kernels is not None
+    made = Path(kernels._name)
+    monkeypatch.setattr(Path, "home", of_nobody)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert build.library.__wrapped__() is None
+    assert "no compiled kernels" in caplog.text
+    (tmp_path / made.name).write_bytes(made.read_bytes())
+    assert build.library.__wrapped__() is not None
+
+
 def test_without_kernels_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titans.packed.library", lambda: None)
     model = aligned()

@@ -29,13 +29,19 @@ def library() -> ctypes.CDLL | None:
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return None
-    kept = Path.home() / ".cache" / "titans"
-    path = next((path for folder in (FOLDER, kept) if (path := folder / _name()).exists()), None)
     try:
-        return ctypes.CDLL(str(path or compile_into(kept)))
-    except (OSError, subprocess.SubprocessError) as error:
+        beside = FOLDER / _name()
+        return ctypes.CDLL(str(beside if beside.exists() else _kept()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         log.warning("answers are slower than they need be: no compiled kernels (%s)", error)
         return None
+
+
+def _kept() -> Path:
+    """Those of this user, compiled where they are not there yet. Raises RuntimeError, and as `compile_into`."""
+    folder = Path.home() / ".cache" / "titans"
+    path = folder / _name()
+    return path if path.exists() else compile_into(folder)
 
 
 def compile_into(folder: Path) -> Path:
