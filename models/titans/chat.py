@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import NoReturn
 
 from jinja2 import Template, TemplateError
-from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -16,12 +15,13 @@ class ChatError(ValueError):
 def render(template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> str:
     """The text of a conversation, up to where the assistant speaks next. `names` are the template's other variables.
 
-    A template comes with a body and may be anybody's: it runs in a sandbox. Raises ChatError.
+    A template comes with a body and may be anybody's: it runs in a sandbox. Raises ChatError, whatever goes wrong.
     """
     try:
         return _compiled(template).render(messages=list(messages), add_generation_prompt=True, **names)
-    except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise ChatError(f"the model's chat template does not take these messages: {error}") from error
+    except Exception as error:  # what it does to a value may raise anything
+        said = str(error) or type(error).__name__
+        raise ChatError(f"the model's chat template does not take these messages: {said}") from error
 
 
 @lru_cache(maxsize=8)

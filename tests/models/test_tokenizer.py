@@ -113,6 +113,9 @@ def test_a_template_may_use_what_hugging_face_gives_it(tokenizer: Tokenizer) -> 
         "{{ messages.append(1) }}",
         "{{ 1 / 0 }}",
         "{{ messages[7].content }}",
+        "{{ messages[0].content | dictsort }}",
+        "{{ cycler() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_template_that_cannot_be_used_is_an_error_that_says_why(tokenizer: Tokenizer, template: str | None) -> None:
