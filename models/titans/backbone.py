@@ -6,6 +6,7 @@ package knows how other projects name or store theirs.
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,9 @@ def load_backbone(path: Path) -> Backbone:
     """
     try:
         return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
-    except (OSError, LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    ) as error:
         raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
 
 
@@ -77,7 +80,25 @@ def _fuse(get: Callable[[str], Tensor], config: BackboneConfig, names: dict[str,
         tensors[ours + "mlp.down.weight"] = get(theirs["down"])
         tensors[ours + "attention_norm.weight"] = get(theirs["attention_norm"])
         tensors[ours + "mlp_norm.weight"] = get(theirs["mlp_norm"])
+    shapes = _shapes(config)
+    for name, x in tensors.items():
+        if tuple(x.shape) != (expected := shapes[re.sub(r"layers\.\d+\.", "", name)]):
+            raise ValueError(f"{name} is {tuple(x.shape)}, where the config says {expected}")
     return tensors
+
+
+def _shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
+    """Of our tensors; those of a layer by their names in it."""
+    size, heads, inner = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
+    vectors = dict.fromkeys(("norm.weight", "attention_norm.weight", "mlp_norm.weight"), (size,))
+    return vectors | {
+        "embedding.weight": (config.vocab_size, size),
+        "head.weight": (config.vocab_size, size),
+        "attention.qkv.weight": (heads + 2 * config.num_kv_heads * config.head_dim, size),
+        "attention.out.weight": (size, heads),
+        "mlp.gate_up.weight": (2 * inner, size),
+        "mlp.down.weight": (size, inner),
+    }
 
 
 _HUGGING_FACE_NAMES = {

@@ -12,7 +12,7 @@ RuleName = Literal["exact", "chunk"]
 class BackboneConfig:
     """A Llama-family transformer body (RMSNorm, rotary positions, grouped queries, SwiGLU).
 
-    Raises ValueError where num_heads is not a multiple of num_kv_heads.
+    Raises ValueError where num_heads is not a multiple of num_kv_heads, and where bos_token or eos_token is no id.
     """
 
     vocab_size: int
@@ -31,6 +31,9 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError("num_heads must be a multiple of num_kv_heads")
+        for name, token in (("bos_token", self.bos_token), ("eos_token", self.eos_token)):
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} {token!r} is none of {self.vocab_size} tokens")
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,30 @@ def test_a_chat_template_is_found_where_hugging_face_keeps_it(
         assert tokenizer.decode(tokenizer.encode_chat(messages)) == says
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bos_token_id": None},
+        {"bos_token_id": 259},
+        {"eos_token_id": None},
+        {"eos_token_id": [-1]},
+        {"vocab_size": 400},
+        {"hidden_size": 1 << 40},
+        {"intermediate_size": 64},
+        {"num_key_value_heads": 3},
+        {"head_dim": 7},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": [1]},
+    ],
+)
+def test_a_config_that_is_not_its_tensors_and_tokens_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = write_tiny_checkpoint(tmp_path).body
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(BackboneError):
+        load_backbone(path)
+
+
 def test_a_token_that_the_body_has_no_row_for_is_none_of_its_tokens(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path).body
     raw = RawTokenizer.from_file(str(path / "tokenizer.json"))

@@ -179,11 +179,20 @@ def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
         ("attention.head_count_kv", 0),
         ("block_count", 2),
         ("block_count", (1 << 32) - 1),
+        ("embedding_length", 64),
+        ("feed_forward_length", 32),
     ],
 )
 def test_sizes_that_its_tensors_do_not_have_are_refused(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(BackboneError):
         load_backbone(write(tmp_path / "odd.gguf", fields={name: value}))
+
+
+def test_a_first_token_that_is_none_is_refused(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(after(b"ggml.bos_token_id", "<II", 4, 4)(whole))
+    with pytest.raises(BackboneError, match="bos_token"):
+        load_backbone(path)
 
 
 def test_no_beginning_of_a_file_is_a_body(tmp_path: Path, whole: bytes) -> None:
