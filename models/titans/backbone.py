@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders
 from torch import Tensor
 
 from titans.config import BackboneConfig
@@ -186,9 +187,12 @@ def _chat_template(folder: Path) -> str | None:
 def _read_tokenizer(path: Path) -> RawTokenizer:
     text = path.read_text(encoding="utf-8")
     try:
-        return RawTokenizer.from_str(text)
+        raw = RawTokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(raw.decoder, decoders.ByteLevel):  # of others, a token's text depends on those before it
+        raise ValueError(f"{path.name} is not a byte-level BPE")
+    return raw
 
 
 def _from_gguf(path: Path) -> Backbone:

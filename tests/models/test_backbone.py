@@ -15,6 +15,7 @@ from titans.checkpoint import build
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel, next_token_loss
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, pre_tokenizers
 
 TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 
@@ -182,6 +183,16 @@ def test_a_config_that_is_not_its_tensors_and_tokens_is_refused(tmp_path: Path, 
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(BackboneError):
+        load_backbone(path)
+
+
+def test_a_tokenizer_that_is_not_of_bytes_is_refused(tmp_path: Path) -> None:
+    """Spaces would be lost: its token for " a" is "a" where it stands by itself."""
+    path = write_tiny_checkpoint(tmp_path).body
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    raw.save(str(path / "tokenizer.json"))
+    with pytest.raises(BackboneError, match="byte-level"):
         load_backbone(path)
 
 
