@@ -168,6 +168,36 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("first_save", [True, False])
+@pytest.mark.parametrize(("owner", "name"), [(loop, "save_memory"), (Path, "write_text")])
+def test_a_run_that_was_killed_while_it_was_saved_goes_on(
+    tiny: TinyCheckpoint,
+    pool: Pool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first_save: bool,
+    owner: object,
+    name: str,
+) -> None:
+    cut = make_trainer(tiny, pool, tmp_path / "run")
+    if not first_save:
+        stop_after(cut, 0)
+        cut = make_trainer(tiny, pool, tmp_path / "run")
+
+    def killed(path: object, *_: object) -> None:
+        if isinstance(path, Path):
+            path.write_bytes(b'{"config":')  # so far it came
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, killed)
+        cut.train()
+    resumed = make_trainer(tiny, pool, tmp_path / "run")
+    resumed.train()
+    assert [row["step"] for row in resumed.history] == [*range(1, CONFIG.num_steps + 1)]
+    plot(tmp_path / "run" / "log.json", tmp_path / "run" / "training.png")
+
+
 def stop_after(trainer: Trainer, step: int) -> None:
     save = trainer._save
 

@@ -325,13 +325,16 @@ class Trainer:
             self.pool = self.pool.renewed(self.model)
 
     def _save(self) -> None:
-        part = self.run / "trainer.part"
-        fields = {"step": self.step} | {name: x.state_dict() for name, x in self._learners().items()}
-        torch.save(fields, part)
-        part.replace(self.run / "trainer.pt")
+        """Each file whole or as it was; that which a run goes on from is the last, and needs no other."""
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
         log = {"config": asdict(self.config), "history": self.history}
-        (self.run / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+        part = self.run / "log.part"
+        part.write_text(json.dumps(log, indent=1) + "\n")
+        part.replace(self.run / "log.json")
+        fields = {"step": self.step, "history": self.history}
+        part = self.run / "trainer.part"
+        torch.save(fields | {name: x.state_dict() for name, x in self._learners().items()}, part)
+        part.replace(self.run / "trainer.pt")
 
     def _learners(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         direct = {} if self.direct is None else {"direct": self.direct}
@@ -344,10 +347,9 @@ class Trainer:
         if not path.exists():
             return False
         fields = torch.load(path, map_location=self.model.device, weights_only=True)
-        self.step = fields["step"]
+        self.step, self.history = fields["step"], fields["history"]
         for name, learner in self._learners().items():
             learner.load_state_dict(fields[name])
-        self.history = json.loads((self.run / "log.json").read_text())["history"]
         self._renew_tails()
         return True
 
