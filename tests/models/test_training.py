@@ -18,6 +18,7 @@ from titans.evaluation.wording import ASKINGS, STATEMENTS, a_statement, an_askin
 from titans.memory import MemoryState
 from titans.model import TitansModel, next_token_loss
 from titans.tokenizer import Tokenizer
+from titans.training import __main__ as training
 from titans.training import loop
 from titans.training.__main__ import add_arguments, run
 from titans.training.batch import _hay, _how_many, _rows, make_batch
@@ -258,6 +259,38 @@ def test_a_layer_that_the_body_has_not_is_told(
         assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), "--layer", layer, *rest]) == 1
         assert capsys.readouterr().err == "titans: train: the body has the layers 0 to 3\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on, or be finished, and its weights would bear the names of the new ones."""
+    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
+    monkeypatch.setattr(training, "load_pool", lambda _: None)
+    trained: list[Path] = []
+    monkeypatch.setattr(training, "plot", lambda log, _: trained.append(log))
+    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
+    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
+    text = tmp_path / "text"
+    text.write_text("a")
+    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
+    for change, name in ((["--layer", "1"], "layer"), (["--layer", "2", "--seed", "1"], "config")):
+        assert cli.main(["train", str(text), *change, *rest]) == 1
+        assert f"another {name}" in capsys.readouterr().err
+    text.write_text("b")
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
+    assert "another texts" in capsys.readouterr().err
+    assert len(trained) == 2
+
+
+def test_a_layer_that_the_body_has_not_is_told(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path)]
+    assert cli.main(["train", str(TEXT), "--layer", "4", *rest]) == 1
+    assert "layers 0 to 3" in capsys.readouterr().err
 
 
 def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
