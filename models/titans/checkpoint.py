@@ -69,7 +69,11 @@ def load(
         raise CheckpointError(f"{memory} has {config.num_persistent} persistent tokens: a body has its bos token alone")
     if config.backbone != backbone.config:
         raise CheckpointError(f"{memory} does not fit the shape of {body}")
-    model = build(backbone, config)
+    check_memory(memory)
+    try:
+        model = build(backbone, config)
+    except (TypeError, LookupError) as error:
+        raise CheckpointError(f"{memory} does not describe a model: {error!r}") from error
     ready(model, device, dtype or preferred_dtype(device))
     read_memory(model, memory)
     model.requires_grad_(False)
@@ -139,6 +143,23 @@ def read_memory(model: TitansModel, path: Path) -> None:
         raise CheckpointError(f"{path} does not have the shapes that its header describes: {error}") from error
 
 
+def check_memory(path: Path) -> None:
+    """Raises CheckpointError where tensors have not the sizes that their header says, before any is made as large."""
+    config, _ = read_header(path)
+    memory, size = config.memory, config.backbone.hidden_size
+    keys, values = memory.num_heads * memory.key_dim, memory.num_heads * memory.value_dim
+    expected = {"key.weight": [keys, size], "value.weight": [values, size], "key_conv": [keys, memory.conv_width]}
+    expected["gates.weight"] = [memory.num_gates * memory.num_heads * memory.depth, size]
+    if memory.depth > 1:
+        expected["rule.start_weights"] = [memory.num_heads, memory.num_weights]
+    with safe_open(str(path), framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, shape in expected.items():
+        shapes = [have for key, have in found.items() if key.endswith(f".memory.{name}")]
+        if not shapes or any(have != shape for have in shapes):
+            raise CheckpointError(f"{path} does not have the shapes that its header describes: {name} {shapes}")
+
+
 def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
     """Write the memory's weights in float32, with the config and the body they belong to (its `digest`).
 
@@ -170,7 +191,7 @@ def read_header(path: Path) -> tuple[TitansConfig, str]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
         return TitansConfig.from_dict(json.loads(header["config"])), header[_BODY_DIGEST]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a memory checkpoint: {error!r}") from error
 
 

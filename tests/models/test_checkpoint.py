@@ -113,6 +113,32 @@ def test_tensors_that_do_not_fit_their_header_are_refused(tiny: TinyCheckpoint) 
         load_tiny(tiny)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads": 2.0},
+        {"num_heads": 2.5},
+        {"num_heads": 10**9},
+        {"key_dim": 10**12},
+        {"products": 1.5},
+        {"expansion": 10**12, "depth": 2, "rule": "chunk"},
+    ],
+)
+def test_a_header_that_lies_is_refused_and_takes_no_memory(tiny: TinyCheckpoint, change: dict[str, object]) -> None:
+    tensors, header = contents(tiny.memory)
+    config = json.loads(header["config"])
+    save_file(tensors, tiny.memory, header | {"config": json.dumps(config | {"memory": config["memory"] | change})})
+    with pytest.raises(CheckpointError):
+        load_tiny(tiny)
+
+
+def test_a_header_without_an_end_is_refused(tiny: TinyCheckpoint) -> None:
+    tensors, header = contents(tiny.memory)
+    save_file(tensors, tiny.memory, header | {"config": "[" * 100_000})
+    with pytest.raises(CheckpointError):
+        load_tiny(tiny)
+
+
 def test_the_shipped_memory_is_small_and_has_its_card() -> None:
     assert DEFAULT_MEMORY.stat().st_size < 10_000_000
     assert "licence" in DEFAULT_MEMORY.with_suffix(".md").read_text(encoding="utf-8")
