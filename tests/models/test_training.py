@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import TinyCheckpoint, write_tiny_checkpoint
+from titans import backbone
 from titans.backbone import load_backbone
 from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
 from titans.config import tiny as tiny_config
@@ -321,7 +322,9 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
         torch.testing.assert_close(x, (first[name] + of_body[name]) / 2, msg=name)
 
 
-def test_what_has_no_mean_is_told(tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_no_mean_is_told(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stranger = write_tiny_checkpoint(tmp_path, seed=1).memory
     rest = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
     for memories, status, error in (
@@ -334,6 +337,9 @@ def test_what_has_no_mean_is_told(tiny: TinyCheckpoint, tmp_path: Path, capsys: 
     ):
         assert cli.main(["average", *memories, *rest]) == status
         assert error in capsys.readouterr().err
+    monkeypatch.setattr(backbone, "DEFAULT_BODY_PACKAGE", "not_installed")
+    assert cli.main(["average", str(tiny.memory), *rest[2:]]) == 1
+    assert "no body" in capsys.readouterr().err
     assert not (tmp_path / "mean.safetensors").exists()
 
 

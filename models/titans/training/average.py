@@ -17,6 +17,7 @@ from titans.backbone import BackboneError, find_default_body, load_backbone
 from titans.checkpoint import (
     CheckpointError,
     build,
+    check_memory,
     digest,
     memory_tensors,
     read_header,
@@ -48,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if len(shares) != len(args.memories):
         sys.stderr.write(f"titans: average: {len(shares)} shares for {len(args.memories)} memories\n")
         return 2
-    body = args.body or find_default_body()
     try:
-        average(body, args.memories, shares, args.out, write_threshold=args.write_threshold)
+        average(args.body or find_default_body(), args.memories, shares, args.out, write_threshold=args.write_threshold)
     except (BackboneError, CheckpointError, ValueError) as error:
         sys.stderr.write(f"titans: average: {error}\n")
         return 1
@@ -71,6 +71,7 @@ def average(
     for path, (_, of_memory) in zip(memories, headers, strict=True):
         if of_memory != of_body:
             raise CheckpointError(f"{path} was trained on another body than {body}")
+        check_memory(path)
     config = replace(headers[-1][0], adapted=any(config.adapted for config, _ in headers))
     if write_threshold is not None:
         config = replace(config, memory=replace(config.memory, write_threshold=write_threshold))
