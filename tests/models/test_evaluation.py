@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from titans.evaluation import facts, table
-from titans.evaluation.__main__ import length
+from titans.evaluation.__main__ import LENGTHS, QUICK_LENGTHS, QUICK_SAMPLES, SAMPLES, length
 from titans.evaluation.facts import first_number, gives, make_keys
 from titans.evaluation.haystack import Haystack, insert, spread
 from titans.evaluation.niah import NeedleTask
@@ -213,6 +213,18 @@ def test_answers_are_graded(tasks: dict[str, Task], name: str, answer: str, righ
         "verbatim": tuple("abcdefghijklmnop"),
     }.get(name, ("1234567",))
     assert tasks[name].grade(Question("", values), answer) == (right, share)
+
+
+def test_a_run_takes_as_many_tokens_and_answers_as_the_guide_says(tasks: dict[str, Task]) -> None:
+    guide = " ".join((Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8").split())
+    sizes = []
+    for lengths, samples in ((LENGTHS, SAMPLES), (QUICK_LENGTHS, QUICK_SAMPLES)):
+        documents = parts(Plan(TASKS, tuple(lengths), samples, 10), tasks)
+        answers = sum(part.num_questions * (2 if part.task.name == "verbatim" else 3) for part in documents)
+        sizes.append((sum(part.tokens for part in documents), answers))
+    (tokens, answers), (quick_tokens, quick_answers) = sizes
+    assert f"the whole run is {tokens / 1e6:.1f} million tokens and {answers:,} answers" in guide
+    assert f"`--quick` {quick_tokens // 1_000},000 tokens and {quick_answers} answers" in guide
 
 
 def test_the_first_number_is_taken() -> None:
