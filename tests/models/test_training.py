@@ -286,14 +286,6 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     assert len(trained) == 2
 
 
-def test_a_layer_that_the_body_has_not_is_told(
-    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path)]
-    assert cli.main(["train", str(TEXT), "--layer", "4", *rest]) == 1
-    assert "layers 0 to 3" in capsys.readouterr().err
-
-
 def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     model = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32).model
     first = {name: x.clone() for name, x in memory_tensors(model).items()}
