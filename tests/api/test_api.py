@@ -302,3 +302,30 @@ def test_an_answer_that_nobody_reads_is_stopped(http: httpx.Client, session: str
     started = time.monotonic()
     ask(http, session)
     assert time.monotonic() - started < 10
+
+
+def test_a_fault_of_the_servers_has_an_id_and_is_counted_as_one(
+    http: httpx.Client,
+    server: LiveServer,
+    session: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(_: str) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    caplog.set_level("INFO", "titans_server")
+    with monkeypatch.context() as patched:
+        patched.setattr(server.context.service, "get", fail)
+        response = http.get(f"/v1/sessions/{session}", headers={"X-Request-ID": "faulty"})
+    assert (response.status_code, code(response)) == (500, "internal_error")
+    assert response.headers["X-Request-ID"] == "faulty"
+    assert http.get(f"/v1/sessions/{session}").status_code == 200, "the connection is as good as before"
+    counted = http.get("/metrics").text
+    assert 'titans_errors_total{code="internal_error"} 1.0' in counted
+    assert 'titans_http_requests_total{method="GET",route="/v1/sessions/{session_id}",status="500"} 1.0' in counted
+    told = [record for record in caplog.records if record.name.startswith("titans_server.")]
+    assert any(record.exc_info and "nobody foresaw" in str(record.exc_info[1]) for record in told)
+    assert ("answered", 500, "internal_error") in [
+        (record.message, vars(record).get("status"), vars(record).get("code")) for record in told
+    ]

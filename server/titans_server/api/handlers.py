@@ -21,7 +21,6 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(ClientDisconnect, _client_left)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def answer(error: TitansError, status: int | None = None) -> Response:
@@ -85,8 +84,3 @@ def _methods(request: Request) -> list[str]:
 async def _client_left(_: Request, error: Exception) -> Response:
     log.info("the client left before its request was read")
     return Response(status_code=499)
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    """Logged with its traceback by the server; the client learns only that it was our fault."""
-    return answer(TitansError("internal error"))

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from titans_server.api.handlers import answer
+from titans_server.errors import TitansError
 from titans_server.telemetry import request
 from titans_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:  # needs an extra
     from titans_server.telemetry.traces import RequestSpan, Tracing
 
-log = logging.getLogger("titans_server.access")
+log = logging.getLogger(__name__)
+access = logging.getLogger("titans_server.access")
 
 REQUEST_ID = "X-Request-ID"
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
@@ -48,6 +51,12 @@ class Observed:
         with self._metrics.in_flight.track_inprogress(), self._traced(scope) as span:
             try:
                 await self._app(scope, receive, send_with_id)
+            except Exception:  # nobody foresaw it; caught here, so that the answer has the id and is counted
+                failure = answer(TitansError("internal error"))
+                if status != 499:
+                    raise  # the answer has begun: all that is left is to cut it off
+                log.exception("a request failed")
+                await failure(scope, receive, send_with_id)
             finally:
                 self._tell(scope, status, time.perf_counter() - started, info, span)
 
@@ -66,4 +75,4 @@ class Observed:
             span.ended(method, route, status, info)
         if not scope["path"].startswith(_QUIET):
             fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 3)}
-            log.info("answered", extra=fields | {"code": info.error_code})
+            access.info("answered", extra=fields | {"code": info.error_code})
