@@ -48,6 +48,13 @@ def test_a_sane_request_id_is_kept_in_the_answer_and_in_the_log(server: ServerPr
     ]
 
 
+def test_a_path_begins_no_line_and_adds_no_field(server: ServerProcess, http: httpx.Client) -> None:
+    http.get("/v1/sessions/a%0Aall is well%20status=200", headers={"X-Request-ID": "a-path-with-lines"})
+    (line,) = logged(server, "a-path-with-lines")
+    (text,) = TextFormatter().format(record(path=line["path"])).splitlines()[1:]  # the first is the record's own
+    assert text.endswith("path=/v1/sessions/a%0Aall%20is%20well%20status%3D200")
+
+
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "é", "a;b", "a\tb"])
 def test_another_request_id_is_replaced(http: httpx.Client, given: str) -> None:
     made = http.get("/health/live", headers={b"X-Request-ID": given.encode()}).headers["x-request-id"]

@@ -4,6 +4,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -74,5 +75,6 @@ class Observed:
         if span is not None:
             span.ended(method, route, status, info)
         if not scope["path"].startswith(_QUIET):
-            fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 3)}
+            path = quote(scope["path"])  # what was written as %0A must not begin a line of the log
+            fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 3)}
             access.info("answered", extra=fields | {"code": info.error_code})
