@@ -217,6 +217,15 @@ def test_tokens_of_documents_and_answers_are_charged(http: httpx.Client, store: 
     assert http.get(path, headers=header).status_code == 200, "looking costs no tokens"
 
 
+def test_a_prompt_that_is_only_scored_is_charged(http: httpx.Client, store: str) -> None:
+    _, header = new_key(store, Quotas(tokens_per_minute=1_000))
+    model = http.get("/v1/models", headers=header).json()["data"][0]["id"]
+    scored = {"model": model, "prompt": "x" * 400, "max_tokens": 0, "echo": True, "logprobs": 1}
+    assert http.post("/v1/completions", json=scored, headers=header).json()["usage"]["total_tokens"] >= 400
+    left = http.get("/v1/models", headers=header).headers["x-ratelimit-remaining-tokens"]
+    assert int(left) < 700
+
+
 def test_streams_at_once_are_bounded_for_each_key(server: LiveServer, http: httpx.Client, store: str) -> None:
     _, header = new_key(store, Quotas(requests_at_once=2, tokens_per_minute=1_000_000))
     model = http.get("/v1/models", headers=header).json()["data"][0]["id"]

@@ -93,6 +93,18 @@ def test_tokens_are_charged_as_they_are_computed_and_refuse_the_next() -> None:
     admitted(limiter, caller, costs_tokens=False)
 
 
+def test_a_prompt_that_is_only_read_is_charged_too() -> None:
+    limiter, meter = Limiter(Clock()), Meter()
+    with limiter.admit(Caller("a", Quotas(tokens_per_minute=100)), costs_tokens=True) as allowance:
+        with meter.answering(Asked(20, 0, 1.0, 1.0)) as answer:
+            answer.finished("length")
+        assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "80"
+        with meter.answering(Asked(20, 8, 1.0, 1.0)) as answer:
+            answer.drawn()
+            answer.finished("stop")
+        assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "59"
+
+
 def test_work_that_fails_is_not_charged() -> None:
     limiter, meter = Limiter(Clock()), Meter()
     with limiter.admit(Caller("a", Quotas(tokens_per_minute=100)), costs_tokens=True) as allowance:

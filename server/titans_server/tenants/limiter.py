@@ -112,12 +112,19 @@ class Meter(Observer):
 class _Charged(Answering):
     def __init__(self, allowance: Allowance | None, num_prompt_tokens: int) -> None:
         self._allowance = allowance
-        self._num_due = num_prompt_tokens  # read by the time the first token is there
+        self._num_due = num_prompt_tokens  # read by the time the first token is there, or the end without any
 
     def drawn(self) -> None:
         """See Answering."""
+        self._charge(1)
+
+    def finished(self, reason: Literal["stop", "length"]) -> None:
+        """See Answering."""
+        self._charge(0)
+
+    def _charge(self, num_drawn: int) -> None:
         if self._allowance is not None:
-            self._allowance.charge(self._num_due + 1)
+            self._allowance.charge(self._num_due + num_drawn)
         self._num_due = 0
 
 
