@@ -13,6 +13,7 @@ from titans_server.errors import (
     BodyTooLarge,
     HeadersTooLarge,
     InvalidAPIKey,
+    StoreUnavailable,
     TitansError,
     UnsupportedMediaType,
     UploadStalled,
@@ -22,6 +23,8 @@ from titans_server.tenants.gatekeeper import Caller, Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
 
 _STREAMED = ("/documents", "/state")  # bodies that are never held whole; the routes have limits of their own
+_KEYS_SECONDS = 3.0  # to wait for the keys' store where whoever asks was let in before; less than Prometheus waits
+_MAX_WATCHERS = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Gate:
         self._always = always
         self._everybody = everybody
         self._limiter = Limiter()
+        self._watchers: dict[str | None, Caller] = {}  # who looked at the metrics, by the header that they showed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let in, or refuse."""
@@ -79,9 +83,28 @@ class Gate:
         shown = headers.getlist("Authorization")
         if len(shown) > 1:
             raise InvalidAPIKey("one header Authorization, not several")
-        gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
-        caller = await gatekeeper.admit(shown[0] if shown else None)
+        caller = await self._caller(scope, shown[0] if shown else None)
         scope["state"]["caller"] = caller
+        return caller
+
+    async def _caller(self, scope: Scope, shown: str | None) -> Caller:
+        """Whom the request is from. While the keys' store is away: as it was when they looked at the metrics last."""
+        gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
+        if scope["path"] not in self._always:
+            return await gatekeeper.admit(shown)
+        try:
+            async with asyncio.timeout(_KEYS_SECONDS if shown in self._watchers else None):
+                caller = await gatekeeper.admit(shown)
+        except (StoreUnavailable, TimeoutError):
+            if shown not in self._watchers:
+                raise
+            return self._watchers[shown]
+        except InvalidAPIKey:
+            self._watchers.pop(shown, None)
+            raise
+        if len(self._watchers) >= _MAX_WATCHERS:
+            self._watchers.clear()
+        self._watchers[shown] = caller
         return caller
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
