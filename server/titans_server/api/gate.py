@@ -83,11 +83,11 @@ class Gate:
         shown = headers.getlist("Authorization")
         if len(shown) > 1:
             raise InvalidAPIKey("one header Authorization, not several")
-        caller = await self._caller(scope, shown[0] if shown else None)
+        caller = await self._admitted(scope, shown[0] if shown else None)
         scope["state"]["caller"] = caller
         return caller
 
-    async def _caller(self, scope: Scope, shown: str | None) -> Caller:
+    async def _admitted(self, scope: Scope, shown: str | None) -> Caller:
         """Whom the request is from. While the keys' store is away: as it was when they looked at the metrics last."""
         gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
         if scope["path"] not in self._always:
