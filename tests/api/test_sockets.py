@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.models import write_tiny_checkpoint
@@ -241,6 +241,8 @@ def test_a_path_cannot_be_turned_into_another(raw: Raw, path: str) -> None:
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=1, max_size=200), cuts=st.lists(st.integers(0, 200), max_size=5))
+@example(data=b"\xef\xbb", cuts=[])
+@example(data=b"\xef\xbb\xbf\xef\xbb\xbfa", cuts=[1, 4])
 def test_a_document_is_learnt_or_refused_however_its_bytes_are_cut(
     server: LiveServer, http: httpx.Client, data: bytes, cuts: list[int]
 ) -> None:

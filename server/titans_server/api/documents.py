@@ -57,8 +57,9 @@ class TextReader:
     """UTF-8, split anywhere; a byte order mark at the start is dropped."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # "utf-8-sig" takes half a mark for no text at all
         self._num_bytes = 0
+        self._has_begun = False
 
     def feed(self, data: bytes) -> str:
         """See DocumentReader."""
@@ -75,6 +76,9 @@ class TextReader:
             message = f"the document is not UTF-8: {error.reason} near byte {self._num_bytes + error.start}"
             raise InvalidRequest(message, code="invalid_utf8") from error
         self._num_bytes += len(data)
+        if text and not self._has_begun:
+            self._has_begun = True
+            return text.removeprefix("\ufeff")
         return text
 
 
