@@ -25,7 +25,9 @@ async def together(
 
     async def read(text: str) -> None:
         async with AsyncClient(url) as client:
-            await client.ingest((await client.sessions.create()).id, text)
+            session = (await client.sessions.create()).id
+            async for _ in client.ingest_stream(session, text):
+                pass  # a stream that is cut is noticed at once; without one the rest of the text would still be learnt
 
     async def learning() -> float:
         metrics = (await http.get("/metrics")).text
