@@ -13,14 +13,13 @@ import httpx
 import openai
 import pytest
 from pydantic import ValidationError
+from support.keys import new_key, put
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans_client.cli import main
 from titans_server.app import NoAPIKey, create_app
 from titans_server.settings import Settings
-from titans_server.tenants import keys
 from titans_server.tenants.quotas import Quotas
-from titans_server.tenants.store import open_keys
 
 STATIC = "a-static-key-of-the-operator"
 PLAIN = {"Content-Type": "text/plain"}
@@ -54,19 +53,6 @@ def server(checkpoint: TinyCheckpoint, store: str) -> Iterator[LiveServer]:
 def http(server: LiveServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
-
-
-def new_key(store: str, quotas: Quotas | None = None) -> tuple[keys.Key, dict[str, str]]:
-    """A key in the store, and the header that shows it."""
-    key, text = keys.make("test", time.time(), quotas)
-    asyncio.run(put(store, key))
-    return key, {"Authorization": f"Bearer {text}"}
-
-
-async def put(store: str, key: keys.Key) -> None:
-    opened = open_keys(store)
-    await opened.put(key)
-    await opened.close()
 
 
 def refused(response: httpx.Response) -> tuple[int, str]:

@@ -10,24 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.keys import new_key, put
 from support.models import TinyCheckpoint
 from support.redis_server import RedisServer
 from support.servers import ServerProcess
-from titans_server.tenants import keys
-from titans_server.tenants.store import open_keys
-
-
-def new_key(store: str) -> tuple[keys.Key, dict[str, str]]:
-    """A key in the store, and the header that shows it."""
-    key, text = keys.make("test", time.time(), None)
-    asyncio.run(put(store, key))
-    return key, {"Authorization": f"Bearer {text}"}
-
-
-async def put(store: str, key: keys.Key) -> None:
-    opened = open_keys(store)
-    await opened.put(key)
-    await opened.close()
 
 
 @pytest.mark.parametrize("is_hung", [False, True])
