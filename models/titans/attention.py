@@ -7,21 +7,24 @@ pretrained body has one, the attention sink: a window that loses its first token
 first token (the segment's, where attention is segmented), and never further back than W.
 
 Many new tokens attend a block of queries at a time: a block sees no more than W keys and its own, so what is out of
-sight is never computed, and what a block computes stays in the processor's cache.
+sight is never computed. On a CPU a block is two products and a softmax, so few queries that its cache holds them; on a
+CUDA device it is torch's fused attention, which writes no scores down.
 
 Shapes: B batch · T new tokens · W window · S keys in sight · H query heads · G kv heads · E head dim · P persistent ·
 R = H / G query heads that share a kv head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from titans.layers import Rotation
 
-_BLOCK = {"cpu": 64}  # queries that are mixed together; elsewhere all of a window's (measured on a CPU alone)
+_BLOCK, _FUSED_BLOCK = 64, 256  # queries that are mixed together
+_ALIGNED = 8  # numbers between two rows of a mask: a multiple of it is what fused attention reads as it is
 UNSEEN = -1e30  # exp of it is 0 beside any score; finite, so that a padding token that sees nothing stays finite
 
 
@@ -51,6 +54,7 @@ class Placement:
     slots: Tensor  # [B, N] theirs in the ring
     counted: Tensor | None  # [B, N, 1] False: no new token but one of before, which keeps its slot; None: all are new
     cells: Tensor  # [B N G] the slots, counted through all of a ring [B, G, W]
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # made by the first layer that needs them
 
     @classmethod
     def place(
@@ -142,7 +146,7 @@ class Attention(nn.Module):
         keys_PGE, values_PGE, lasting = self.persistent_keys, self.persistent_values, None
         if keys_PGE.shape[0]:
             lasting = Lasting(lasting_BHTE, keys_PGE.permute(1, 2, 0), values_PGE.transpose(0, 1))
-        mixed_BHTE = mix_in_blocks(q_BHTE, sights, place, lasting)
+        mixed_BHTE = mix_in_blocks(q_BHTE, sights, place, lasting, fused=x_BTD.is_cuda)
         return self.out(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _place(self, x_BTD: Tensor, place: Placement, ring: Ring) -> tuple[Tensor, Tensor, Ring]:
@@ -181,19 +185,25 @@ class Lasting(NamedTuple):
     values: Tensor  # [G, P, E]
 
 
-def mix_in_blocks(q_BHTE: Tensor, sights: list[Ring], place: Placement, lasting: Lasting | None) -> Tensor:
-    """`mix`, some queries after the others, each with the keys that one of them may see."""
+def mix_in_blocks(
+    q_BHTE: Tensor, sights: list[Ring], place: Placement, lasting: Lasting | None, *, fused: bool
+) -> Tensor:
+    """`mix` or `mix_fused`, some queries after the others, each with the keys that one of them may see."""
     num_tokens, num_keys = place.bias_BTS.shape[1:]
-    if num_tokens == 1:
-        return mix(q_BHTE, sights, place.bias_BTS, lasting)
-    size, mixed = _BLOCK.get(q_BHTE.device.type, num_tokens), []
+    size, mixed = _FUSED_BLOCK if fused else _BLOCK, []
     for start in range(0, num_tokens, size):
         queries = slice(start, min(start + size, num_tokens))
-        keys = slice(start + 1, num_keys - num_tokens + queries.stop)
+        keys = slice(start + 1 if num_tokens > 1 else 0, num_keys - num_tokens + queries.stop)
         inside = [Ring(sight.keys[:, :, keys], sight.values[:, :, keys]) for sight in sights]
         block = lasting and lasting._replace(queries=lasting.queries[:, :, queries])
-        mixed.append(mix(q_BHTE[:, :, queries], inside, place.bias_BTS[:, queries, keys], block))
-    return torch.cat(mixed, dim=2)
+        asking_BHTE, bias_BTS = q_BHTE[:, :, queries], place.bias_BTS[:, queries, keys]
+        if not fused:
+            mixed.append(mix(asking_BHTE, inside, bias_BTS, block))
+            continue
+        if (key := (start, len(sights))) not in place.masks:
+            place.masks[key] = make_mask(asking_BHTE, inside, bias_BTS, block)
+        mixed.append(mix_fused(asking_BHTE, inside, place.masks[key], block))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
 
 
 def mix(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting | None = None) -> Tensor:
@@ -221,3 +231,34 @@ def mix(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting |
         lasting_BGME = shares[0].unflatten(0, grouped[:2]) @ lasting.values.float()
         more.append(lasting_BGME.flatten(0, 1).to(q_AME.dtype))
     return sum(more, mixed_AME).view(q_BHTE.shape)
+
+
+def make_mask(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting | None = None) -> Tensor:
+    """The bias for `mix_fused`, in q's dtype: [B, 1, R T, S'], S' the keys of all sights and those that last."""
+    batch, num_tokens, num_keys = bias_BTS.shape
+    num_seen, num_lasting = len(sights) * num_keys, 0 if lasting is None else lasting.keys.shape[2]
+    width = num_seen + num_lasting
+    repeats = q_BHTE.shape[1] // sights[0].keys.shape[1]
+    shape = batch, repeats, num_tokens, -(-width // _ALIGNED) * _ALIGNED
+    mask_BRTS = torch.zeros(shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
+    mask_BRTS[..., :num_seen] = bias_BTS.repeat(1, 1, len(sights))[:, None]
+    return mask_BRTS.flatten(1, 2)[:, None, :, :width]
+
+
+def mix_fused(q_BHTE: Tensor, sights: list[Ring], mask: Tensor, lasting: Lasting | None = None) -> Tensor:
+    """`mix` as one call of torch's; `mask` is `make_mask`'s.
+
+    A persistent token is one more key. Queries see it turned in another way, so they stand there twice, side by side,
+    and a key has zeros where it is not meant.
+    """
+    batch, _, _, head_dim = q_BHTE.shape
+    keys, values = [sight.keys for sight in sights], [sight.values for sight in sights]
+    if lasting is not None:
+        q_BHTE = torch.cat((q_BHTE, lasting.queries.to(q_BHTE.dtype)), dim=-1)
+        keys_GPE = F.pad(lasting.keys.transpose(1, 2).to(q_BHTE.dtype), (head_dim, 0))
+        keys = [*(F.pad(x, (0, head_dim)) for x in keys), keys_GPE.expand(batch, -1, -1, -1)]
+        values = [*values, lasting.values.to(q_BHTE.dtype).expand(batch, -1, -1, -1)]
+    seen = torch.cat(keys, dim=2), torch.cat(values, dim=2)  # [B, G, S', E], those that last at the end
+    q_BGME = q_BHTE.reshape(batch, seen[0].shape[1], -1, q_BHTE.shape[-1])  # M = R T
+    mixed_BGME = F.scaled_dot_product_attention(q_BGME, *seen, attn_mask=mask, scale=head_dim**-0.5)
+    return mixed_BGME.reshape(*q_BHTE.shape[:3], head_dim)

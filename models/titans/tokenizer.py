@@ -55,6 +55,10 @@ class Tokenizer:
         ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, on all cores."""
+        return [encoding.ids for encoding in self._raw.encode_batch_fast([*texts], add_special_tokens=False)]
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` can put a conversation into the body's form."""

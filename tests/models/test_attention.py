@@ -30,10 +30,11 @@ def as_written(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: La
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_sights", [1, 2])
-@pytest.mark.parametrize("num_tokens", [1, 7, 64, 200])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 200, 300])
 @pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 def test_blocks_give_what_the_formula_gives(
-    num_tokens: int, num_sights: int, dtype: torch.dtype, segmented: bool
+    num_tokens: int, num_sights: int, dtype: torch.dtype, segmented: bool, fused: bool
 ) -> None:
     torch.manual_seed(0)
     position = torch.tensor([0, 30, WINDOW, 1_000])
@@ -42,7 +43,7 @@ def test_blocks_give_what_the_formula_gives(
     queries, asking = torch.randn(2, 4, 6, num_tokens, 8, dtype=dtype)
     sights = [Ring(*torch.randn(2, 4, 2, num_keys, 8, dtype=dtype)) for _ in range(num_sights)]
     lasting = Lasting(asking.float(), torch.randn(2, 8, 3), torch.randn(2, 3, 8))
-    got = mix_in_blocks(queries, sights, where, lasting)
+    got = mix_in_blocks(queries, sights, where, lasting, fused=fused)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     expected = as_written(queries, sights, where.bias_BTS, lasting)
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

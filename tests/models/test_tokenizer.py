@@ -31,6 +31,13 @@ def test_a_text_cut_anywhere_has_the_tokens_of_the_whole(
     assert stream(tokenizer, pieces) == tokenizer.encode(text)
 
 
+@given(texts=st.lists(TEXT, max_size=5))
+@settings(deadline=None, max_examples=50)
+def test_many_texts_have_the_tokens_of_each(tokenizer: Tokenizer, texts: list[str]) -> None:
+    texts = [*texts, "<|im_end|>"]
+    assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+
+
 def test_text_without_a_place_to_cut_passes_in_bounded_memory(tokenizer: Tokenizer) -> None:
     encoder, tokens = StreamEncoder(tokenizer, limit=100), []
     for _ in range(500):

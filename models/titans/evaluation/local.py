@@ -21,7 +21,7 @@ _BLOCK = 256  # tokens that attend to all before them at once
 _ROOM = 512  # tokens of a question and its answer
 _STEP = 1_024  # whole chunks of a memory, as a MAC's segment is
 _MANY, _FEW = 16, 1  # answers made together; with full attention each has keys and values of the whole document
-_AT_ONCE = {"cuda": 32}  # documents: it takes the work of many to keep a GPU busy; elsewhere one
+_AT_ONCE = {"cuda": 64}  # documents: it takes the work of many to keep a GPU busy; elsewhere one
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LocalReader:
     @contextmanager
     def read(self, documents: Sequence[str], report: Report) -> Iterator[LocalReading]:
         """See `Reader`."""
-        rows = [torch.tensor(self.tokenizer.encode(document)) for document in documents]
+        rows = [torch.tensor(row) for row in self.tokenizer.encode_all(documents)]
         lengths, done = [len(row) for row in rows], 0
         tokens_BT = pad_sequence(rows, batch_first=True).to(self.titans.device)
         state = self.titans.new_state(len(documents))

@@ -52,12 +52,13 @@ class LinearRule(Rule):
 
         keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0] for x in chunk.weighing)
         step = theta[:, :, 0]
-        after = keep[..., None, None] * memory - (keys * (weight * step)[..., None]).transpose(-1, -2) @ errors
+        learnt = (keys * (-weight * step)[..., None]).transpose(-1, -2) @ errors
+        after = torch.addcmul(learnt, keep[..., None, None], memory)
         if surprise is None:
             return Step([after], [], reads)
-        after = after + carry[..., None, None] * surprise
-        left = decay[..., None, None] * surprise - (keys * (share * step)[..., None]).transpose(-1, -2) @ errors
-        return Step([after], [left], reads)
+        after = torch.addcmul(after, carry[..., None, None], surprise)
+        pushed = (keys * (-share * step)[..., None]).transpose(-1, -2) @ errors
+        return Step([after], [torch.addcmul(pushed, decay[..., None, None], surprise)], reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """q M: [B, H, N] and [B, H, T, K] to [B, H, T, V]."""

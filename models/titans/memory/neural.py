@@ -347,8 +347,8 @@ class NeuralMemory(nn.Module):
 def _convolve(x: Tensor, taps: Tensor) -> Tensor:
     """Causal and depth-wise, without the first W - 1 of x [B, T, D]; taps [D, W], the last for a token itself."""
     num_tokens = x.shape[1] - taps.shape[1] + 1
-    parts = (x[:, i : i + num_tokens] * taps[:, i].float() for i in range(taps.shape[1]))
-    return reduce(torch.add, parts)
+    first, *others = ((x[:, i : i + num_tokens], taps[:, i].float()) for i in range(taps.shape[1]))
+    return reduce(lambda total, part: torch.addcmul(total, *part), others, first[0] * first[1])
 
 
 def _above(threshold: float, theta: Tensor) -> Tensor:
