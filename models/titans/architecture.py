@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from titans.attention import Attention, Placement, Ring
+from titans.attention import Attention, Placement
 from titans.config import TitansConfig
 from titans.layers import RMSNorm, SwiGLU
 from titans.memory.neural import MemoryState, NeuralMemory
+from titans.mixing import Ring
 from titans.state import Parts
 
 

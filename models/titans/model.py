@@ -139,16 +139,26 @@ class TitansModel(nn.Module):
         )
 
     @torch.no_grad()
-    def ingest(self, tokens_BT: Tensor, state: State, lengths: Lengths | None = None, *, recall: bool = True) -> State:
+    def ingest(
+        self,
+        tokens_BT: Tensor,
+        state: State,
+        lengths: Lengths | None = None,
+        *,
+        recall: bool = True,
+        at_once: int | None = None,
+    ) -> State:
         """The states after reading the first `lengths[b]` tokens of each row (all by default); `state` is not changed.
 
         Tokens are [B, T], int64 or int32; padding, too, must be in the vocabulary. `lengths`: one a row, 0 to T; as a
         tensor [B] int64, where the model is, nothing waits for the device.
-        Runs the layers up to the last memory and writes the memories; any number of tokens, a window at a time.
+        Runs the layers up to the last memory and writes the memories; any number of tokens, `at_once` of them at a
+        time, by default a window: the result is the same. More than a window only where there are no `walks`.
         `recall=False`: the memories answer nothing to the layers above them (the control).
         """
-        state = state.clone()
-        for columns_BT, counts_B in self._runs(state, tokens_BT, lengths, self.config.window):
+        state, most = state.clone(), self.config.window if at_once is None else at_once
+        assert self.walks is None or most <= self.config.window
+        for columns_BT, counts_B in self._runs(state, tokens_BT, lengths, most):
             call = self.place(state.position, counts_B, columns_BT.shape[1], write=True, recall=recall)
             state = self._ingest_run(tokens_BT.gather(1, columns_BT), state, call)
         return state

@@ -1,10 +1,12 @@
 """Attention in blocks beside attention as it is written."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from titans.attention import Attention, Lasting, Placement, Ring, mix_in_blocks
+from titans.attention import Attention, Placement
+from titans.mixing import Lasting, Masks, Ring, mix_fused, mix_in_turn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,14 +30,22 @@ def as_written(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: La
     return mixed
 
 
+def fused(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting) -> Tensor:
+    """The second layer's: the first one has made the masks."""
+    masks: Masks = {}
+    mix_fused(q_BHTE, sights, bias_BTS, lasting, masks)
+    return mix_fused(q_BHTE, sights, bias_BTS, lasting, masks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_sights", [1, 2])
-@pytest.mark.parametrize("num_tokens", [1, 7, 64, 200, 300])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 200, 3 * WINDOW, 3 * WINDOW + 1])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mix", [mix_in_turn, fused], ids=["in turn", "fused"])
 def test_blocks_give_what_the_formula_gives(
-    num_tokens: int, num_sights: int, dtype: torch.dtype, segmented: bool, fused: bool
+    mix: Callable[..., Tensor], num_tokens: int, num_sights: int, dtype: torch.dtype, segmented: bool
 ) -> None:
+    """Blocks one after the other, as on a CPU, and as rows of one batch, as on a CUDA device."""
     torch.manual_seed(0)
     position = torch.tensor([0, 30, WINDOW, 1_000])
     where = place(position, torch.full((4,), num_tokens), num_tokens, segmented=segmented)
@@ -43,7 +53,7 @@ def test_blocks_give_what_the_formula_gives(
     queries, asking = torch.randn(2, 4, 6, num_tokens, 8, dtype=dtype)
     sights = [Ring(*torch.randn(2, 4, 2, num_keys, 8, dtype=dtype)) for _ in range(num_sights)]
     lasting = Lasting(asking.float(), torch.randn(2, 8, 3), torch.randn(2, 3, 8))
-    got = mix_in_blocks(queries, sights, where, lasting, fused=fused)
+    got = mix(queries, sights, where.bias_BTS, lasting)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     expected = as_written(queries, sights, where.bias_BTS, lasting)
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

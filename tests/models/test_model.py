@@ -64,6 +64,23 @@ def test_sessions_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
             assert_same(ours, model.ingest(row, start))
 
 
+@pytest.mark.parametrize("sizes", [{"cpu": 64}, {}], ids=["in turn", "at once"])
+def test_several_windows_at_once_leave_the_state_that_each_alone_does(
+    model: TitansModel, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a row's last tokens reach before the call's first one, and where it has none."""
+    monkeypatch.setattr("titans.attention._BLOCK", sizes)
+    most = 4 * model.config.window
+    starts = [model.ingest(random_tokens(n, seed=90 + n), model.new_state()) for n in (3, 41, 16, 7, 129, 30)]
+    tokens, lengths = random_tokens(most, batch=6), [most, 37, 5, most - 1, 0, model.config.window]
+    ragged = model.ingest(tokens, State.cat(starts), lengths, at_once=most)
+    assert_same(ragged, model.ingest(tokens, State.cat(starts), lengths))
+    assert_same(model.ingest(tokens, ragged, at_once=most), model.ingest(tokens, ragged))
+    longer = random_tokens(most + 21)
+    assert_same(model.ingest(longer, starts[1], at_once=most), model.ingest(longer, starts[1]))
+    assert_same(model.ingest(longer, starts[1], at_once=most + 21), model.ingest(longer, starts[1]))
+
+
 def test_ingest_leaves_the_state_it_was_given_alone(model: TitansModel) -> None:
     before = model.ingest(random_tokens(20), model.new_state())
     copy = before.clone()
