@@ -91,7 +91,8 @@ class Placement:
         """Of new tokens [B, T, ...] those of `columns` [B, N, ...]; what is not `counted` among them means nothing."""
         if self.counted is None:
             return new[:, new.shape[1] - self.columns.shape[1] :]
-        return new.take_along_dim(self.columns.view(*self.columns.shape, *[1] * (new.ndim - 2)), dim=1)
+        columns = self.columns.view(*self.columns.shape, *[1] * (new.ndim - 2))
+        return new.gather(1, columns.expand(-1, -1, *new.shape[2:]))
 
 
 class Attention(nn.Module):
@@ -155,5 +156,5 @@ class Attention(nn.Module):
     @staticmethod
     def _before(past_BGWE: Tensor, new_BTGE: Tensor, place: Placement) -> Tensor:
         if place.oldest_first is not None:
-            past_BGWE = past_BGWE.take_along_dim(place.oldest_first, dim=2)
+            past_BGWE = past_BGWE.gather(2, place.oldest_first.expand_as(past_BGWE))
         return torch.cat((past_BGWE, new_BTGE.transpose(1, 2)), dim=2)

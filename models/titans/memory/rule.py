@@ -92,4 +92,5 @@ def row_at(rows: Tensor, ends_B: Tensor | None) -> Tensor:
     """Of a coefficient [B, H, L, P, ...], the row after `ends_B[b]` tokens [B, H, L, ...]; the last one by default."""
     if ends_B is None:
         return rows[:, :, :, -1]
-    return rows.take_along_dim(ends_B.view(-1, *[1] * (rows.ndim - 1)), dim=3).squeeze(3)
+    index = ends_B.view(-1, *[1] * (rows.ndim - 1)).expand(*rows.shape[:3], 1, *rows.shape[4:])
+    return rows.gather(3, index).squeeze(3)
