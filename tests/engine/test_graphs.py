@@ -39,6 +39,9 @@ def test_nothing_in_a_step_waits_for_the_device(form: dict[str, Any], monkeypatc
     lengths = torch.zeros(batch, dtype=torch.int64, device="meta")
     for width in (5, window):
         state = model.ingest(torch.zeros(batch, width, dtype=torch.int64, device="meta"), state, lengths)
+    wide = torch.zeros(batch, 4 * window, dtype=torch.int64, device="meta")
+    for counts in (lengths, None):
+        state = model.ingest(wide, state, counts, at_once=4 * window)
     stream = model.open(state)
     hidden, stream = model(torch.zeros(batch, 1, dtype=torch.int64, device="meta"), stream)
     assert model.logits(hidden[:, -1]).shape == (batch, model.config.backbone.vocab_size)
@@ -145,6 +148,27 @@ def test_windows_through_graphs_are_as_without(form: dict[str, Any]) -> None:
         for some, others in zip(mine, given, strict=True):
             for name, x in some.parts().items():
                 torch.testing.assert_close(x, others.parts()[name], rtol=1e-4, atol=2e-5)
+
+
+@each_form
+@pytest.mark.parametrize("blocks", [{"cpu": 64}, {}], ids=["as on a CPU", "as on a GPU"])
+def test_several_windows_in_one_graph_are_as_window_by_window(
+    form: dict[str, Any], blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From anywhere in a window; also where a row's last window reaches before what is new, and rows not in use."""
+    monkeypatch.setattr("titans.attention._BLOCK", blocks)
+    ours, plain, model = _on_this_machine(form)
+    widest = ours.largest_block
+    assert widest == 4 * model.config.window == 4 * plain.largest_block
+    for sizes in ([widest], [7], [widest, widest], [widest - 1], [20, widest, 3], [17], [widest, 1, 60, 33]):
+        given = mine = [model.new_state() for _ in sizes]
+        for turn, some in enumerate(([5 * i + 1 for i in range(len(sizes))], sizes, sizes[::-1])):
+            parts = [_tokens(size, seed=10 * turn + i) for i, size in enumerate(some)]
+            mine, given = ours.ingest(parts, mine), plain.ingest(parts, given)
+        for some_state, other in zip(mine, given, strict=True):
+            for name, x in some_state.parts().items():
+                torch.testing.assert_close(x, other.parts()[name], rtol=1e-4, atol=2e-5)
+    assert {rows for rows, width, _ in ours._parts if width == widest} == {1, 2, 4}
 
 
 @each_form

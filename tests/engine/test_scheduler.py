@@ -9,9 +9,16 @@ WINDOW = 16
 CHUNK = 4
 
 
-def make_scheduler(max_running: int = 8, ingest_budget: int = 4 * WINDOW, seconds: float = 0.1) -> Scheduler:
+def make_scheduler(
+    max_running: int = 8, ingest_budget: int = 4 * WINDOW, seconds: float = 0.1, largest_block: int = WINDOW
+) -> Scheduler:
     return Scheduler(
-        window=WINDOW, chunk=CHUNK, max_running=max_running, ingest_budget=ingest_budget, portion_seconds=seconds
+        window=WINDOW,
+        chunk=CHUNK,
+        max_running=max_running,
+        largest_block=largest_block,
+        ingest_budget=ingest_budget,
+        portion_seconds=seconds,
     )
 
 
@@ -58,6 +65,46 @@ def test_blocks_keep_to_the_boundaries_of_the_session() -> None:
         run_step(scheduler)
         sizes.append(request.num_done - before)
     assert sizes == [WINDOW - 5, WINDOW, 40 - WINDOW - (WINDOW - 5)]
+
+
+def test_few_documents_are_read_several_windows_at_once_up_to_a_boundary_of_one() -> None:
+    scheduler = make_scheduler(ingest_budget=8 * WINDOW, largest_block=4 * WINDOW)
+    first, second = document(10 * WINDOW, position=WINDOW + 5), document(3 * WINDOW + 1)
+    for request in (first, second):
+        scheduler.add(request)
+    assert scheduler.next_step().ingest == [(first, 4 * WINDOW - 5), (second, 3 * WINDOW + 1)]
+    run_step(scheduler)
+    assert scheduler.next_step().ingest == [(first, 4 * WINDOW)]
+
+
+def test_a_stride_that_ends_on_a_window_is_one_step() -> None:
+    for position in (0, 1, WINDOW, 2 * WINDOW + 3, 3 * WINDOW - 1):
+        scheduler = make_scheduler(ingest_budget=16 * WINDOW, largest_block=4 * WINDOW)
+        scheduler.add(document(4 * WINDOW - position % WINDOW, position))
+        run_step(scheduler)
+        assert not len(scheduler)
+
+
+def test_many_documents_get_a_window_each_and_several_once_they_are_few() -> None:
+    scheduler = make_scheduler(ingest_budget=8 * WINDOW, largest_block=4 * WINDOW)
+    requests = [document(20 * WINDOW), document(20 * WINDOW), document(WINDOW)]
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.next_step().ingest == [(request, WINDOW) for request in requests]
+    run_step(scheduler)
+    assert scheduler.next_step().ingest == [(request, 4 * WINDOW) for request in requests[:2]]
+
+
+def test_beside_answers_a_lone_document_gets_a_window_at_most() -> None:
+    scheduler = make_scheduler(ingest_budget=16 * WINDOW, largest_block=4 * WINDOW, seconds=1e6)
+    scheduler.add(answer())
+    run_step(scheduler)
+    scheduler.add(document(100 * WINDOW))
+    sizes = []
+    for _ in range(40):
+        sizes += [size for _, size in scheduler.next_step().ingest]
+        run_step(scheduler)
+    assert max(sizes) == WINDOW
 
 
 def test_documents_share_the_budget_in_turn() -> None:

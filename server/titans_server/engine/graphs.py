@@ -6,7 +6,7 @@ move, documents and prompts pass through buffers, and there are graphs for 1, 2,
 what is not in use of them computes nothing that is looked at. Owned by the compute thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from titans_server.engine.steps import Steps, scores_after
 
 _T = TypeVar("_T")
 _WIDTHS = 16, 64  # tokens of a row, beside a window's
+_WINDOWS_AT_ONCE = 4  # of a document: as many as a session's document hands over at once
 
 
 def steps_for(model: TitansModel) -> Steps:
@@ -29,16 +30,25 @@ def steps_for(model: TitansModel) -> Steps:
 
 
 class GraphSteps(Steps):
-    """A token of every answer, up to a window of every document and of a prompt, a session's opening."""
+    """A token of every answer, up to a window of every document and of a prompt, a session's opening.
+
+    Of few documents up to four windows: the layers below the memory take about as many kernels for them as for one.
+    """
 
     def __init__(self, model: TitansModel, recorder: "Recorder | None" = None) -> None:
         super().__init__(model)
         self._recorder = recorder or CUDARecorder(model.device)
         self._tokens = WeakKeyDictionary[Pool, dict[int, TokenGraph]]()
         self._widths = *(x for x in _WIDTHS if x < model.config.window), model.config.window
+        self._part_widths = *self._widths, self.largest_block
         self._parts: dict[tuple[int, int, bool], PartGraph] = {}
         self._prompts: dict[int, PromptGraph] = {}
         self._opening: OpeningGraph | None = None
+
+    @property
+    def largest_block(self) -> int:
+        """See Steps."""
+        return _WINDOWS_AT_ONCE * self._model.config.window
 
     def new_pool(self, max_running: int) -> Pool:
         """See Steps."""
@@ -46,7 +56,7 @@ class GraphSteps(Steps):
 
     def warm_up(self, pool: Pool) -> None:
         """See Steps: all that answers with the memory may need, and a document by itself."""
-        for width in self._widths:
+        for width in self._part_widths:
             for ragged in (True, False):
                 self._part(1, width, ragged)
         with torch.inference_mode():
@@ -65,7 +75,7 @@ class GraphSteps(Steps):
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
         """See Steps."""
-        width = self._width(max(len(part) for part in parts))
+        width = _fitting(self._part_widths, max(len(part) for part in parts))
         ragged = any(len(part) != width for part in parts)
         return self._part(_at_least(len(parts)), width, ragged)(parts, states)
 
@@ -78,7 +88,7 @@ class GraphSteps(Steps):
         """See Steps."""
         if stream.write or not stream.recall:
             return super().read(tokens, stream)
-        width = self._width(len(tokens))
+        width = _fitting(self._widths, len(tokens))
         if width not in self._prompts:
             self._prompts[width] = PromptGraph(self._model, width, stream, self._recorder)
         return self._prompts[width](tokens, stream)
@@ -92,9 +102,6 @@ class GraphSteps(Steps):
             move_on(place, after)
             every.append(hidden_TD)
         return every
-
-    def _width(self, count: int) -> int:
-        return next(width for width in self._widths if width >= count)
 
     def _token(self, pool: Pool, rows: int) -> "TokenGraph":
         graphs = self._tokens.setdefault(pool, {})
@@ -136,7 +143,7 @@ class PartGraph:
             self._before = model.new_state(rows).clone()
 
             def step() -> State:
-                return model.ingest(self._tokens_BT, self._before, self._lengths_B)
+                return model.ingest(self._tokens_BT, self._before, self._lengths_B, at_once=width)
 
             self._graph, self._after = recorder.capture(step, step)
 
@@ -239,6 +246,11 @@ class CUDARecorder:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 result = step()
         return graph, result
+
+
+def _fitting(widths: Iterable[int], count: int) -> int:
+    """The first that is not below."""
+    return next(width for width in widths if width >= count)
 
 
 def _at_least(count: int) -> int:

@@ -43,9 +43,9 @@ class Ingestion:
         """Whether nobody waits for the result any more."""
         return self.done.cancelled()
 
-    def next_block(self, size: int) -> int:
-        """Tokens up to the next multiple of `size`, as counted from the session's start."""
-        return min(len(self.tokens) - self.num_done, size - (self.position + self.num_done) % size)
+    def next_block(self, size: int, unit: int) -> int:
+        """At most `size` tokens, a multiple of `unit`, up to another one as counted from the session's start."""
+        return min(len(self.tokens) - self.num_done, size - (self.position + self.num_done) % unit)
 
 
 @dataclass(eq=False)

@@ -52,6 +52,11 @@ class Runner:
         return min(self._model.config.memory.chunk_size, self.window)
 
     @property
+    def largest_block(self) -> int:
+        """Tokens of a document that are read at once, where few documents wait."""
+        return self._steps.largest_block
+
+    @property
     def ingest_budget(self) -> int:
         """Tokens after which more at once are no faster: on a CPU one window's keep it busy (measured)."""
         return self.window if self._model.device.type == "cpu" else 16 * self.window

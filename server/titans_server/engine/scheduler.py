@@ -8,7 +8,8 @@ than they may be held up, as far as that can be foretold from how long the last 
 - read a portion of a document, but only when answers have had as much time since as documents last took. So a document
   takes half of an answer's speed, however long it is and however many there are; and documents have the other half.
 
-While no answer is made, documents get whole windows, several at once.
+While no answer is made, documents get whole windows, several documents at once; few of them get several windows each,
+where that is faster.
 
 Whoever had a portion of a document goes to the back of the line; what an answer waits for goes before all others.
 Portions end on the boundaries of the memory's chunks, or with the document: a chunk is never split.
@@ -58,16 +59,25 @@ class Scheduler:
     """Holds every request from submission to its end. Owned by the compute thread."""
 
     def __init__(
-        self, *, window: int, chunk: int, max_running: int, ingest_budget: int, portion_seconds: float
+        self,
+        *,
+        window: int,
+        chunk: int,
+        max_running: int,
+        largest_block: int,
+        ingest_budget: int,
+        portion_seconds: float,
     ) -> None:
         """`window` and `chunk`: the most tokens of a portion, and what one of a document is a multiple of.
 
+        `largest_block`: tokens of each document a step while no answer is made, if that fits for all; else a window.
         `ingest_budget`: tokens of documents a step, padding counted, while no answer is made; a window or more.
         `portion_seconds`: how long a portion is to take at most where answers wait for their next tokens meanwhile.
         """
         self._window = window
         self._chunk = chunk
         self._max_running = max_running
+        self._largest_block = largest_block
         self._ingest_budget = ingest_budget
         self._portion_seconds = portion_seconds
         self._of_prompt = Portion(chunk, min(_LEAST_OF_PROMPT, chunk), window, portion_seconds)
@@ -110,7 +120,9 @@ class Scheduler:
         """Decide."""
         if not self._running and not self._waiting:
             self._owed = 0.0
-            return Step([], [], self._blocks(self._window, self._ingest_budget), math.inf)
+            fits = self.num_ingesting * self._largest_block <= self._ingest_budget
+            size = self._largest_block if fits else self._window
+            return Step([], [], self._blocks(size, self._ingest_budget), math.inf)
         if self.num_ingesting and self._owed <= 0:
             size = self._of_document.size // self._chunk * self._chunk
             return Step(list(self._running), [], self._blocks(size, size), self._portion_seconds)
@@ -166,7 +178,7 @@ class Scheduler:
         for line in self._ingesting:
             num_before = len(chosen)
             for request in line:
-                tokens = request.next_block(size)
+                tokens = request.next_block(size, min(size, self._window))
                 longest = max(longest, tokens)
                 if chosen and longest * (len(chosen) + 1) > budget:
                     break

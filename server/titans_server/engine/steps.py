@@ -16,6 +16,11 @@ class Steps:
     def __init__(self, model: TitansModel) -> None:
         self._model = model
 
+    @property
+    def largest_block(self) -> int:
+        """Tokens of a document that are read at once at most; several windows only of few documents."""
+        return self._model.config.window
+
     def new_pool(self, max_running: int) -> Pool:
         """One for `decode`: `max_running` streams at most."""
         del max_running  # it grows as it must
@@ -39,7 +44,7 @@ class Steps:
         return scores_after(self._model, self.padded([[token] for token in tokens]), pool.stream)
 
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
-        """Each of the states after reading its part of a text, a window at most; those given stay as they are."""
+        """Each of the states after reading its part of a text, a `largest_block` at most; those given stay."""
         if len(states) == 1:
             return [self._model.ingest(self.padded(parts), states[0])]
         sizes = [len(part) for part in parts]

@@ -40,6 +40,7 @@ class Worker:
             window=runner.window,
             chunk=runner.chunk,
             max_running=max_running,
+            largest_block=runner.largest_block,
             ingest_budget=runner.ingest_budget,
             portion_seconds=portion_seconds,
         )
