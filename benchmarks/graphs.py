@@ -1,8 +1,8 @@
 """On a CUDA device, in process: the engine's steps as CUDA graphs beside the same steps kernel by kernel, alternating.
 
-Reading: a window's tokens of each of so many sessions; answers: a token of each. Then what comes before an answer's
-first token, and what it takes to move a session's state between device and host, through memory that is pinned and
-memory that is not.
+Reading: a window's tokens of each of so many sessions; answers: a token of each. Then few documents that are
+read several windows at a time beside a window at a time, both in graphs; what comes before an answer's first token; and
+what it takes to move a session's state between device and host, through memory that is pinned and memory that is not.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from machine import print_machine, seconds
 from serving import Book
 from titans.checkpoint import load
+from titans.model import TitansModel
 from titans.state import State, Stream
 from titans_server.engine.graphs import GraphSteps
 from titans_server.engine.steps import Steps
@@ -54,6 +55,7 @@ def main() -> None:
         say = [1e3 * middle[f"say {name}"] for name in ("graphs", "kernels")]
         line = f"{count:>8} {read[0]:>15,.0f} {read[1]:>14,.0f} {read[0] / read[1]:>6.1f}x"
         print(f"{line} {say[0]:>15.2f} {say[1]:>14.2f} {say[1] / say[0]:>6.1f}x", flush=True)
+    _print_wide(kinds[0], model, book, args.repeats)
     _print_beginnings(kinds, states[0], book, args.repeats)
     _print_moves(states[0], args.repeats)
 
@@ -61,6 +63,26 @@ def main() -> None:
 def _read(steps: Steps, parts: list[list[int]], states: list[State]) -> None:
     steps.ingest(parts, states)
     torch.cuda.synchronize()
+
+
+def _print_wide(steps: Steps, model: TitansModel, book: Book, repeats: int) -> None:
+    """Whole blocks, and such as a document has that begins somewhere in a window."""
+    widest, window = steps.largest_block, model.config.window
+    print(f"\n{'':>8} {'':>12} {'reading in graphs, tokens/s':>32}")
+    print(f"{'sessions':>8} {'tokens each':>12} {'a block':>15} {'a window':>16} {'ratio':>7}")
+    for count, length in ((1, widest), (1, widest - 44), (2, widest), (4, widest)):
+        documents = [book.tokens(length, widest * i) for i in range(count)]
+        states, took = [model.new_state() for _ in documents], defaultdict[int, list[float]](list)
+        for _ in range(repeats):
+            for size in (widest, window):
+                took[size].append(seconds(_to_the_end(partial(_read_in_blocks, steps, documents, states, size))))
+        wide, narrow = (count * length / statistics.median(took[size][3:]) for size in (widest, window))
+        print(f"{count:>8} {length:>12} {wide:>15,.0f} {narrow:>16,.0f} {wide / narrow:>6.1f}x", flush=True)
+
+
+def _read_in_blocks(steps: Steps, documents: list[list[int]], states: list[State], size: int) -> None:
+    for start in range(0, len(documents[0]), size):
+        states = steps.ingest([tokens[start : start + size] for tokens in documents], states)
 
 
 def _print_beginnings(kinds: tuple[Steps, Steps], state: State, book: Book, repeats: int) -> None:
