@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from titans.layers import Rotation
 from titans.mixing import UNSEEN, Lasting, Masks, Ring, mix_fused, mix_in_turn
 
+_FUSED_ON = "cuda"  # kind of device
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -126,7 +128,7 @@ class Attention(nn.Module):
         keys_PGE, values_PGE, lasting = self.persistent_keys, self.persistent_values, None
         if keys_PGE.shape[0]:
             lasting = Lasting(lasting_BHTE, keys_PGE.permute(1, 2, 0), values_PGE.transpose(0, 1))
-        if q_BHTE.is_cuda:
+        if q_BHTE.device.type == _FUSED_ON:
             mixed_BHTE = mix_fused(q_BHTE, sights, place.bias_BTS, lasting, place.masks)
         else:
             mixed_BHTE = mix_in_turn(q_BHTE, sights, place.bias_BTS, lasting)

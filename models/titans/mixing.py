@@ -1,8 +1,8 @@
 """softmax(q k^T / sqrt(E) + bias) v over all keys in sight, a block of queries at a time.
 
-A block sees no more than W keys before it and its own, so what is out of sight is never computed. `mix_in_turn` is for a
-CPU: a block is two products and a softmax, and so small that the processor's cache holds it. `mix_fused` is for a CUDA
-device: a block is a window, whole ones are rows of one batch, and torch's fused attention writes no scores down.
+A block sees no more than W keys before it and its own, so what is out of sight is never computed. `mix_in_turn` is for
+a CPU: a block is two products and a softmax, and so small that the processor's cache holds it. `mix_fused` is for a
+CUDA device: a block is a window, whole ones are rows of one batch, and torch's fused attention writes no scores down.
 
 Shapes: B batch · T queries · W window · S keys in sight · H query heads · G kv heads · E head dim · P persistent ·
 R = H / G query heads that share a kv head.
@@ -92,9 +92,7 @@ def _blocks(
         yield start, block, bias_BTS[:, start : start + window, keys]
 
 
-def _cut(
-    q_BHTE: Tensor, sights: list[Ring], lasting: Lasting | None, start: int, stop: int
-) -> tuple[_Block, slice]:
+def _cut(q_BHTE: Tensor, sights: list[Ring], lasting: Lasting | None, start: int, stop: int) -> tuple[_Block, slice]:
     """The queries from `start` to `stop`, of several, and which keys these see."""
     keys = slice(start + 1, sights[0].keys.shape[2] - q_BHTE.shape[2] + stop)
     inside = [Ring(sight.keys[:, :, keys], sight.values[:, :, keys]) for sight in sights]

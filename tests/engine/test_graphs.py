@@ -32,6 +32,7 @@ each_form = pytest.mark.parametrize("form", list(FORMS.values()), ids=list(FORMS
 def test_nothing_in_a_step_waits_for_the_device(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On torch's meta device there is nothing to wait for: to look at a number is an error."""
     monkeypatch.setattr(neural, "_as_written", lambda _: nullcontext())  # autocast does not know that device
+    monkeypatch.setattr("titans.attention._FUSED_ON", "meta")
     model = make_tiny(**form).to("meta")
     assert model.has_fixed_steps
     window, batch = model.config.window, 3
@@ -151,12 +152,12 @@ def test_windows_through_graphs_are_as_without(form: dict[str, Any]) -> None:
 
 
 @each_form
-@pytest.mark.parametrize("blocks", [{"cpu": 64}, {}], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("fused_on", ["cuda", "cpu"], ids=["as on a CPU", "as on a GPU"])
 def test_several_windows_in_one_graph_are_as_window_by_window(
-    form: dict[str, Any], blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    form: dict[str, Any], fused_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From anywhere in a window; also where a row's last window reaches before what is new, and rows not in use."""
-    monkeypatch.setattr("titans.attention._BLOCK", blocks)
+    monkeypatch.setattr("titans.attention._FUSED_ON", fused_on)
     ours, plain, model = _on_this_machine(form)
     widest = ours.largest_block
     assert widest == 4 * model.config.window == 4 * plain.largest_block

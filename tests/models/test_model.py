@@ -64,12 +64,12 @@ def test_sessions_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
             assert_same(ours, model.ingest(row, start))
 
 
-@pytest.mark.parametrize("sizes", [{"cpu": 64}, {}], ids=["in turn", "at once"])
+@pytest.mark.parametrize("fused_on", ["cuda", "cpu"], ids=["as on a CPU", "as on a GPU"])
 def test_several_windows_at_once_leave_the_state_that_each_alone_does(
-    model: TitansModel, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    model: TitansModel, fused_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a row's last tokens reach before the call's first one, and where it has none."""
-    monkeypatch.setattr("titans.attention._BLOCK", sizes)
+    monkeypatch.setattr("titans.attention._FUSED_ON", fused_on)
     most = 4 * model.config.window
     starts = [model.ingest(random_tokens(n, seed=90 + n), model.new_state()) for n in (3, 41, 16, 7, 129, 30)]
     tokens, lengths = random_tokens(most, batch=6), [most, 37, 5, most - 1, 0, model.config.window]

@@ -65,9 +65,11 @@ class LocalReader:
         lengths, done = [len(row) for row in rows], 0
         tokens_BT = pad_sequence(rows, batch_first=True).to(self.titans.device)
         state = self.titans.new_state(len(documents))
-        for part_BT in tokens_BT.split(_WINDOWS * self.titans.config.window, dim=1):
+        stride = _WINDOWS * self.titans.config.window
+        at_once = stride if tokens_BT.is_cuda else None
+        for part_BT in tokens_BT.split(stride, dim=1):
             counts = [min(max(length - done, 0), part_BT.shape[1]) for length in lengths]
-            state, done = self.titans.ingest(part_BT, state, counts), done + part_BT.shape[1]
+            state, done = self.titans.ingest(part_BT, state, counts, at_once=at_once), done + part_BT.shape[1]
             report(sum(min(length, done) for length in lengths))
         yield LocalReading(
             self.titans,
