@@ -66,7 +66,7 @@ def mix_in_turn(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: L
 
 
 def mix_fused(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting | None, masks: Masks) -> Tensor:
-    """The same in as few operations as there can be. `masks`: kept by the caller as long as the bias is the same."""
+    """The same, of two queries or more, in few operations. `masks`: kept by the caller as long as the bias is."""
     mixed = []
     for start, block, bias in _blocks(q_BHTE, sights, bias_BTS, lasting):
         if (key := (start, len(sights))) not in masks:
@@ -81,9 +81,6 @@ def _blocks(
 ) -> Iterator[tuple[int, _Block, Tensor]]:
     """Each with its first query and its bias: all whole windows as one, where there are several, then what is left."""
     num_tokens, window = q_BHTE.shape[2], bias_BTS.shape[2] - q_BHTE.shape[2]
-    if num_tokens == 1:
-        yield 0, _Block(q_BHTE, sights, lasting), bias_BTS
-        return
     whole = num_tokens - num_tokens % window if num_tokens >= 2 * window else 0
     if whole:
         yield 0, *_side_by_side(q_BHTE[:, :, :whole], sights, bias_BTS[:, :whole], lasting, window)

@@ -1,5 +1,6 @@
 """Attention in blocks beside attention as it is written."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WINDOW = 96
+LENGTHS = 7, 64, 200, 3 * WINDOW, 3 * WINDOW + 1
 place = partial(Placement.place, window=WINDOW, num_kv_heads=2, head_dim=8, theta=100.0)
 small = partial(Placement.place, window=8, num_kv_heads=2, head_dim=4, theta=100.0)
 
@@ -39,9 +41,8 @@ def fused(q_BHTE: Tensor, sights: list[Ring], bias_BTS: Tensor, lasting: Lasting
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_sights", [1, 2])
-@pytest.mark.parametrize("num_tokens", [1, 7, 64, 200, 3 * WINDOW, 3 * WINDOW + 1])
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("mix", [mix_in_turn, fused], ids=["in turn", "fused"])
+@pytest.mark.parametrize(("mix", "num_tokens"), [(mix_in_turn, 1), *itertools.product((mix_in_turn, fused), LENGTHS)])
 def test_blocks_give_what_the_formula_gives(
     mix: Callable[..., Tensor], num_tokens: int, num_sights: int, dtype: torch.dtype, segmented: bool
 ) -> None:
