@@ -18,7 +18,7 @@ from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
 from titans_server.states import States
 
-_STRIDE = 4  # windows that a document hands to the engine at once
+_STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
 
 
 @dataclass
@@ -54,9 +54,9 @@ class Learner:
         """The version to go on from."""
         return self.record.head
 
-    def next(self, window: int, *, last: bool) -> list[int]:
+    def next(self, stride: int, window: int, *, last: bool) -> list[int]:
         """The next tokens, up to a window's boundary; all but the last ones end on one. None yet: []."""
-        size = _STRIDE * window - int(self.state.position) % window
+        size = stride - int(self.state.position) % window
         if len(self.queue) < size and not last:
             return []
         tokens, self.queue = self.queue[:size], self.queue[size:]
@@ -91,7 +91,7 @@ class Learning:
     @property
     def stride(self) -> int:
         """Tokens that are logged and learnt at once, more or less."""
-        return _STRIDE * self._engine.window
+        return _STRIDE * self._engine.largest_block
 
     async def learn(self, work: Work, portion: Portion) -> AsyncGenerator[Progress, None]:
         """Learn a portion that has been logged, or the last one, which makes a version; then `work.learnt` is there.
@@ -103,7 +103,7 @@ class Learning:
         while True:
             try:
                 learner = work.learner = work.learner or await self._begin(work, portion)
-                while tokens := learner.next(self._engine.window, last=portion.is_last):
+                while tokens := learner.next(self.stride, self._engine.window, last=portion.is_last):
                     work.check()
                     with self._observer.working("ingest", len(tokens)):
                         learner.state = await self._engine.ingest(learner.state, tokens)

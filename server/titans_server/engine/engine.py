@@ -85,6 +85,11 @@ class Engine:
         """Tokens of one chunk of a document."""
         return self._runners[0].window
 
+    @property
+    def largest_block(self) -> int:
+        """Tokens of a document that it reads at once at most: whole windows."""
+        return self._runners[0].largest_block
+
     def new_state(self) -> State:
         """A session that has read nothing. Where there are several devices it is on none of them."""
         state = self._runners[0].new_state()
