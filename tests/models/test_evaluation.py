@@ -1,5 +1,6 @@
 """What is planted, asked, and counted: the tasks and the numbers, without a model."""
 
+import argparse
 import json
 import random
 import re
@@ -12,12 +13,12 @@ from typing import Any
 
 import pytest
 from titans.evaluation import facts, table
-from titans.evaluation.__main__ import LENGTHS, QUICK_LENGTHS, QUICK_SAMPLES, SAMPLES, length
+from titans.evaluation.__main__ import LENGTHS, QUICK_LENGTHS, QUICK_SAMPLES, SAMPLES, add_arguments, length, run
 from titans.evaluation.facts import first_number, gives, make_keys
 from titans.evaluation.haystack import Haystack, insert, spread
 from titans.evaluation.niah import NeedleTask
 from titans.evaluation.plot import by_depth, plot
-from titans.evaluation.results import Results
+from titans.evaluation.results import Results, read_documents
 from titans.evaluation.scoring import cells, wilson
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
 from titans.evaluation.task import EvaluationError, Question, Task
@@ -348,6 +349,41 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(EvaluationError, match="not a file of results"):
         Results(path, {"seed": 1})
+
+
+def results_file(path: Path, *documents: dict[str, Any], **settings: object) -> Path:
+    Results(path, {"fingerprint": "f", "text": "t"} | settings).add(documents)
+    return path
+
+
+def test_several_files_are_shown_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = results_file(tmp_path / "short.json", graded("facts", 100, 0, [True, False]), samples=2)
+    long = results_file(tmp_path / "long.json", graded("facts", 200, 0, [True]), graded("varied", 100, 0, [False]))
+    assert [x["task"] for x in read_documents([short, long])] == ["facts", "facts", "varied"]
+    picture = tmp_path / "recall.png"
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["--results", str(short), str(long), "--plot", str(picture)])) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head == table.HEAD
+    assert [row.split()[:4] for row in rows] == [
+        ["facts", "100", "2", "1"],
+        ["varied", "100", "1", "0"],
+        ["facts", "200", "1", "1"],
+    ]
+    assert picture.exists()
+
+
+def test_files_that_do_not_belong_together_are_not_shown_as_one(tmp_path: Path) -> None:
+    ours = results_file(tmp_path / "ours.json", graded("facts", 100, 0, [True]))
+    same = results_file(tmp_path / "same.json", graded("facts", 100, 1, [True]))
+    other = results_file(tmp_path / "other.json", graded("facts", 200, 0, [True]), fingerprint="g")
+    with pytest.raises(EvaluationError, match=r"both have facts at 100 tokens"):
+        read_documents([ours, same])
+    with pytest.raises(EvaluationError, match=r"results of another fingerprint than"):
+        read_documents([ours, other])
+    with pytest.raises(EvaluationError, match=r"missing.json cannot be read: No such file"):
+        read_documents([tmp_path / "missing.json"])
 
 
 def test_the_table_is_aligned() -> None:

@@ -19,7 +19,8 @@ from titans.evaluation.haystack import Haystack
 from titans.evaluation.local import LocalReader
 from titans.evaluation.perplexity import perplexity
 from titans.evaluation.reader import Reader, Report
-from titans.evaluation.results import Results
+from titans.evaluation.results import Results, read_documents
+from titans.evaluation.scoring import cells
 from titans.evaluation.server import ServerReader
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
 from titans.evaluation.task import EvaluationError
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", type=Path, default=[BOOK], help="the haystack (default: Sherlock Holmes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; a run goes on where its file ends")
+    parser.add_argument(
+        "--results", nargs="+", type=Path, metavar="FILE", help="measure nothing: show what files of --out have"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG: recall by length and by depth")
 
 
@@ -77,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.plot is not None:
             plot.check(args.plot)
+        if args.results:
+            _show(args.results, args.plot)
+            return 0
         with _reader(args) as reader:
             _measure(args, reader)
     except (EvaluationError, BackboneError, CheckpointError) as error:
@@ -126,6 +133,14 @@ def _measure(args: argparse.Namespace, reader: Reader) -> None:
     if args.plot is not None:
         keys = [part.key for part in todo]
         plot.plot(results.cells(keys), [results.documents[key] for key in keys], args.plot)
+
+
+def _show(files: Sequence[Path], target: Path | None) -> None:
+    documents = read_documents(files)
+    found = sorted(cells(documents), key=lambda cell: cell.tokens)
+    tqdm.write("\n".join([table.HEAD, *map(table.row, found)]))
+    if target is not None:
+        plot.plot(found, documents, target)
 
 
 def _recall(plan: Plan, todo: Sequence[Part], reader: Reader, results: Results) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from titans.evaluation.scoring import Cell, cells
 from titans.evaluation.task import EvaluationError
 
 Key = tuple[str, int, int]  # task, tokens, index of a document
+
+_COMMON = "fingerprint", "text"  # what files must share to be shown together
 
 
 class Results:
@@ -40,13 +42,7 @@ class Results:
         return cells(self.documents[key] for key in keys if key in self.documents)
 
     def _load(self, path: Path) -> None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            settings, documents, perplexity = found["settings"], found["documents"], found["perplexity"]
-            self.documents = {_key(document): document for document in documents}
-            self.perplexity = {row["tokens"]: row["nats"] for row in perplexity}
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is not a file of results") from error
+        settings, self.documents, self.perplexity = _read(path)
         other = [name for name in self.settings if settings.get(name) != self.settings[name]]
         if other:
             name = other[0]
@@ -68,6 +64,40 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         part.replace(self.path)
+
+
+def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The documents of several files, in order.
+
+    Raises EvaluationError where one is no file of results, is of another model or text than the first, or has a cell
+    that another has.
+    """
+    common: dict[str, Any] = {}
+    having: dict[tuple[str, int], Path] = {}
+    documents: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            settings, found, _ = _read(path)
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be read: {error.strerror}") from error
+        for name in _COMMON:
+            if common.setdefault(name, settings.get(name)) != settings.get(name):
+                raise EvaluationError(f"{path} has results of another {name} than {paths[0]}")
+        for task, tokens in {key[:2] for key in found}:
+            if (other := having.setdefault((task, tokens), path)) != path:
+                raise EvaluationError(f"{path} and {other} both have {task} at {tokens:,} tokens")
+        documents += found.values()
+    return documents
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], dict[int, dict[str, float]]]:
+    """A file's settings, documents and nats per token."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        documents = {_key(document): document for document in found["documents"]}
+        return dict(found["settings"]), documents, {row["tokens"]: row["nats"] for row in found["perplexity"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is not a file of results") from error
 
 
 def _key(document: dict[str, Any]) -> Key:
