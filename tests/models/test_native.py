@@ -35,6 +35,19 @@ _RUNS: list[tuple[int, list[int]]] = [
 ]
 
 
+def test_kept_kernels_that_cannot_be_loaded_are_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    kept = tmp_path / ".cache" / "titans" / build._name()
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"of another machine")
+    assert build._kept().titans_layers
+    assert "compiling the kernels again" in caplog.text
+    assert build._kept().titans_layers
+    assert caplog.text.count("compiling the kernels again") == 1
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("num_outputs", [16, 176, 4_112])
 @pytest.mark.parametrize("num_threads", [1, 3])

@@ -31,17 +31,25 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         beside = FOLDER / _name()
-        return ctypes.CDLL(str(beside if beside.exists() else _kept()))
+        return ctypes.CDLL(str(beside)) if beside.exists() else _kept()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         log.warning("answers are slower than they need be: no compiled kernels (%s)", error)
         return None
 
 
-def _kept() -> Path:
-    """Those of this user, compiled where they are not there yet. Raises RuntimeError, and as `compile_into`."""
+def _kept() -> ctypes.CDLL:
+    """Those of this user, compiled where they are not there yet, or cannot be loaded: a home may come from elsewhere.
+
+    Raises RuntimeError, and as `compile_into`.
+    """
     folder = Path.home() / ".cache" / "titans"
     path = folder / _name()
-    return path if path.exists() else compile_into(folder)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            log.warning("compiling the kernels again: %s", error)
+    return ctypes.CDLL(str(compile_into(folder)))
 
 
 def compile_into(folder: Path) -> Path:
