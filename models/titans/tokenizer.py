@@ -1,5 +1,6 @@
 """Text to tokens and back: whole, as a stream, and one token at a time."""
 
+import codecs
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,6 @@ from tokenizers.models import BPE
 
 from titans.chat import ChatError, render
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BOUNDARY = re.compile(r"(?<=\S) (?=\S)")  # a lone space: what stands before it is tokenized for good
 
 
@@ -44,6 +44,7 @@ class Tokenizer:
         self._raw = raw
         self._raw.encode_special_tokens = True
         self._control = {x.content: i for i, x in raw.get_added_tokens_decoder().items() if x.special}
+        self._control_ids = {*self._control.values()}
         self._chat_template = chat_template
         ends = {"bos_token": bos_token, "eos_token": eos_token}
         self._names = {name: raw.id_to_token(token) or "" for name, token in ends.items() if token is not None}
@@ -87,6 +88,10 @@ class Tokenizer:
             for i, part in enumerate(parts)
             for token in ([self._control[part]] if i % 2 else self.encode(part.replace(mark, "")))
         ]
+
+    def text_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, maybe a part of a character; b"" of a control token."""
+        return b"" if token in self._control_ids else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, maybe a part of a character; the name of a control token; b"" of none."""
@@ -162,18 +167,12 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._held: list[int] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """The text that this token completes, or ""; text that ends in U+FFFD waits for the next token."""
-        self._held.append(token)
-        text = self._tokenizer.decode(self._held)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        self._held = []
-        return text
+        """The text that this token completes, or ""."""
+        return self._decoder.decode(self._tokenizer.text_bytes(token))
 
     def finish(self) -> str:
-        """What was held back, U+FFFD where it never became a character."""
-        held, self._held = self._held, []
-        return self._tokenizer.decode(held)
+        """U+FFFD where a character never became whole."""
+        return self._decoder.decode(b"", final=True)

@@ -69,6 +69,20 @@ def test_half_a_character_waits_for_its_other_half(tokenizer: Tokenizer) -> None
     assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
+@given(tokens=st.lists(st.integers(0, 49_151), max_size=30))
+@settings(deadline=None)
+def test_any_tokens_come_out_as_they_do_together(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    decoder = StreamDecoder(tokenizer)
+    assert "".join(map(decoder.feed, tokens)) + decoder.finish() == tokenizer.decode(tokens)
+
+
+def test_bytes_that_are_no_text_are_not_held(tokenizer: Tokenizer) -> None:
+    (first, *_), decoder = tokenizer.encode("🙂"), StreamDecoder(tokenizer)
+    text = "".join(decoder.feed(first) for _ in range(20_000))
+    assert {*text} == {"\N{REPLACEMENT CHARACTER}"}
+    assert len(text) >= 19_999
+
+
 @given(text=TEXT)
 @settings(deadline=None)
 def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
