@@ -174,7 +174,7 @@ def _from_hugging_face(folder: Path) -> Backbone:
     theirs: dict[str, Tensor] = {}
     for path in weight_files(folder):
         theirs |= load_file(path)
-    raw = _read_tokenizer(folder / "tokenizer.json")
+    raw = _read_tokenizer(folder / "tokenizer.json", config.vocab_size)
     tensors = _fuse(lambda name: theirs[name].float(), config, _HUGGING_FACE_NAMES)
     ends, template = (config.eos_token, config.bos_token), _chat_template(folder)
     return Backbone(config, tensors, Tokenizer(raw, *ends, template, num_known=config.vocab_size))
@@ -194,7 +194,7 @@ def _chat_template(folder: Path) -> str | None:
     return found
 
 
-def _read_tokenizer(path: Path) -> RawTokenizer:
+def _read_tokenizer(path: Path, num_known: int) -> RawTokenizer:
     text = path.read_text(encoding="utf-8")
     try:
         raw = RawTokenizer.from_str(text)
@@ -202,6 +202,10 @@ def _read_tokenizer(path: Path) -> RawTokenizer:
         raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(raw.decoder, decoders.ByteLevel):  # of others, a token's text depends on those before it
         raise ValueError(f"{path.name} is not a byte-level BPE")
+    control = {i for i, token in raw.get_added_tokens_decoder().items() if token.special}  # no text has them
+    for token, i in raw.get_vocab().items():
+        if i >= num_known and i not in control:
+            raise ValueError(f"{path.name} has the token {token!r}, {i}, and the body knows {num_known}")
     return raw
 
 

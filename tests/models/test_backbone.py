@@ -205,6 +205,15 @@ def test_a_token_that_the_body_has_no_row_for_is_none_of_its_tokens(tmp_path: Pa
     assert body.tokenizer.vocab_size == body.config.vocab_size == raw.get_vocab_size() - 1
 
 
+def test_a_token_of_texts_that_the_body_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path).body
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.add_tokens(["Sherlock"])
+    raw.save(str(path / "tokenizer.json"))
+    with pytest.raises(BackboneError, match="has the token 'Sherlock', 259, and the body knows 259"):
+        load_backbone(path)
+
+
 @pytest.mark.parametrize("config", ["{", '{"chat_template": 5}', '{"chat_template": [{}]}'])
 def test_a_torn_chat_template_is_a_torn_body(tmp_path: Path, config: str) -> None:
     body = write_tiny_checkpoint(tmp_path).body
