@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Literal
 
 from titans_server.errors import RateLimited
@@ -18,6 +19,33 @@ from titans_server.tenants.quotas import Bucket
 
 _Kind = Literal["requests", "tokens"]
 _current: ContextVar["Allowance | None"] = ContextVar("titans_allowance", default=None)
+_place: ContextVar["Place | None"] = ContextVar("titans_place", default=None)
+
+
+class Place:
+    """A request's place among its owner's, for what goes on of it after it has ended."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        """The request is the first who holds it. `leave`: called once, when nobody does any more."""
+        self._leave = leave
+        self._num_holding = 1
+
+    def hold(self) -> Callable[[], None]:
+        """One more, who lets go by calling what is returned."""
+        self._num_holding += 1
+        return self.release
+
+    def release(self) -> None:
+        """One less."""
+        self._num_holding -= 1
+        if not self._num_holding:
+            self._leave()
+
+
+def hold_place() -> Callable[[], None]:
+    """Let the request that runs count among those at once until what is returned is called, also after its end."""
+    place = _place.get()
+    return (lambda: None) if place is None else place.hold()
 
 
 class Limiter:
@@ -26,24 +54,31 @@ class Limiter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[tuple[str, _Kind, int], Bucket] = {}  # as many as there are keys
-        self._at_once: Counter[str] = Counter()
+        self._at_once: Counter[str] = Counter()  # requests
+        self._going_on: Counter[str] = Counter()  # the same, and those of which something goes on after their end
 
     @contextmanager
     def admit(self, caller: Caller, *, costs_tokens: bool) -> Iterator["Allowance"]:
-        """Let a request in until it has ended; it is charged from here on. Raises RateLimited."""
+        """Let a request in until it has ended; it is charged from here on. Raises RateLimited.
+
+        What goes on of requests that have ended keeps out new work alone: it can still be looked for, and stopped.
+        """
         quotas, owner = caller.quotas, caller.owner
-        if quotas.requests_at_once is not None and self._at_once[owner] >= quotas.requests_at_once:
+        under_way = (self._going_on if costs_tokens else self._at_once)[owner]
+        if quotas.requests_at_once is not None and under_way >= quotas.requests_at_once:
             raise RateLimited(f"{quotas.requests_at_once} requests of this key are under way already", 1.0)
         allowance = self.allowance(caller)
         allowance.enter(costs_tokens=costs_tokens)
         _current.set(allowance)
-        self._at_once[owner] += 1
+        place = Place(partial(_one_less, self._going_on, owner))
+        _place.set(place)
+        for counts in (self._at_once, self._going_on):
+            counts[owner] += 1
         try:
             yield allowance
         finally:
-            self._at_once[owner] -= 1
-            if not self._at_once[owner]:
-                del self._at_once[owner]
+            _one_less(self._at_once, owner)
+            place.release()
 
     def allowance(self, caller: Caller) -> "Allowance":
         """What a caller may take. Nothing is taken by looking."""
@@ -126,6 +161,13 @@ class _Charged(Answering):
         if self._allowance is not None:
             self._allowance.charge(self._num_due + num_drawn)
         self._num_due = 0
+
+
+def _one_less(counts: Counter[str], owner: str) -> None:
+    """Owners who have nothing under way are not kept."""
+    counts[owner] -= 1
+    if not counts[owner]:
+        del counts[owner]
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from titans_server.api.streams.ring import Frame
 from titans_server.api.streams.stream import Reader, Stream
 from titans_server.errors import Overloaded, StreamNotFound
+from titans_server.tenants.limiter import hold_place
 
 _READ_AHEAD = 65_536  # bytes that are made before a reader who cannot come back has taken them
 
@@ -41,12 +42,17 @@ class Streams:
         owner: str,
         resumable: bool,
     ) -> Reader:
-        """A new stream's reader. Raises Overloaded where no more can be kept."""
+        """A new stream's reader. Raises Overloaded where no more can be kept.
+
+        To its end it is one of its caller's requests at once, also where nobody reads it.
+        """
         if resumable:
             self._make_room()
         max_bytes = self.limits.max_bytes if resumable else min(_READ_AHEAD, self.limits.max_bytes)
         stream = Stream(frames, farewell, owner=owner, max_bytes=max_bytes, is_resumable=resumable)
         self._streams[stream.id] = stream
+        let_go = hold_place()
+        stream.task.add_done_callback(lambda _: let_go())
         stream.task.add_done_callback(lambda _: self._has_ended(stream))
         assert stream.reader is not None
         return stream.reader
