@@ -16,7 +16,8 @@ from titans.model import TitansModel
 from titans.state import Stream
 from titans.tokenizer import Tokenizer
 
-_WINDOWS = 4  # read at once
+_WINDOWS = 4  # of each document, from one report to the next; on a GPU they are read at once
+_TOKENS = 16_384  # of all documents at once: more is no faster there, and takes memory
 _BLOCK = 256  # tokens that attend to all before them at once
 _ROOM = 512  # tokens of a question and its answer
 _STEP = 1_024  # whole chunks of a memory, as a MAC's segment is
@@ -65,9 +66,10 @@ class LocalReader:
         lengths, done = [len(row) for row in rows], 0
         tokens_BT = pad_sequence(rows, batch_first=True).to(self.titans.device)
         state = self.titans.new_state(len(documents))
-        stride = _WINDOWS * self.titans.config.window
-        at_once = stride if tokens_BT.is_cuda else None
-        for part_BT in tokens_BT.split(stride, dim=1):
+        window = self.titans.config.window
+        fitting = _TOKENS // len(documents) // window
+        at_once = max(1, min(fitting, _WINDOWS)) * window if tokens_BT.is_cuda else window
+        for part_BT in tokens_BT.split(_WINDOWS * window, dim=1):
             counts = [min(max(length - done, 0), part_BT.shape[1]) for length in lengths]
             state, done = self.titans.ingest(part_BT, state, counts, at_once=at_once), done + part_BT.shape[1]
             report(sum(min(length, done) for length in lengths))
