@@ -16,7 +16,9 @@ from titans.evaluation import facts, table
 from titans.evaluation.__main__ import LENGTHS, QUICK_LENGTHS, QUICK_SAMPLES, SAMPLES, add_arguments, length, run
 from titans.evaluation.facts import first_number, gives, make_keys
 from titans.evaluation.haystack import Haystack, insert, spread
+from titans.evaluation.names import met_again
 from titans.evaluation.niah import NeedleTask
+from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.plot import by_depth, plot
 from titans.evaluation.results import Results, read_documents
 from titans.evaluation.scoring import cells, wilson
@@ -328,10 +330,11 @@ def test_results_go_on_where_they_ended(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     first = Results(path, {"model": "tiny", "seed": 0})
     first.add([graded("facts", 100, 0, [True])])
-    first.add_perplexity(100, {"memory": 3.5, "off": 3.75})
+    nats = Perplexity({"memory": 3.5, "off": 3.75}, {"memory": 1.0, "off": 2.0}, 7)
+    first.add_perplexity(100, nats)
     second = Results(path, {"model": "tiny", "seed": 0})
     assert second.documents == first.documents
-    assert second.perplexity == {100: {"memory": 3.5, "off": 3.75}}
+    assert second.perplexity == {100: nats}
     second.add([graded("facts", 100, 1, [False])])
     (row,) = json.loads(path.read_text())["cells"]
     assert (row["task"], row["memory"]["asked"], row["memory"]["right"], row["off"]["right"]) == ("facts", 2, 1, 0)
@@ -394,9 +397,20 @@ def test_the_table_is_aligned() -> None:
         *("multikey_1", "1,048,576", "100", "99", "94.6%", "-", "99.8%", "99.0%"),
         *("0", "of", "100", "-", "99", "of", "100", "0", "of", "100"),
     ]
-    nats = table.perplexity_row(1_048_576, {"memory": 3.0, "off": 4.0})
-    assert len(nats) == len(table.perplexity_head())
-    assert nats.split() == ["1,048,576", "3.000", "4.000", "-"]
+    found = Perplexity({"memory": 3.0, "off": 4.0}, {"memory": 1.0, "off": 2.0, "full": 0.5}, 1_234)
+    every, names = table.perplexity_rows(1_048_576, found).splitlines()
+    assert len(every) == len(names) == len(table.perplexity_head())
+    assert every.split() == ["all", "1,048,576", "3.000", "4.000", "-"]
+    assert names.split() == ["1,234", "of", "names", "1,048,576", "1.000", "2.000", "0.500"]
+    assert table.perplexity_rows(8, Perplexity({"memory": 3.0, "off": 4.0}, {}, 0)).count("\n") == 0
+
+
+def test_a_name_is_met_again_past_the_window(tokenizer: Tokenizer) -> None:
+    far = " and so on" * 12  # 36 tokens
+    text = f"Then Irene came.{far} Irene and Irene went. Then Adler came,{far} then Mrs Adler, the Then of it."
+    tokens = tokenizer.encode(text)
+    assert [tokenizer.decode([tokens[i]]) for i in met_again(tokens, tokenizer, 30)] == [" Ire", "ne", " Adler"]
+    assert met_again(tokens, tokenizer, 60) == []
 
 
 def test_recall_by_depth_counts_fifths_and_is_drawn(tmp_path: Path) -> None:

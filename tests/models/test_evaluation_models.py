@@ -111,9 +111,21 @@ def test_nats_are_those_of_one_pass_over_the_whole_text(reader: LocalReader, loa
     }.items():
         h, _ = model(text[:, :-1], stream)
         expected = next_token_loss(model.logits(h[:, window:]), text[:, window + 1 :])
-        assert found[name] == pytest.approx(float(expected), rel=1e-5)
-    assert len(set(found.values())) == 3
+        assert found.nats[name] == pytest.approx(float(expected), rel=1e-5)
+    assert len(set(found.nats.values())) == 3
     assert sum(moved) == 3 * 149
+
+
+def test_names_that_are_met_again_have_nats_of_their_own(reader: LocalReader, loaded: Loaded) -> None:
+    said = ("And Irene saw it. " + "and so it was. " * 12) * 2
+    book, model, text = Haystack(said, reader.count), loaded.model, tokens(loaded, said)
+    found = perplexity(reader, book, text.shape[1], lambda _: None)
+    place = said.rindex("Irene")  # a character is a token of this model
+    h, _ = model(text[:, :-1], model.open(model.new_state(), recall=False))
+    expected = next_token_loss(model.logits(h[:, place - 1 : place + 4]), text[:, place : place + 5])
+    assert found.num_names == len("Irene")
+    assert found.names["off"] == pytest.approx(float(expected), rel=1e-5)
+    assert len(set(found.names.values())) == 3
 
 
 def test_a_stream_is_never_a_text_twice(reader: LocalReader) -> None:

@@ -173,7 +173,7 @@ def _predict(plan: Plan, reader: LocalReader, book: Haystack, results: Results) 
         if tokens not in results.perplexity:
             with tqdm(unit="token", unit_scale=True, desc=f"predicting {tokens:,}") as bar:
                 results.add_perplexity(tokens, perplexity(reader, book, tokens, bar.update))
-        tqdm.write(table.perplexity_row(tokens, results.perplexity[tokens]))
+        tqdm.write(table.perplexity_rows(tokens, results.perplexity[tokens]))
 
 
 def _text(paths: Sequence[Path]) -> str:

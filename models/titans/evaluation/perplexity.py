@@ -1,14 +1,17 @@
 """Nats per token of a long text read as one stream: with the memory, without it, and with full attention instead."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from titans.evaluation.haystack import Haystack
 from titans.evaluation.local import LocalReader, widen, window_for
+from titans.evaluation.names import met_again
 from titans.evaluation.task import EvaluationError
-from titans.model import TitansModel, next_token_loss
+from titans.model import TitansModel
 from titans.state import Stream
 
 Advance = Callable[[int], object]  # is told of tokens as they are read
@@ -16,8 +19,16 @@ Advance = Callable[[int], object]  # is told of tokens as they are read
 LONGEST_IN_FULL = 8_192  # tokens that full attention is given: its cost grows with their square
 
 
-def perplexity(reader: LocalReader, book: Haystack, num_tokens: int, advance: Advance) -> dict[str, float]:
-    """Nats per token of the book's first `num_tokens` tokens, by condition: memory, off, and full up to 8K.
+class Perplexity(NamedTuple):
+    """Nats per token, by condition: memory, off, and full up to 8K."""
+
+    nats: dict[str, float]  # of all tokens
+    names: dict[str, float]  # of those of names that were said before, but not within the window; none: empty
+    num_names: int  # how many tokens these are
+
+
+def perplexity(reader: LocalReader, book: Haystack, num_tokens: int, advance: Advance) -> Perplexity:
+    """Of the book's first `num_tokens` tokens.
 
     The tokens of the first window do not count: all three see the same of them. Raises EvaluationError.
     """
@@ -35,18 +46,21 @@ def perplexity(reader: LocalReader, book: Haystack, num_tokens: int, advance: Ad
     if num_tokens <= LONGEST_IN_FULL:
         wide = widen(model, window_for(num_tokens))
         streams["full"] = (wide, wide.open(wide.new_state(), recall=False))
-    return {name: _nats(*way, tokens_1T, window, advance) for name, way in streams.items()}
+    losses = {name: _losses(*way, tokens_1T, window, advance) for name, way in streams.items()}
+    places = met_again(tokens_1T[0].tolist(), reader.tokenizer, window)  # so all of them are after the first window
+    names = {name: float(each[[place - window - 1 for place in places]].mean()) for name, each in losses.items()}
+    return Perplexity({name: float(each.mean()) for name, each in losses.items()}, names if places else {}, len(places))
 
 
 @torch.no_grad()
-def _nats(model: TitansModel, stream: Stream, tokens_1T: Tensor, window: int, advance: Advance) -> float:
-    """Mean over the tokens after the first `window`; a block of `window` tokens at a time."""
-    total = 0.0
+def _losses(model: TitansModel, stream: Stream, tokens_1T: Tensor, window: int, advance: Advance) -> Tensor:
+    """Of each token after the first `window` + 1, in nats; they are read a block of `window` tokens at a time."""
+    losses = []
     for start in range(0, tokens_1T.shape[1] - 1, window):
         block_1T = tokens_1T[:, start : min(start + window, tokens_1T.shape[1] - 1)]
         h_1TD, stream = model(block_1T, stream)
         if start >= window:
-            targets_1T = tokens_1T[:, start + 1 : start + 1 + block_1T.shape[1]]
-            total += float(next_token_loss(model.logits(h_1TD), targets_1T)) * block_1T.shape[1]
+            targets_T = tokens_1T[0, start + 1 : start + 1 + block_1T.shape[1]]
+            losses.append(F.cross_entropy(model.logits(h_1TD[0]), targets_T, reduction="none").double())
         advance(block_1T.shape[1])
-    return total / (tokens_1T.shape[1] - 1 - window)
+    return torch.cat(losses)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.scoring import Cell, cells
 from titans.evaluation.task import EvaluationError
 
@@ -21,7 +22,7 @@ class Results:
         """Goes on with what the file has. Raises EvaluationError for one of other settings, or none of ours."""
         self.path, self.settings = path, settings
         self.documents: dict[Key, dict[str, Any]] = {}
-        self.perplexity: dict[int, dict[str, float]] = {}
+        self.perplexity: dict[int, Perplexity] = {}
         if path is not None and path.exists():
             self._load(path)
         elif path is not None:
@@ -32,9 +33,9 @@ class Results:
         self.documents |= {_key(document): document for document in documents}
         self._save()
 
-    def add_perplexity(self, tokens: int, nats: dict[str, float]) -> None:
+    def add_perplexity(self, tokens: int, found: Perplexity) -> None:
         """The same of a stream that has been read."""
-        self.perplexity[tokens] = nats
+        self.perplexity[tokens] = found
         self._save()
 
     def cells(self, keys: Iterable[Key]) -> list[Cell]:
@@ -55,7 +56,7 @@ class Results:
         content = {
             "settings": self.settings,
             "cells": [cell.to_dict() for cell in cells(self.documents.values())],
-            "perplexity": [{"tokens": tokens, "nats": nats} for tokens, nats in self.perplexity.items()],
+            "perplexity": [{"tokens": tokens} | found._asdict() for tokens, found in self.perplexity.items()],
             "documents": list(self.documents.values()),
         }
         part = self.path.with_name(self.path.name + ".part")
@@ -90,12 +91,13 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return documents
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], dict[int, dict[str, float]]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], dict[int, Perplexity]]:
     """A file's settings, documents and nats per token."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         documents = {_key(document): document for document in found["documents"]}
-        return dict(found["settings"]), documents, {row["tokens"]: row["nats"] for row in found["perplexity"]}
+        nats = {row.pop("tokens"): Perplexity(**row) for row in found["perplexity"]}
+        return dict(found["settings"]), documents, nats
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} is not a file of results") from error
 

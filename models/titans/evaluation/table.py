@@ -1,5 +1,6 @@
 """The table that is printed, a row a cell."""
 
+from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.scoring import Cell, Tally
 
 HEAD = (
@@ -36,10 +37,17 @@ def perplexity_head() -> str:
     return f"{'nats per token':<16}{'tokens':>10}{'memory':>9}{'memory off':>12}{'full attention':>16}"
 
 
-def perplexity_row(tokens: int, nats: dict[str, float]) -> str:
-    """One text read as a stream."""
+def perplexity_rows(tokens: int, found: Perplexity) -> str:
+    """One text read as a stream: all tokens, and those of names met again, with how many they are."""
+    rows = [_nats("all", tokens, found.nats)]
+    if found.names:
+        rows.append(_nats(f"{found.num_names:,} of names", tokens, found.names))
+    return "\n".join(rows)
+
+
+def _nats(what: str, tokens: int, nats: dict[str, float]) -> str:
     memory, off, full = (f"{nats[name]:.3f}" if name in nats else "-" for name in ("memory", "off", "full"))
-    return f"{'':<16}{tokens:>10,}{memory:>9}{off:>12}{full:>16}"
+    return f"{what:<16}{tokens:>10,}{memory:>9}{off:>12}{full:>16}"
 
 
 def _right(tally: Tally | None) -> str:
