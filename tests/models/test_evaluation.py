@@ -383,6 +383,8 @@ def test_files_that_do_not_belong_together_are_not_shown_as_one(tmp_path: Path) 
     other = results_file(tmp_path / "other.json", graded("facts", 200, 0, [True]), fingerprint="g")
     with pytest.raises(EvaluationError, match=r"both have facts at 100 tokens"):
         read_documents([ours, same])
+    with pytest.raises(EvaluationError, match=r"both have facts at 100 tokens"):
+        read_documents([ours, ours])
     with pytest.raises(EvaluationError, match=r"results of another fingerprint than"):
         read_documents([ours, other])
     with pytest.raises(EvaluationError, match=r"missing.json cannot be read: No such file"):

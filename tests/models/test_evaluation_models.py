@@ -8,7 +8,7 @@ from support.models import TinyCheckpoint, write_tiny_checkpoint
 from titans.checkpoint import Loaded, load
 from titans.evaluation.generate import generate
 from titans.evaluation.haystack import Haystack
-from titans.evaluation.local import LocalReader, widen, window_for
+from titans.evaluation.local import LocalReader, widen, window_for, windows_at_once
 from titans.evaluation.perplexity import perplexity
 from titans.evaluation.task import EvaluationError
 from titans.model import next_token_loss
@@ -80,6 +80,11 @@ def test_documents_read_together_are_answered_as_alone(reader: LocalReader) -> N
     for text, some, answers in zip(texts, prompts, together, strict=True):
         with reader.read([text], seen.append) as reading:
             assert reading.answer([some], memory=True, max_tokens=12, stop="\n") == [answers]
+
+
+def test_many_documents_are_read_a_window_at_a_time_on_a_gpu() -> None:
+    assert [windows_at_once(count, 256) for count in (1, 16, 17, 20, 64, 1_000)] == [4, 4, 3, 3, 1, 1]
+    assert windows_at_once(1, 32_768) == 1
 
 
 def test_full_attention_sees_what_the_window_does_not(reader: LocalReader, loaded: Loaded) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from titans_server.errors import RateLimited
 from titans_server.observer import Asked
 from titans_server.tenants.gatekeeper import Caller
-from titans_server.tenants.limiter import Allowance, Limiter, Meter, _duration
+from titans_server.tenants.limiter import Allowance, Limiter, Meter, _duration, hold_place
 from titans_server.tenants.quotas import Bucket, Quotas
 
 
@@ -120,6 +120,22 @@ def test_requests_at_once_are_counted_until_they_end() -> None:
             admitted(limiter, caller)
         admitted(limiter, Caller("b", caller.quotas))
     admitted(limiter, caller)
+
+
+def test_what_goes_on_of_a_request_keeps_new_work_out() -> None:
+    limiter, caller = Limiter(Clock()), Caller("a", Quotas(requests_at_once=1))
+    with limiter.admit(caller, costs_tokens=True):
+        let_go = hold_place()
+        with limiter.admit(caller, costs_tokens=False, only_ends=True):
+            pass
+    admitted(limiter, caller, costs_tokens=False)
+    with pytest.raises(RateLimited, match="under way"):
+        admitted(limiter, caller)
+    let_go()
+    hold_place()()  # too late: its request has ended, and all that went on of it
+    with limiter.admit(caller, costs_tokens=True), pytest.raises(RateLimited, match="under way"):
+        admitted(limiter, caller)
+    assert not limiter._going_on
 
 
 def test_without_quotas_there_are_no_headers() -> None:

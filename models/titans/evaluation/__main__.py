@@ -75,7 +75,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a row as soon as its cell is done, draw."""
-    if not args.in_process and (name := _first_local(args)):
+    if not args.results and not args.in_process and (name := _first_local(args)):
         sys.stderr.write(f"titans: eval: {name} needs --in-process\n")
         return 2
     try:

@@ -16,7 +16,7 @@ from titans.model import TitansModel
 from titans.state import Stream
 from titans.tokenizer import Tokenizer
 
-_WINDOWS = 4  # of each document, from one report to the next; on a GPU they are read at once
+_WINDOWS = 4  # of each document, from one report to the next
 _TOKENS = 16_384  # of all documents at once: more is no faster there, and takes memory
 _BLOCK = 256  # tokens that attend to all before them at once
 _ROOM = 512  # tokens of a question and its answer
@@ -67,8 +67,7 @@ class LocalReader:
         tokens_BT = pad_sequence(rows, batch_first=True).to(self.titans.device)
         state = self.titans.new_state(len(documents))
         window = self.titans.config.window
-        fitting = _TOKENS // len(documents) // window
-        at_once = max(1, min(fitting, _WINDOWS)) * window if tokens_BT.is_cuda else window
+        at_once = windows_at_once(len(documents), window) * window if tokens_BT.is_cuda else window
         for part_BT in tokens_BT.split(_WINDOWS * window, dim=1):
             counts = [min(max(length - done, 0), part_BT.shape[1]) for length in lengths]
             state, done = self.titans.ingest(part_BT, state, counts, at_once=at_once), done + part_BT.shape[1]
@@ -91,6 +90,11 @@ class LocalReader:
             for part_1T in tokens_1T.split(_BLOCK, dim=1):
                 _, stream = wide(part_1T, stream)
         yield LocalReading(wide, self.tokenizer, [tokens_1T.shape[1]], lambda memory: stream, _FEW)
+
+
+def windows_at_once(num_documents: int, window: int) -> int:
+    """How many windows of each document a GPU reads at once."""
+    return max(1, min(_TOKENS // num_documents // window, _WINDOWS))
 
 
 @functools.lru_cache(maxsize=1)  # the documents of a cell are about as long as each other

@@ -85,8 +85,9 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
             if common.setdefault(name, settings.get(name)) != settings.get(name):
                 raise EvaluationError(f"{path} has results of another {name} than {paths[0]}")
         for task, tokens in {key[:2] for key in found}:
-            if (other := having.setdefault((task, tokens), path)) != path:
-                raise EvaluationError(f"{path} and {other} both have {task} at {tokens:,} tokens")
+            if (task, tokens) in having:
+                raise EvaluationError(f"{having[task, tokens]} and {path} both have {task} at {tokens:,} tokens")
+            having[task, tokens] = path
         documents += found.values()
     return documents
 

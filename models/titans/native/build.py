@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import logging
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ _SETS = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16"
 _FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *(f"-m{x}" for x in _SETS)]
 _COMPILERS = "c++", "g++", "clang++"
 _SECONDS = 300
+_NOEXEC = "failed to map segment"  # what a file system that runs nothing says, also of what is compiled anew
 
 
 @cache
@@ -38,7 +40,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _kept() -> ctypes.CDLL:
-    """Those of this user, compiled where they are not there yet, or cannot be loaded: a home may come from elsewhere.
+    """Those of this user, compiled where they are not there yet, or cannot be loaded.
 
     Raises RuntimeError, and as `compile_into`.
     """
@@ -48,6 +50,8 @@ def _kept() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
+            if _NOEXEC in str(error):
+                raise
             log.warning("compiling the kernels again: %s", error)
     return ctypes.CDLL(str(compile_into(folder)))
 
@@ -68,7 +72,7 @@ def compile_into(folder: Path) -> Path:
 
 
 def _name() -> str:
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    digest = hashlib.sha256(" ".join([*_FLAGS, *platform.libc_ver()]).encode())  # machines may share a home
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.read_bytes())
     return f"kernels-{digest.hexdigest()[:16]}.so"

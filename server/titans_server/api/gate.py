@@ -68,7 +68,8 @@ class Gate:
                 caller = await self._caller(scope)
                 send = _telling(self._limiter.allowance(caller), send)  # from here on, refusals too
                 self._check_body(scope, int(Headers(scope=scope).get("Content-Length", 0)))
-                stack.enter_context(self._limiter.admit(caller, costs_tokens=scope["method"] == "POST"))
+                works, ends = (scope["method"] == method for method in ("POST", "DELETE"))
+                stack.enter_context(self._limiter.admit(caller, costs_tokens=works, only_ends=ends))
             except TitansError as error:
                 await answer(error)(scope, receive, send)
                 return

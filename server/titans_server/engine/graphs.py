@@ -21,7 +21,7 @@ from titans_server.engine.steps import Steps, scores_after
 
 _T = TypeVar("_T")
 _WIDTHS = 16, 64  # tokens of a row, beside a window's
-_WINDOWS_AT_ONCE = 4  # of a document: as many as a session's document hands over at once
+_WINDOWS_AT_ONCE = 4  # of a document
 
 
 def steps_for(model: TitansModel) -> Steps:

@@ -31,7 +31,9 @@ class Place:
         self._num_holding = 1
 
     def hold(self) -> Callable[[], None]:
-        """One more, who lets go by calling what is returned."""
+        """One more, who lets go by calling what is returned. Where nobody holds it any more it stays free."""
+        if not self._num_holding:
+            return lambda: None
         self._num_holding += 1
         return self.release
 
@@ -43,7 +45,7 @@ class Place:
 
 
 def hold_place() -> Callable[[], None]:
-    """Let the request that runs count among those at once until what is returned is called, also after its end."""
+    """Let the request that runs count among those at once until what is returned is called (once), past its end."""
     place = _place.get()
     return (lambda: None) if place is None else place.hold()
 
@@ -58,14 +60,15 @@ class Limiter:
         self._going_on: Counter[str] = Counter()  # the same, and those of which something goes on after their end
 
     @contextmanager
-    def admit(self, caller: Caller, *, costs_tokens: bool) -> Iterator["Allowance"]:
+    def admit(self, caller: Caller, *, costs_tokens: bool, only_ends: bool = False) -> Iterator["Allowance"]:
         """Let a request in until it has ended; it is charged from here on. Raises RateLimited.
 
-        What goes on of requests that have ended keeps out new work alone: it can still be looked for, and stopped.
+        What goes on of requests that have ended keeps out new work alone: it can still be looked for. `only_ends`: it
+        makes room, so that none is needed for it.
         """
         quotas, owner = caller.quotas, caller.owner
         under_way = (self._going_on if costs_tokens else self._at_once)[owner]
-        if quotas.requests_at_once is not None and under_way >= quotas.requests_at_once:
+        if quotas.requests_at_once is not None and under_way >= quotas.requests_at_once and not only_ends:
             raise RateLimited(f"{quotas.requests_at_once} requests of this key are under way already", 1.0)
         allowance = self.allowance(caller)
         allowance.enter(costs_tokens=costs_tokens)
