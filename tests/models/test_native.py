@@ -48,6 +48,22 @@ def test_kept_kernels_that_cannot_be_loaded_are_compiled_again(
     assert caplog.text.count("compiling the kernels again") == 1
 
 
+def test_where_a_home_runs_nothing_kernels_are_not_compiled_at_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    monkeypatch.setattr(build, "compile_into", lambda _: pytest.fail("compiled again"))
+    kept = tmp_path / ".cache" / "titans" / build._name()
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with pytest.raises(OSError, match="map segment"):
+        build._kept()
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("num_outputs", [16, 176, 4_112])
 @pytest.mark.parametrize("num_threads", [1, 3])
