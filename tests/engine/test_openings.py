@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import torch
 from support.models import make_tiny
@@ -47,6 +48,20 @@ def test_all_states_that_may_be_asked_are_opened_ahead_the_last_one_first() -> N
         openings.prepare()
         opened += [i for i, state in enumerate(states) if i not in opened and id(state) in openings._opened]
     assert opened == list(range(40))[::-1]
+
+
+def test_a_state_that_is_let_go_of_half_opened_is_not_taken_for_one_that_comes_after_it() -> None:
+    """A state that is made where another one was has its id."""
+    model = make_tiny()
+    openings, one, other = Openings(Steps(model)), read(model, 1), read(model, 2)
+    expected = tensors_of(model.open(other))
+    for _ in range(100):
+        openings.open(replace(one), 0.0)  # a copy that nobody else has
+        copy = replace(other)
+        while not openings.is_open(copy):
+            openings.open(copy, 0.0)
+        for name, x in tensors_of(openings.stream(copy, recall=True)).items():
+            assert torch.equal(x, expected[name]), name
 
 
 def test_a_state_that_is_let_go_of_takes_what_was_opened_with_it() -> None:

@@ -25,13 +25,18 @@ class _Opened(NamedTuple):
     stream: Stream  # shares what it can with the state
 
 
+class _Begun(NamedTuple):
+    state: State  # kept, for another could have its id as soon as it is gone
+    layers: Iterator[Stream | None]
+
+
 class Openings:
     """Streams by the states that they are on."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._opened = OrderedDict[int, _Opened]()  # by the state's id; the one least lately asked first
-        self._under_way = OrderedDict[int, Iterator[Stream | None]]()  # likewise; these keep their states
+        self._under_way = OrderedDict[int, _Begun]()  # likewise
         self._lately: deque[weakref.ref[State]] = deque(maxlen=_KEPT)  # states that nobody has asked yet
 
     def is_open(self, state: State) -> bool:
@@ -46,14 +51,14 @@ class Openings:
     def open(self, state: State, seconds: float) -> None:
         """Go on opening a state, a layer at least, for so many seconds."""
         until, key = time.perf_counter() + seconds, id(state)
-        opening = self._under_way.pop(key, None) or self._steps.opening(state)
-        for stream in opening:
+        begun = self._under_way.pop(key, None) or _Begun(state, self._steps.opening(state))
+        for stream in begun.layers:
             if stream is not None:
                 gone = weakref.ref(state, lambda _: self._opened.pop(key, None))
                 self._opened[key] = _Opened(gone, stream)
                 break
             if time.perf_counter() >= until:
-                self._under_way[key] = opening
+                self._under_way[key] = begun
                 break
         for some, most in ((self._opened, _KEPT), (self._under_way, _UNDER_WAY)):
             if len(some) > most:
