@@ -23,23 +23,26 @@ async def engine() -> AsyncIterator[Engine]:
         yield engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis that all tests share: use ids of your own, and leave its settings alone."""
+    """A Redis that the tests of a file share: use ids of your own, and leave its settings alone.
+
+    What they leave in it, no other file finds: API keys, of which the first closes the door to whoever has none.
+    """
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server.url
     server.kill(signal.SIGTERM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The same, as a cluster of two."""
     with redis_cluster(tmp_path_factory.mktemp("redis-cluster")) as url:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def redis_sentinel_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The same, behind a Sentinel."""
     with redis_sentinel(tmp_path_factory.mktemp("redis-sentinel")) as url:
