@@ -25,7 +25,7 @@
     ├── VersionConflict 412         version_conflict: the session is not at the version that was asked for
     ├── SessionBusy 429             session_busy: too many writers wait already; retryable
     ├── RateLimited 429             rate_limit_exceeded: a quota of requests or tokens; retryable
-    ├── QuotaExceeded 429           quota_exceeded: a quota of sessions or bytes, which waiting does not cure
+    ├── QuotaExceeded 429           quota_exceeded: a quota of sessions or bytes, a rate of 0: waiting does not cure it
     ├── Overloaded 503              overloaded; retryable
     ├── Loading 503                 loading: the model is not there yet; retryable
     ├── ModelFailed 503             model_failed: nothing is computed any more, or ever was
@@ -253,7 +253,7 @@ class RateLimited(TitansError):
 
 
 class QuotaExceeded(TitansError):
-    """A key holds all that it may hold: something has to be deleted first."""
+    """A key has all that it may ever have: waiting gives it no more, though deleting something may."""
 
     status = 429
     kind = "rate_limit_error"

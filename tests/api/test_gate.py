@@ -179,6 +179,22 @@ def test_requests_a_minute_are_counted_down_and_refused(http: httpx.Client, stor
     assert http.get("/v1/models", headers=other).status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["requests", "tokens"])
+def test_a_kept_key_with_a_rate_of_0_is_refused_what_it_may_never_have(
+    http: httpx.Client, store: str, kind: str
+) -> None:
+    """No such key is made any more; one may be there still."""
+    _, header = new_key(store, Quotas(**{f"{kind}_per_minute": 0}))
+    answer = http.post("/v1/sessions", headers=header)
+    assert refused(answer) == (429, "quota_exceeded")
+    assert f"0 {kind} a minute" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false" and "retry-after" not in answer.headers
+    told = [answer.headers[f"x-ratelimit-{name}-{kind}"] for name in ("limit", "remaining", "reset")]
+    assert told == ["0", "0", "0s"]
+    looked = http.get("/v1/models", headers=header)
+    assert looked.status_code == (429 if kind == "requests" else 200), "looking costs no tokens"
+
+
 def test_tokens_of_documents_and_answers_are_charged(http: httpx.Client, store: str) -> None:
     _, header = new_key(store, Quotas(tokens_per_minute=100))
     started = time.monotonic()

@@ -162,8 +162,8 @@ def _errors(operation: Json, path: str, method: str) -> Iterator[type[TitansErro
     if not path.startswith("/v1/"):
         return
     yield from (errors.InvalidAPIKey, errors.HeadersTooLarge, errors.UnsupportedMediaType, errors.BodyTooLarge)
-    yield from (errors.RateLimited, errors.Overloaded, errors.Loading, errors.ModelFailed, errors.ShuttingDown)
-    yield from (errors.StoreUnavailable, TitansError)
+    yield from (errors.RateLimited, errors.QuotaExceeded, errors.Overloaded, errors.Loading, errors.ModelFailed)
+    yield from (errors.ShuttingDown, errors.StoreUnavailable, TitansError)
     parameters = operation.get("parameters", [])
     if "requestBody" in operation or any(x["in"] != "path" for x in parameters) or path.endswith("/items"):
         yield errors.InvalidRequest
@@ -185,7 +185,7 @@ def _errors_of_resources(names: set[str], path: str, method: str) -> Iterator[ty
         return
     yield errors.SessionNotFound
     if method != "get":
-        yield from (errors.StateMismatch, errors.VersionConflict, errors.SessionBusy, errors.QuotaExceeded)
+        yield from (errors.StateMismatch, errors.VersionConflict, errors.SessionBusy)
     if path.endswith(("/fork", "/restore", "/state")):
         yield errors.VersionNotFound
     if path.endswith("/state"):

@@ -4,6 +4,7 @@ A request is let in while there is something left, and its tokens are taken out 
 last one may leave a debt, for which its owner then waits.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Literal
 
-from titans_server.errors import RateLimited
+from titans_server.errors import QuotaExceeded, RateLimited
 from titans_server.observer import Answering, Asked, Observer, Work
 from titans_server.tenants.gatekeeper import Caller
 from titans_server.tenants.quotas import Bucket
@@ -61,7 +62,7 @@ class Limiter:
 
     @contextmanager
     def admit(self, caller: Caller, *, costs_tokens: bool, only_ends: bool = False) -> Iterator["Allowance"]:
-        """Let a request in until it has ended; it is charged from here on. Raises RateLimited.
+        """Let a request in until it has ended; it is charged from here on. Raises RateLimited, QuotaExceeded.
 
         What goes on of requests that have ended keeps out new work alone: it can still be looked for. `only_ends`: it
         makes room, so that none is needed for it.
@@ -106,12 +107,17 @@ class Allowance:
         self._clock = clock
 
     def enter(self, *, costs_tokens: bool) -> None:
-        """Take one request. Raises RateLimited, and takes nothing, where there is none left or no token."""
+        """Take one request. Takes nothing where there is none left or no token, and raises RateLimited.
+
+        Raises QuotaExceeded where there never is one: a kept key may have a rate of 0, which no key is made with now.
+        """
         now = self._clock()
         for kind, bucket in self._buckets.items():
             if bucket is not None and (kind == "requests" or costs_tokens) and (wait := bucket.seconds_until(1, now)):
-                message = f"this key may have {bucket.per_minute} {kind} a minute; try again in {wait:.0f} s"
-                raise RateLimited(message, wait)
+                message = f"this key may have {bucket.per_minute} {kind} a minute"
+                if wait == math.inf:
+                    raise QuotaExceeded(f"{message}: it needs another quota")
+                raise RateLimited(f"{message}; try again in {wait:.0f} s", wait)
         if (requests := self._buckets["requests"]) is not None:
             requests.take(1, now)
 

@@ -1,5 +1,6 @@
 """How much one tenant may have. Pure arithmetic; whoever calls brings the time."""
 
+import math
 from dataclasses import dataclass, fields
 
 _MINUTE = 60.0
@@ -39,8 +40,11 @@ class Bucket:
         return max(0, int(self._level_at(now)))
 
     def seconds_until(self, amount: int, now: float) -> float:
-        """Until that much can be taken; 0: now."""
-        return max(0.0, (amount - self._level_at(now)) * _MINUTE / self.per_minute)
+        """Until that much can be taken; 0: now; infinite where nothing ever comes in."""
+        missing = amount - self._level_at(now)
+        if missing <= 0:
+            return 0.0
+        return missing * _MINUTE / self.per_minute if self.per_minute else math.inf
 
     def seconds_until_full(self, now: float) -> float:
         """Until a whole minute's worth can be taken."""
