@@ -126,6 +126,22 @@ _OPENINGS = (
     "Let me add that ",
     "Once more: ",
     "There it says that ",
+    "Mark this: ",
+    "Nobody could deny that ",
+    "Late that night he learnt that ",
+    "To this day ",
+    "If I am not mistaken, ",
+    "It may be of use that ",
+    "The old people say that ",
+    "So far as I could gather, ",
+    "Without a doubt ",
+    "It was printed in small letters that ",
+    "He had heard at the inn that ",
+    "And then, as everyone could see, ",
+    "Their letter says that ",
+    "At the time ",
+    "For what it is worth, ",
+    "Keep in mind that ",
 )
 _SUBJECTS = (
     "the {a} of the {t}",
@@ -136,6 +152,12 @@ _SUBJECTS = (
     "the {a} for {t}",
     "the {a} that belongs to the {t}",
     "the {a} given to the {t}",
+    "the {a} which the {t} has",
+    "the {a} kept for the {t}",
+    "that {a} of the {t}",
+    "the only {a} of the {t}",
+    "the {a} they use for the {t}",
+    "the {a} of the said {t}",
 )
 _VERBS = (
     "is",
@@ -160,6 +182,23 @@ _VERBS = (
     "is:",
     "was this:",
     "can only be",
+    "has in the end become",
+    "is now, and will stay,",
+    "happened to be",
+    "is beyond all doubt",
+    "was, to everyone's surprise,",
+    "had by then come to be",
+    "is, if you care to know,",
+    "is written down as",
+    "was read aloud as",
+    "shall from now on be",
+    "cannot be anything but",
+    "is, as I said,",
+    "was always going to be",
+    "appears to be",
+    "came to be",
+    "is recorded as",
+    "was announced as",
 )
 _HOLDINGS = (
     "the {t} has the {a}",
@@ -182,6 +221,23 @@ _HOLDINGS = (
     "the {t} has this {a}:",
     "{t}, {a}:",
     "{a} of the {t}:",
+    "the {t} makes do with the {a}",
+    "the {t} has been marked with the {a}",
+    "the {t}, as they told him, has the {a}",
+    "the {t} was sold together with the {a}",
+    "the {t} will be found to have the {a}",
+    "on the back of the {t} was the {a}",
+    "they wrote down, for the {t}, the {a}",
+    "he gave, when they asked him about the {t}, the {a}",
+    "nothing is known of the {t} but the {a}",
+    "all papers of the {t} show the {a}",
+    "a plate on the {t} gives the {a}",
+    "the {t} needs the {a}",
+    "this is the {a} of the {t}:",
+    "here is what the {t} has for its {a}:",
+    "the {t}; {a}:",
+    "my note on the {t} has the {a}",
+    "the {t} and its {a}:",
 )
 ENDINGS: dict[Split, tuple[str, ...]] = {
     "train": (
@@ -189,9 +245,19 @@ ENDINGS: dict[Split, tuple[str, ...]] = {
         ".",
         ".",
         ".",
+        ".",
+        ".",
         ", as far as anybody knows.",
         ", and nobody ever changed it.",
         "; so at least it was said.",
+        ", which was soon forgotten.",
+        ", or so they believed.",
+        " since that day.",
+        ", to be exact.",
+        " and nothing else!",
+        "; he was quite sure of it.",
+        ", as we shall see.",
+        " (so it says).",
     ),
     "test": (".", ", if memory serves.", ", which surprised no one."),
 }
@@ -227,6 +293,26 @@ _REQUESTS = (
     "As to the {t}, which {a} is named?",
     "Did the {t} get a {a}, and which?",
     "You read about the {t}. What is the {a}?",
+    "Now, what about {s}?",
+    "Does the text mention {s}?",
+    "Let me have {s}.",
+    "Write down {s} for me.",
+    "I would like to hear {s}.",
+    "Say {s} once more.",
+    "One more question: {s}?",
+    "Which one was {s}?",
+    "For the record, what is {s}?",
+    "From what you have read, {s}?",
+    "If you had to name {s}, what would you say?",
+    "Any idea what {s} might be?",
+    "Complete this: {s}.",
+    "Somewhere it tells {s}. What is it?",
+    "The {t}, you will remember, has a {a}. Which?",
+    "How would you fill in the {a} of the {t}?",
+    "With which {a} does the {t} come?",
+    "There was a {t}. What was said about the {a}?",
+    "Look for the {t} and tell me the {a}.",
+    "They want the {a}, and it is for the {t}.",
 )
 ASKINGS: dict[Split, tuple[Asking, ...]] = {
     "train": (
@@ -251,7 +337,7 @@ ASKINGS: dict[Split, tuple[Asking, ...]] = {
 }
 FULL_ANSWER = "The {a} of the {t} is"  # how training lets an answer begin that is the model's own
 _HOLDING = 0.3  # of them: "the {t} has the {a}" and the like
-_COMPOSED = 0.6  # share of training's sentences that are put together
+_COMPOSED = 0.7  # share of training's sentences that are put together
 
 
 def a_statement(split: Split, rng: random.Random) -> str:
