@@ -1,9 +1,15 @@
+from pathlib import Path
+
 import pytest
 from support.models import make_tiny
 from titans.backbone import Backbone, find_default_body, load_backbone
+from titans.evaluation.haystack import Haystack
+from titans.evaluation.suite import make_tasks
+from titans.evaluation.task import Task
 from titans.model import TitansModel
 from titans.tokenizer import Tokenizer
 
+TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, dict[str, object]] = {
     "linear": {},
@@ -36,3 +42,15 @@ def body() -> Backbone:
 def tokenizer(body: Backbone) -> Tokenizer:
     """The real body's."""
     return body.tokenizer
+
+
+@pytest.fixture(scope="session")
+def book(tokenizer: Tokenizer) -> Haystack:
+    """What the documents of the tasks are cut from."""
+    return Haystack(TEXT.read_text(encoding="utf-8"), lambda text: len(tokenizer.encode(text)))
+
+
+@pytest.fixture(scope="session")
+def tasks(book: Haystack) -> dict[str, Task]:
+    """All tasks by name, on that book."""
+    return make_tasks(book)
