@@ -1,0 +1,147 @@
+"""The kernels of a memory against torch: what it answers and what it learns."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from titans.config import tiny
+from titans.memory.neural import MemoryState, NeuralMemory
+from titans.memory.reference import absorb_tokens
+from titans.native import build
+from titans.native.matrix import Team
+from titans.native.memory import NativeMemory
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels for this machine, or no compiler")
+
+_MEMORIES: list[dict[str, Any]] = [
+    {},
+    {"conv_width": 12, "gate_width": 12, "products": 4, "value_dim": 112, "momentum": True},
+    {"conv_width": 1, "products": 1, "num_heads": 1, "value_dim": 32, "forgetting": False},
+    {"num_heads": 3, "key_dim": 48, "value_dim": 224, "products": 2, "gate_width": 2, "momentum": True},
+    {"gate_width": 2, "momentum": True, "write_threshold": 0.35},
+    {"write_threshold": 0.25},
+]
+
+
+class Memories(NamedTuple):
+    """One memory three times, and three sessions that it has."""
+
+    native: NativeMemory
+    torchs: NeuralMemory
+    exact: NeuralMemory  # float32
+    state: MemoryState
+
+    @classmethod
+    def make(cls, form: dict[str, Any], seed: int) -> "Memories":
+        torch.manual_seed(seed)
+        config = replace(tiny().memory, **form)
+        torchs, exact = (NeuralMemory(config, 64).requires_grad_(False) for _ in range(2))
+        for parameter in torchs.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for linear in (torchs.query, torchs.key, torchs.value, torchs.out_gate, torchs.out):
+            linear.weight.copy_(linear.weight.bfloat16())
+        exact.load_state_dict(torchs.state_dict())
+        assert NativeMemory.knows(torchs)
+        torchs.cast_projections(torch.bfloat16)
+        weights, momentum = torch.randn(2, 5, config.num_heads, config.num_weights)[:, ::2]  # rows that stand apart
+        recent = torch.randn(3, config.num_recent, 64).bfloat16()
+        state = MemoryState(torch.arange(3), weights, momentum if config.momentum else momentum[:, :0], recent)
+        return cls(NativeMemory(torchs, Team(2)), torchs, exact, state)
+
+    def row(self, b: int) -> MemoryState:
+        return MemoryState(*(x[b : b + 1] for x in self.state))
+
+
+def distance(x: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((x.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("form", _MEMORIES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 9])
+@torch.inference_mode()
+def test_a_memory_answers_what_torch_does(form: dict[str, Any], num_tokens: int) -> None:
+    memories = Memories.make(form, num_tokens)
+    read, (_, weights, _, recent) = memories.native.read, memories.state
+    h_BTD, lengths_B = torch.randn(3, num_tokens, 64).bfloat16(), torch.tensor([num_tokens, 0, num_tokens - 1])
+    expected, _ = memories.exact.read(h_BTD.float(), weights, recent.float())
+    torchs, moved = memories.torchs.read(h_BTD, weights, recent, lengths_B)
+    y_BTD, moved_too = read(h_BTD, weights, recent, lengths_B)
+    assert torch.equal(moved_too, moved)
+    assert distance(y_BTD, expected) < 1.1 * distance(torchs, expected) < 0.03
+    for row in range(3):
+        alone, moved_row = read(h_BTD[row : row + 1], weights[row : row + 1], recent[row : row + 1])
+        assert torch.equal(alone[0], y_BTD[row]), "a row is as alone to the last bit"
+        before, one_by_one = recent[row : row + 1], []
+        for token in h_BTD[row : row + 1].split(1, dim=1):
+            y, before = read(token, weights[row : row + 1], before)
+            one_by_one.append(y)
+        assert torch.equal(torch.cat(one_by_one, dim=1), alone) and torch.equal(before, moved_row)
+    shared, _ = read(h_BTD, weights[:1].expand(3, -1, -1), recent)
+    assert torch.equal(shared[0], y_BTD[0]) and not torch.equal(shared[1], y_BTD[1])
+
+
+@pytest.mark.parametrize("form", _MEMORIES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 8, 43])
+def test_a_memory_learns_what_torch_does(form: dict[str, Any], num_tokens: int) -> None:
+    """From less than a chunk to several, each row as many tokens as it has."""
+    memories = Memories.make(form, num_tokens)
+    before = [x.clone() for x in memories.state]
+    h_BTD = torch.randn(3, num_tokens, 64).bfloat16()
+    counts = [num_tokens, num_tokens // 2, 0]
+    ours = memories.native.write(h_BTD, memories.state, torch.tensor(counts))
+    assert all(map(torch.equal, memories.state, before)), "a state is a value"
+    assert ours.position.tolist() == [num_tokens, 1 + num_tokens // 2, 2]
+    for row, count in enumerate(counts):
+        state, tokens = memories.row(row), h_BTD[row : row + 1, :count]
+        alone = memories.native.write(tokens, state)
+        assert all(torch.equal(x[0], y[row]) for x, y in zip(alone, ours, strict=True)), "as alone to the last bit"
+        torchs = memories.torchs.write(tokens, state)
+        assert torch.equal(torchs.recent, alone.recent)
+        if not count:
+            assert torch.equal(alone.weights, state.weights) and torch.equal(alone.momentum, state.momentum)
+            continue
+        joined = torch.cat((state.recent, memories.torchs._input(tokens)), dim=1)
+        writes = memories.exact._writes(joined.float())
+        queries = torch.zeros_like(writes.keys)
+        oracle = absorb_tokens(memories.exact.config, writes, state.weights, state.momentum, queries)
+        for name in ("weights", "momentum")[: 1 + memories.exact.config.momentum]:
+            start, exact = getattr(state, name).double(), getattr(oracle, name)
+            learnt = exact - start
+            error, torchs_error = ((getattr(x, name) - exact).norm() / learnt.norm() for x in (alone, torchs))
+            assert error < 3e-6 and error < torchs_error < 0.1, "as a share of what is learnt"
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_where_no_token_writes_momentum_goes_on_and_the_memory_fades(momentum: bool) -> None:
+    memories = Memories.make({"momentum": momentum, "write_threshold": 0.3}, 3)
+    h_BTD = torch.randn(3, 43, 64).bfloat16()
+    for memory in (memories.torchs, memories.exact):
+        memory.gates.bias[: memory.config.num_heads] = -9.0
+    native = NativeMemory(memories.torchs, Team(2))
+    joined = torch.cat((memories.state.recent, memories.torchs._input(h_BTD)), dim=1)
+    writes = memories.exact._writes(joined.float())
+    assert not writes.theta.any()
+    start = memories.state
+    oracle = absorb_tokens(memories.exact.config, writes, start.weights, start.momentum, torch.zeros_like(writes.keys))
+    for after in (native.write(h_BTD, start), memories.torchs.write(h_BTD, start)):
+        torch.testing.assert_close(after.weights.double(), oracle.weights, rtol=1e-5, atol=1e-5)
+        if momentum:
+            torch.testing.assert_close(after.momentum.double(), oracle.momentum, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_a_memory_learns_is_the_same_in_pieces() -> None:
+    memories = Memories.make(_MEMORIES[1], 5)
+    h_BTD = torch.randn(3, 60, 64).bfloat16()
+    at_once, state = memories.native.write(h_BTD, memories.state), memories.state
+    for piece in h_BTD.split([1, 20, 8, 31], dim=1):
+        state = memories.native.write(piece, state)
+    assert torch.equal(state.recent, at_once.recent)
+    torch.testing.assert_close(state.weights, at_once.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.momentum, at_once.momentum, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{"value_dim": 8}, {"rule": "chunk"}, {"output_norm": True}, {"num_heads": 1}])
+def test_memories_that_the_kernels_do_not_know_stay_with_torch(form: dict[str, Any]) -> None:
+    assert not NativeMemory.knows(NeuralMemory(replace(tiny().memory, **form), 64))
