@@ -1,15 +1,14 @@
-from pathlib import Path
-
 import pytest
-from support.models import make_tiny
+from support.models import TinyCheckpoint, make_tiny, write_tiny_checkpoint
+from support.training import CONFIG, TEXT, WINDOW, load_tiny
 from titans.backbone import Backbone, find_default_body, load_backbone
 from titans.evaluation.haystack import Haystack
 from titans.evaluation.suite import make_tasks
 from titans.evaluation.task import Task
 from titans.model import TitansModel
 from titans.tokenizer import Tokenizer
+from titans.training.pool import Pool, load_pool, save_pool
 
-TEXT = Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt"
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, dict[str, object]] = {
     "linear": {},
@@ -54,3 +53,17 @@ def book(tokenizer: Tokenizer) -> Haystack:
 def tasks(book: Haystack) -> dict[str, Task]:
     """All tasks by name, on that book."""
     return make_tasks(book)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """One to train, whose window has room for a question and its answer."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), window=WINDOW)
+
+
+@pytest.fixture(scope="session")
+def pool(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """What it is trained on."""
+    path = tmp_path_factory.mktemp("pool") / "pool.pt"
+    save_pool(load_tiny(tiny), load_backbone(tiny.body).tokenizer, [TEXT, TEXT], CONFIG, path)
+    return load_pool(path)

@@ -1,0 +1,114 @@
+"""`train` refuses what cannot be trained and leaves the rest alone; `average` makes a mean of memories."""
+
+from argparse import ArgumentParser
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import TinyCheckpoint, write_tiny_checkpoint
+from support.training import TEXT
+from titans import backbone
+from titans.backbone import load_backbone
+from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
+from titans.training import __main__ as training
+from titans.training.__main__ import add_arguments, run
+from titans.training.score import Scorer
+from titans_client import cli
+
+
+def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args(["--test-text", str(TEXT), "--answers", "--", str(TEXT)])) == 2
+    assert "--start" in capsys.readouterr().err
+
+
+def test_weights_that_are_none_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = ["--start", str(tmp_path / "none"), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *start]) == 1
+    assert "not a memory checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_that_the_body_has_not_is_told(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    for layer in ("18", "-1"):
+        assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), "--layer", layer, *rest]) == 1
+        assert capsys.readouterr().err == "titans: train: the body has the layers 0 to 3\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on, or be finished, and its weights would bear the names of the new ones."""
+    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
+    monkeypatch.setattr(training, "load_pool", lambda _: None)
+    trained: list[Path] = []
+    monkeypatch.setattr(training, "plot", lambda log, _: trained.append(log))
+    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
+    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
+    text = tmp_path / "text"
+    text.write_text("a")
+    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
+    for change, name in ((["--layer", "1"], "layer"), (["--layer", "2", "--seed", "1"], "config")):
+        assert cli.main(["train", str(text), *change, *rest]) == 1
+        assert f"another {name}" in capsys.readouterr().err
+    text.write_text("b")
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
+    assert "another texts" in capsys.readouterr().err
+    assert len(trained) == 2
+
+
+def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    model = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32).model
+    first = {name: x.clone() for name, x in memory_tensors(model).items()}
+    adapted, other = set(model.adapted), tmp_path / "other.safetensors"
+    model.load_state_dict({name: x + 1 for name, x in first.items()}, strict=False)
+    model.config = replace(model.config, memory=replace(model.config.memory, write_threshold=0.1))
+    save_memory(model, digest(tiny.body), other)
+    memories = [str(tiny.memory), str(other)]
+    body = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
+    assert cli.main(["average", *memories, "--shares", "1", "3", *body]) == 0
+    mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
+    for name, x in memory_tensors(mean).items():
+        torch.testing.assert_close(x, first[name] + 0.75, msg=name)
+    assert mean.memories[0].config.write_threshold == 0.1, "the last one's"
+    assert cli.main(["average", *memories, "--write-threshold", "0.2", *body]) == 0
+    assert read_header(tmp_path / "mean.safetensors")[0].memory.write_threshold == 0.2
+    plain = replace(model.config, adapted=False)
+    unadapted = build(load_backbone(tiny.body), plain)
+    ready(unadapted, torch.device("cpu"), torch.float32)
+    of_body = {name: x.clone() for name, x in unadapted.state_dict().items() if name in adapted}
+    save_memory(unadapted, digest(tiny.body), other)
+    assert cli.main(["average", *memories, *body]) == 0
+    mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
+    assert set(mean.adapted) == adapted
+    for name, x in mean.adapted.items():
+        torch.testing.assert_close(x, (first[name] + of_body[name]) / 2, msg=name)
+
+
+def test_what_has_no_mean_is_told(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = write_tiny_checkpoint(tmp_path, seed=1).memory
+    rest = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
+    for memories, status, error in (
+        ([str(tiny.memory), str(stranger)], 1, "another body"),
+        ([str(tmp_path / "none")], 1, "not a memory checkpoint"),
+        ([str(tiny.memory), "--shares", "1", "2"], 2, "2 shares for 1 memories"),
+        ([str(tiny.memory), "--shares", "-1"], 2, "not a share"),
+        ([str(tiny.memory), "--shares", "nan"], 2, "not a share"),
+        ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
+    ):
+        assert cli.main(["average", *memories, *rest]) == status
+        assert error in capsys.readouterr().err
+    monkeypatch.setattr(backbone, "DEFAULT_BODY_PACKAGE", "not_installed")
+    assert cli.main(["average", str(tiny.memory), *rest[2:]]) == 1
+    assert "no body" in capsys.readouterr().err
+    assert not (tmp_path / "mean.safetensors").exists()

@@ -1,0 +1,166 @@
+"""What a run learns from: questions answered as a server would, and facts that share no word with the test's."""
+
+import itertools
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from support.models import TinyCheckpoint
+from support.training import CONFIG, TEXT, WINDOW, load_tiny, make_trainer
+from titans.backbone import load_backbone
+from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
+from titans.evaluation.wording import ASKINGS, STATEMENTS, a_statement, an_asking
+from titans.memory import MemoryState
+from titans.model import next_token_loss
+from titans.tokenizer import Tokenizer
+from titans.training.batch import _hay, _how_many, _rows, make_batch
+from titans.training.config import Stage, TrainingConfig
+from titans.training.pool import Pool, _make_facts, _repeat
+
+
+def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -> None:
+    model = load_tiny(tiny)
+    state = model.ingest(pool.haystack_tokens[:1, :300], model.new_state())
+    slots = torch.arange(300 - WINDOW, 300) % WINDOW
+    torch.testing.assert_close(state.tail[0, slots], pool.haystack[0, 300 - WINDOW : 300], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, pool, tmp_path / "run")
+    tokenizer = load_backbone(tiny.body).tokenizer
+    facts = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
+    i, tokens = next(
+        (i, asked)
+        for i, fact in reversed([*enumerate(facts)])
+        if len(asked := asked_alone(tokenizer, fact)) == len(pool.questions[i].targets)
+    )
+    model, question = trainer.model, pool.questions[i]
+    text, end = pool.tails.text[question.tail], pool.tails.position[question.tail]
+    state = model.ingest(pool.haystack_tokens[text, :end][None], model.new_state())
+    stream = model.open(state)
+    memory = MemoryState(state.position, *(stream.state.layers[-1][x] for x in ("weights", "momentum", "recent")))
+    hidden, _ = model(torch.tensor([tokens]), stream)
+    logits = model.logits(hidden[:, -question.answer - 1 : -1])
+    expected = next_token_loss(logits, torch.tensor([tokens[-question.answer :]]))
+    loss, *_ = trainer._answer(memory, [_rows(pool, [question], [0], CONFIG.context)])
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+def asked_alone(tokenizer: Tokenizer, fact: Fact) -> list[int]:
+    lead = f" {fact.answer_lead}" if fact.answer_lead else ""
+    prompt = f"\n\nQuestion: {fact.question}\nAnswer:" if fact.form == "question" else fact.prompt
+    return tokenizer.encode(f"{prompt}{lead} {fact.value}.\n")
+
+
+def test_documents_that_are_asked_about_have_few_facts_as_often_as_many() -> None:
+    rng = random.Random(0)
+    counts = [_how_many(Stage(400, 4, 3, 16, 8), rng) for _ in range(4_000)]
+    assert min(counts) == 1 and max(counts) == 16
+    assert 0.45 < sum(count <= 4 for count in counts) / len(counts) < 0.65
+    assert sum(_how_many(Stage(400, 4, 3, 16, 0), rng) <= 4 for _ in range(4_000)) < 1_200
+
+
+def test_a_text_ends_with_one_of_its_passages_over_and_over() -> None:
+    tokens = torch.arange(4_000).view(4, 1_000)
+    given = tokens.clone()
+    _repeat(tokens, 300, random.Random(0))
+    assert torch.equal(tokens[:, :700], given[:, :700])
+    for row in tokens:
+        passage = row[700:].unique()
+        assert len(passage) in (8, 16, 32, 64, 128)
+        assert torch.equal(row[700 : 700 + len(passage)], passage) and passage[-1] < row[699]
+        assert torch.equal(row[700 : -len(passage)], row[700 + len(passage) :])
+
+
+def test_some_documents_are_one_passage_over_and_over(pool: Pool) -> None:
+    rng, size = random.Random(0), round(CONFIG.repeating_share * pool.haystack.shape[1])
+    ends, whole = pool.haystack[:, -size:], 0
+    for _ in range(400):
+        hay = _hay(pool, CONFIG.repeating_share, 2 * size + 5, rng)
+        assert len(hay) == 2 * size + 5
+        whole += any(torch.equal(hay, end.repeat(3, 1)[: len(hay)]) for end in ends)
+    assert 25 < whole < 80, "an eighth of them"
+
+
+@torch.no_grad()
+def test_what_stands_before_a_question_follows_the_layers_above(tiny: TinyCheckpoint, pool: Pool) -> None:
+    model = load_tiny(tiny)
+    renewed = pool.renewed(model)
+    assert torch.equal(renewed.tails.position, pool.tails.position)
+    torch.testing.assert_close(renewed.tails.values, pool.tails.values)
+    for parameter in model.adapted.values():
+        parameter.add_(0.5)
+    changed, i = pool.renewed(model).tails, 1
+    text, end = changed.text[i], changed.position[i]
+    stream = model.open(model.ingest(pool.haystack_tokens[text, :end][None], model.new_state()))
+    for layer, parts in enumerate(stream.upper):
+        torch.testing.assert_close(changed.keys[i, layer], parts["keys"][0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(changed.values, pool.tails.values)
+
+
+def test_what_no_document_states_is_answered_so(tiny: TinyCheckpoint, pool: Pool) -> None:
+    tokenizer = load_backbone(tiny.body).tokenizer
+    assert pool.unanswered, "some questions"
+    for i, question in pool.unanswered.items():
+        answer = question.targets[question.start : question.start + question.answer].tolist()
+        assert tokenizer.decode(answer).startswith(f" {NOT_KNOWN}.")
+        known = pool.questions[i]
+        lead = [targets[targets != -100][: -q.answer] for q, targets in ((x, x.targets) for x in (question, known))]
+        assert torch.equal(*lead), "the answer to a question begins alike, whether the fact is known or not"
+    stage = CONFIG.stages[1]
+    batch = make_batch(pool, replace(CONFIG, unanswered_share=1.0), stage, 0)
+    asked = sum(int(rows.is_answer.any(1).sum()) for rows in batch.rows)
+    assert asked > sum(int(rows.is_answer.any(1).sum()) for rows in make_batch(pool, CONFIG, stage, 0).rows)
+
+
+def words_in(facts: list[Fact]) -> set[str]:
+    return {word for fact in facts for word in re.split("[ -]", fact.thing)}
+
+
+def test_training_held_out_and_test_facts_share_no_word() -> None:
+    words = words_of([TEXT.read_text(encoding="utf-8")])
+    facts = _make_facts(CONFIG, random.Random(0), words)
+    train, held_out = facts[: -CONFIG.held_out_facts], facts[-CONFIG.held_out_facts :]
+    splits = [words_in(facts) for facts in (train, held_out, make_facts(300, random.Random(0)))]
+    assert not any(a & b for a, b in itertools.combinations(splits, 2))
+
+
+def test_training_says_nothing_as_the_test_does() -> None:
+    rng = random.Random(0)
+    statements = {a_statement("train", rng) for _ in range(20_000)}
+    askings = [an_asking("train", rng) for _ in range(20_000)]
+    assert len(statements) > 3_000 and len({asking.question for asking in askings}) > 150, "there are many ways"
+    said = {text.lower() for text in (*statements, *(asking.lead for asking in askings))}
+    for statement in STATEMENTS["test"]:
+        assert not any(statement.lower() in text for text in said), statement
+    assert {asking.question for asking in askings}.isdisjoint(asking.question for asking in ASKINGS["test"])
+    for _ in range(100):
+        assert a_statement("test", rng) in STATEMENTS["test"] and an_asking("test", rng) in ASKINGS["test"]
+
+
+def test_an_answer_that_is_the_models_own_always_begins_alike() -> None:
+    facts = make_families(300, random.Random(0), words_of([TEXT.read_text(encoding="utf-8")]))
+    leads = {re.sub("The .* of the .* is", "The a of the t is", fact.answer_lead) for fact in facts}
+    assert leads == {"", "The a of the t is"}
+
+
+def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
+    facts = make_families(40, random.Random(0), words_of([TEXT.read_text(encoding="utf-8")]))
+    things = [fact.thing for fact in facts]
+    assert len(set(things)) == len(things)
+    alike = [words_in([a]) & words_in([b]) for a, b in itertools.pairwise(facts)]
+    assert sum(map(bool, alike)) >= 30
+
+
+def test_a_share_of_the_recipe_is_the_recipe_with_less_of_everything_that_takes_time() -> None:
+    whole, tenth = TrainingConfig(), TrainingConfig().scaled(0.1)
+    assert (tenth.key_steps, tenth.num_facts) == (whole.key_steps // 10, whole.num_facts // 10)
+    assert [s.num_steps for s in tenth.stages] == [s.num_steps // 10 for s in whole.stages]
+    assert whole.scaled(1.0) == whole
+    least = whole.scaled(1e-6)
+    assert least.num_facts - least.held_out_facts >= least.held_out_facts, "enough to learn from, and to ask for"
+    assert least.haystack_tokens > max(stage.num_tokens for stage in least.stages), "a document has room in the texts"
+    assert {stage.num_steps for stage in least.stages} == {1}
