@@ -4,18 +4,21 @@ import random
 
 import pytest
 from titans.evaluation.values import KINDS, Source
-from titans.evaluation.wording import FIRST_NAMES, LAST_NAMES, PLACES
+from titans.evaluation.wording import FIRST_NAMES, LAST_NAMES, PLACES, Split
 
 WORDS = ("harrow", "bellows", "quill")
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("person", 2), ("address", 1)])
-def test_names_are_of_the_lists_and_in_training_of_any_words_as_well(kind: str, parts: int) -> None:
-    lists = [FIRST_NAMES, LAST_NAMES] if kind == "person" else [PLACES]
+@pytest.mark.parametrize(
+    ("kind", "lists", "named"), [("person", [FIRST_NAMES, LAST_NAMES], slice(2)), ("address", [PLACES], slice(1, 2))]
+)
+def test_names_are_of_the_lists_and_in_training_of_any_words_as_well(
+    kind: str, lists: list[dict[Split, list[str]]], named: slice
+) -> None:
     rng = random.Random(0)
-    for split in ("train", "test"):
-        values = [KINDS[kind].make(Source(split, WORDS), rng).split() for _ in range(400)]
-        names = [value[:parts] if kind == "person" else value[1:2] for value in values]
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        names = [KINDS[kind].make(Source(split, WORDS), rng).split()[named] for _ in range(400)]
         for position, listed in enumerate(lists):
             others = [name[position] for name in names if name[position] not in listed[split]]
             assert set(others) == ({word.capitalize() for word in WORDS} if split == "train" else set())
