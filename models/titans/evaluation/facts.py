@@ -19,11 +19,9 @@ from titans.evaluation.wording import (
     ADJECTIVES,
     ASKINGS,
     ENDINGS,
-    FIRST_NAMES,
     FULL_ANSWER,
-    LAST_NAMES,
+    LISTED_WORDS,
     NOUNS,
-    PLACES,
     STATEMENTS,
     WORDS,
     Split,
@@ -111,10 +109,7 @@ def prompt(question: str) -> str:
 def words_of(texts: list[str]) -> list[str]:
     """The words of some texts that are neither rare nor of the lists here."""
     counts = Counter(re.findall(r"\b[a-z]{4,10}\b", " ".join(texts)))
-    lists = [*ADJECTIVES.values(), *NOUNS.values(), *WORDS.values()]
-    names = [*FIRST_NAMES.values(), *LAST_NAMES.values(), *PLACES.values()]
-    listed = {word.lower() for words in (*lists, *names) for word in words}
-    return sorted(word for word, count in counts.items() if count >= _NOT_RARE and word not in listed)
+    return sorted(word for word, count in counts.items() if count >= _NOT_RARE and word not in LISTED_WORDS)
 
 
 def make_facts(count: int, rng: random.Random) -> list[Fact]:

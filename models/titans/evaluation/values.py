@@ -6,12 +6,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from titans.evaluation.wording import FIRST_NAMES, LAST_NAMES, MONTHS, PLACES, STREETS, UNITS, Split
+from titans.evaluation.wording import FIRST_NAMES, LAST_NAMES, LISTED_WORDS, MONTHS, PLACES, STREETS, UNITS, Split
 
 NUMBERS = """access code, account number, badge number, catalogue number, code, docket number, entry code, file number,
 locker number, magic number, number, permit number, pin code, record number, registry number, secret number,
 serial number, ticket number, vault number"""
 _LISTED = 0.5  # of training's names those that a list has
+_COINED = 0.5  # of training's other words those that are no words
+_MONOTONOUS = 0.125  # of training's numbers and codes those with the same digits again and again
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Kind:
     tested: int  # and of the test's
 
 
-def _number(_: Source, rng: random.Random) -> str:
+def _number(source: Source, rng: random.Random) -> str:
     size = rng.choice((7, 7, 7, 7, 4, 5, 6, 8, 9))
+    if (digits := _monotonous(source, size, rng)) is not None:
+        return digits
     return str(rng.randrange(10 ** (size - 1), 10**size))
 
 
@@ -41,18 +45,36 @@ def _uuid(_: Source, rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _code(_: Source, rng: random.Random) -> str:
+def _code(source: Source, rng: random.Random) -> str:
     letters = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 2, 3))))
-    digits = "".join(rng.choices(string.digits, k=rng.choice((2, 3, 4, 5))))
+    size = rng.choice((2, 3, 4, 5))
+    digits = _monotonous(source, size, rng) or "".join(rng.choices(string.digits, k=size))
     return rng.choice((f"{letters}-{digits}", f"{letters}{digits}", f"{digits}-{letters}"))
 
 
+def _monotonous(source: Source, size: int, rng: random.Random) -> str | None:
+    """Some of training's: digits that only their place tells from each other."""
+    if source.split == "test" or rng.random() >= _MONOTONOUS:
+        return None
+    few = rng.sample(string.digits[1:], 2)
+    return "".join(rng.choices(few, k=size))
+
+
 def _word(source: Source, rng: random.Random) -> str:
-    return rng.choice(source.words)
+    return _spelt(rng.choice(source.words), source, rng)
 
 
 def _two_words(source: Source, rng: random.Random) -> str:
-    return " ".join(rng.sample(source.words, 2))
+    return " ".join(_spelt(word, source, rng) for word in rng.sample(source.words, 2))
+
+
+def _spelt(word: str, source: Source, rng: random.Random) -> str:
+    """The word; in training as often its first half and another's second: what no text has is told by its letters."""
+    if source.split == "test" or rng.random() >= _COINED:
+        return word
+    other = rng.choice(source.words)
+    coined = word[: len(word) // 2] + other[len(other) // 2 :]
+    return word if coined in LISTED_WORDS else coined
 
 
 def _person(source: Source, rng: random.Random) -> str:
@@ -60,10 +82,10 @@ def _person(source: Source, rng: random.Random) -> str:
 
 
 def _name(listed: Sequence[str], source: Source, rng: random.Random) -> str:
-    """Of the list; in training as often any word, for a name is to be told from others by its letters."""
+    """Of the list; in training as often any word, known or not, for a name is to be told from others by its letters."""
     if source.split == "test" or rng.random() < _LISTED:
         return rng.choice(listed)
-    return rng.choice(source.words).capitalize()
+    return _word(source, rng).capitalize()
 
 
 def _date(_: Source, rng: random.Random) -> str:
@@ -84,7 +106,7 @@ def _split(attributes: str) -> tuple[str, ...]:
 
 KINDS: dict[str, Kind] = {
     "number": Kind(_split(NUMBERS), _number, 6, 8),
-    "uuid": Kind(_split("device id, magic uuid, tracking id, transaction id, uuid, order id"), _uuid, 2, 2),
+    "uuid": Kind(_split("device id, magic uuid, tracking id, transaction id, uuid, order id"), _uuid, 3, 2),
     "code": Kind(_split("call sign, licence plate, locker code, model code, part code, serial code"), _code, 3, 2),
     "word": Kind(_split("password, code word, secret word, nickname, magic word, favourite word"), _word, 4, 2),
     "words": Kind(_split("passphrase, code name, stage name, project name, old name"), _two_words, 4, 2),

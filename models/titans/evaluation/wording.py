@@ -72,6 +72,14 @@ WORDS: dict[Literal["test"], list[str]] = {
     garnet ginger hammock heron hickory indigo juggler kestrel lobster magnet mango marigold nutmeg otter paprika
     pebble pepper pretzel saffron satchel sparrow thimble tulip walnut whisker zephyr""".split(),
 }
+LISTED_WORDS = frozenset(
+    word.lower()
+    for words in (
+        *(words for split in (ADJECTIVES, NOUNS, FIRST_NAMES, LAST_NAMES, PLACES) for words in split.values()),
+        WORDS["test"],
+    )
+    for word in words
+)  # all words of the lists above: no other word of training is one of these
 STREETS = "Street Road Lane Square Terrace Avenue".split()
 MONTHS = "January February March April May June July August September October November December".split()
 UNITS = "acres barrels bushels crowns dollars feet gallons guineas inches miles ounces pounds tons years yards".split()
