@@ -195,6 +195,14 @@ def test_a_kept_key_with_a_rate_of_0_is_refused_what_it_may_never_have(
     assert looked.status_code == (429 if kind == "requests" else 200), "looking costs no tokens"
 
 
+def test_a_kept_key_with_no_request_at_once_is_not_told_to_come_again(http: httpx.Client, store: str) -> None:
+    """As above."""
+    _, header = new_key(store, Quotas(requests_at_once=0))
+    answer = http.get("/v1/models", headers=header)
+    assert refused(answer) == (429, "quota_exceeded")
+    assert answer.headers["x-should-retry"] == "false" and "retry-after" not in answer.headers
+
+
 def test_tokens_of_documents_and_answers_are_charged(http: httpx.Client, store: str) -> None:
     _, header = new_key(store, Quotas(tokens_per_minute=100))
     started = time.monotonic()

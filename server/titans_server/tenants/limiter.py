@@ -70,6 +70,8 @@ class Limiter:
         quotas, owner = caller.quotas, caller.owner
         under_way = (self._going_on if costs_tokens else self._at_once)[owner]
         if quotas.requests_at_once is not None and under_way >= quotas.requests_at_once and not only_ends:
+            if not quotas.requests_at_once:  # kept from when keys could be made so
+                raise QuotaExceeded("this key may have no request at all: it needs another quota")
             raise RateLimited(f"{quotas.requests_at_once} requests of this key are under way already", 1.0)
         allowance = self.allowance(caller)
         allowance.enter(costs_tokens=costs_tokens)
