@@ -18,7 +18,7 @@ from titans_server.errors import IngestionInFlight, IngestionNotFound, InvalidRe
 from titans_server.events import DocumentLearnt, Fault, IngestionStatus, Progress
 from titans_server.learning import Learning, Work, check_match, replayed
 from titans_server.leases import Leases
-from titans_server.reading import Document
+from titans_server.reading import Document, ahead
 from titans_server.sessions import history
 from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
@@ -157,8 +157,8 @@ class Ingestions:
         return work
 
     async def _learn(self, work: Work, document: Document) -> AsyncGenerator[Progress, None]:
-        async with aclosing(self._portions(work, document)) as portions:
-            async for portion in portions:
+        async with aclosing(self._portions(work, document)) as portions, aclosing(ahead(portions)) as coming:
+            async for portion in coming:
                 if not portion.is_last:
                     await self._append(work, portion)
                 async with aclosing(self._learning.learn(work, portion)) as events:

@@ -3,11 +3,14 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TypeVar
 
 from titans.tokenizer import StreamEncoder, Tokenizer
 
 from titans_server.errors import KeyReused
 from titans_server.sessions.history import Portion
+
+T = TypeVar("T")
 
 SEPARATOR = "\n\n"  # stands between two documents of a session
 
@@ -71,3 +74,19 @@ class Document:
     def _count(self, data: bytes) -> None:
         self._digest.update(data)
         self.num_bytes += len(data)
+
+
+async def ahead(source: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+    """The same items; while one is dealt with, the next is on its way. What is raised instead of one waits its turn."""
+
+    async def get() -> T | None:
+        return await anext(source, None)
+
+    coming = asyncio.create_task(get())
+    try:
+        while (item := await coming) is not None:
+            coming = asyncio.create_task(get())
+            yield item
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)

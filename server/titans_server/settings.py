@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     stream_ping_seconds: float = Field(default=15.0, gt=0)
     stream_stall_seconds: float = Field(default=60.0, gt=0)
     kept_versions: int = Field(default=8, ge=1)
-    snapshot_tokens: int = Field(default=4_096, ge=1)
+    snapshot_tokens: int | None = Field(default=None, ge=1)  # None: as suits the device
     snapshot_idle_seconds: float = Field(default=30.0, gt=0.0)
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
