@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -60,6 +61,27 @@ def test_the_document_names_every_status_and_the_shape_of_errors(http: httpx.Cli
                 if int(status) >= 400:
                     shown = response["content"]["application/json"]["schema"]
                     assert shown == {"$ref": "#/components/schemas/Error"}
+
+
+@pytest.mark.parametrize("preference", ["].", "", "handling=lenient; x", "resumable-not, respond-asynchronously"])
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/v1/sessions/{session_id}/completions", {"json": {"prompt": "It was", "max_tokens": 1}}),
+        ("/v1/completions", {"json": {"model": "tiny-0", "prompt": "It was", "max_tokens": 1}}),
+        ("/v1/sessions/{session_id}/documents", {"content": b"text", "headers": {"Content-Type": "text/plain"}}),
+    ],
+)
+def test_a_preference_that_is_not_known_is_text_and_ignored(
+    http: httpx.Client, session: str, path: str, sent: dict[str, Any], preference: str
+) -> None:
+    """RFC 7240, section 2."""
+    parameters = http.get("/openapi.json").json()["paths"][path]["post"]["parameters"]
+    assert [x["schema"] for x in parameters if x["name"].lower() == "prefer"] == [{"type": "string"}]
+    headers = sent.get("headers", {}) | {"Prefer": preference}
+    answer = http.post(path.format(session_id=session), **sent | {"headers": headers})
+    assert answer.status_code == 200
+    assert "preference-applied" not in answer.headers
 
 
 def test_a_method_that_is_not_there_is_told_with_those_that_are(http: httpx.Client, session: str) -> None:

@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 
 from titans_server.api.documents import DocumentReader
-from titans_server.api.preconditions import IfMatch
+from titans_server.api.preconditions import IfMatch, prefers
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
 from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted
@@ -108,20 +108,12 @@ class Replying:
     Either way the work stops when the client leaves; but for a stream that the request prefers to be resumable.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        caller: From,
-        context: Context,
-        if_match: IfMatch,
-        prefer: Annotated[list[str] | None, Header(description="`resumable`: see GET /v1/streams/{stream_id}")] = None,
-    ) -> None:
+    def __init__(self, request: Request, caller: From, context: Context, if_match: IfMatch) -> None:
         self._request = request
         self.caller = caller
         self.if_match = if_match
         self._streams = context.streams
-        preferences = {part.partition(";")[0].strip().lower() for part in ",".join(prefer or []).split(",")}
-        self._resumable = "resumable" in preferences
+        self._resumable = prefers(request, "resumable")
 
     def stream(
         self, events: AsyncGenerator[Any, None], body_read: asyncio.Event | None = None, framing: Framing | None = None

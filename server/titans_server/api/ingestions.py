@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from titans_server.api.deps import Context, From, OwnSession, Reply, Room, Service, Upload
 from titans_server.api.documents import reader_for
-from titans_server.api.preconditions import AskedTerms, wants_async
+from titans_server.api.preconditions import AskedTerms, prefers
 from titans_server.api.routes import SESSION
 from titans_server.errors import IngestionNotFound
 from titans_server.events import DocumentLearnt, IngestionStatus
@@ -27,7 +27,7 @@ async def post_document(
     """Learn a document, streamed in; the answer comes when it is durable."""
     reader = reader_for(request.headers.get("content-type"))
     upload = Upload(request, reader, context.settings.max_document_bytes)
-    if wants_async(request):
+    if prefers(request, "respond-async"):
         return await reply.whole(_accept(service, session_id, upload, terms), upload.read)
     if "text/event-stream" in request.headers.get("accept", ""):
         return reply.stream(service.ingest(session_id, upload.pieces(), terms), upload.read)

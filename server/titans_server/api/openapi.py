@@ -74,15 +74,22 @@ _ONCE = {
     "description": "with the same key the same document is learnt once",
     "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
 }
+_RESUMABLE = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`resumable`: see GET /v1/streams/{stream_id}",
+    "schema": {"type": "string"},
+}
+_RESUMABLE_OR_LATER = _RESUMABLE | {"description": f"{_RESUMABLE['description']}; `respond-async`: learnt later"}
 _HEADERS: dict[tuple[str, str], list[Json]] = {  # that a route reads itself
     ("delete", "/v1/sessions/{session_id}"): [_IF_MATCH],
-    ("post", "/v1/sessions/{session_id}/completions"): [_IF_MATCH],
-    ("post", "/v1/sessions/{session_id}/documents"): [_IF_MATCH, _ONCE],
+    ("post", "/v1/sessions/{session_id}/completions"): [_IF_MATCH, _RESUMABLE],
+    ("post", "/v1/sessions/{session_id}/documents"): [_IF_MATCH, _ONCE, _RESUMABLE_OR_LATER],
     ("post", "/v1/sessions/{session_id}/restore"): [_IF_MATCH],
     ("put", "/v1/sessions/{session_id}/state"): [_IF_MATCH],
-    ("post", "/v1/completions"): [_IF_MATCH],
-    ("post", "/v1/chat/completions"): [_IF_MATCH],
-    ("post", "/v1/responses"): [_IF_MATCH],
+    ("post", "/v1/completions"): [_IF_MATCH, _RESUMABLE],
+    ("post", "/v1/chat/completions"): [_IF_MATCH, _RESUMABLE],
+    ("post", "/v1/responses"): [_IF_MATCH, _RESUMABLE],
     ("delete", "/v1/conversations/{session_id}"): [_IF_MATCH],
     ("post", "/v1/conversations/{session_id}/items"): [_IF_MATCH],
 }

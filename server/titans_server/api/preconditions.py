@@ -37,10 +37,10 @@ def _terms(request: Request, if_match: IfMatch) -> Terms:
 AskedTerms = Annotated[Terms, Depends(_terms)]
 
 
-def wants_async(request: Request) -> bool:
-    """Whether the client would rather not wait (RFC 7240)."""
+def prefers(request: Request, preference: str) -> bool:
+    """Whether the client would rather have it so (RFC 7240: what a server does not know it ignores)."""
     preferences = ",".join(request.headers.getlist("prefer")).split(",")
-    return any(x.partition(";")[0].strip().lower() == "respond-async" for x in preferences)
+    return any(x.partition(";")[0].strip().lower() == preference for x in preferences)
 
 
 def show(record: SessionRecord, response: Response, *, is_new: bool = False) -> Session:
