@@ -58,5 +58,6 @@ def test_openai_node(server: LiveServer, tmp_path: Path) -> None:
     if subprocess.run(install, cwd=tmp_path, capture_output=True, timeout=240, check=False).returncode:
         pytest.skip(f"npm cannot fetch {NODE_PACKAGE}")
     shutil.copy(EXAMPLES / "openai_node.mjs", tmp_path)
-    said = run(server, "node", "openai_node.mjs", folder=tmp_path).stdout.strip()
-    assert len(said.splitlines()) >= 2, "an answer at once and one in pieces, each on a line or more"
+    said = run(server, "node", "openai_node.mjs", folder=tmp_path).stdout
+    assert said.count("\n") >= 2, "an answer in pieces and one at once, each on a line or more"
+    assert said.strip(), "one of them may be blank, for the model is of random weights"
