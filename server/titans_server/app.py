@@ -46,7 +46,6 @@ if TYPE_CHECKING:  # needs an extra
 
 log = logging.getLogger(__name__)
 
-_SNAPSHOT_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # by device: what it reads again in two seconds, and in one
 _NO_KEY = (
     "other machines may reach this server, and it has no API key: set TITANS_API_KEY, or make one with `titans keys "
     "create`; or set TITANS_ALLOW_ANONYMOUS=true where something in front of it asks people who they are"
@@ -125,8 +124,7 @@ async def _serve(
     engine.start()
     model = ServedModel(loaded.name, loaded.fingerprint, loaded.tokenizer, int(time.time()))
     limits = Limits(settings.max_prompt_tokens, settings.max_waiting_writers, settings.kept_versions)
-    snapshot_tokens = settings.snapshot_tokens or _SNAPSHOT_TOKENS[loaded.model.device.type]
-    policy = SnapshotPolicy(snapshot_tokens, settings.snapshot_idle_seconds)
+    policy = SnapshotPolicy(settings.snapshot_tokens_on(loaded.model.device.type), settings.snapshot_idle_seconds)
     cache = StateCache(settings.resident_bytes)
     service = SessionService(engine, store, model, cache, limits=limits, policy=policy, observer=observer)
     stack.push_async_callback(service.close)

@@ -1,0 +1,10 @@
+"""What a server does that nobody has told otherwise."""
+
+import pytest
+from titans_server.settings import Settings
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 4_096), ("cuda", 65_536)])
+def test_a_state_is_written_down_as_often_as_suits_the_device(device: str, tokens: int) -> None:
+    assert Settings().snapshot_tokens_on(device) == tokens
+    assert Settings(snapshot_tokens=500).snapshot_tokens_on(device) == 500
