@@ -50,14 +50,14 @@ class Tokenizer:
         self._names = {name: raw.id_to_token(token) or "" for name, token in ends.items() if token is not None}
         self.eos_token = eos_token
         self.vocab_size = min(raw.get_vocab_size(), num_known or raw.get_vocab_size())  # control tokens too
+        self.longest = max(map(len, raw.get_vocab()), default=1)  # characters of a text that a token may stand for
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; no token is added to it. Raises TypeError where it has lone surrogates."""
-        ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each, on all cores."""
+        """`encode` of each, on all cores. Other threads go on meanwhile, as the library lets them in a batch alone."""
         return [encoding.ids for encoding in self._raw.encode_batch_fast([*texts], add_special_tokens=False)]
 
     @property

@@ -1,5 +1,6 @@
 """Answers: find a session's state, generate from it, and commit what was said where it is to be learnt."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -14,7 +15,7 @@ from titans_server.errors import InvalidRequest, VersionConflict
 from titans_server.events import AnswerPiece, Usage
 from titans_server.learning import check_match
 from titans_server.observer import Asked, Observer
-from titans_server.prompts import CompletionRequest, encode, prepare
+from titans_server.prompts import CompletionRequest, encode, num_characters, prepare
 from titans_server.sessions import history
 from titans_server.sessions.history import Overtaken, Writing
 from titans_server.sessions.ledger import Ledger
@@ -22,6 +23,8 @@ from titans_server.sessions.record import SessionRecord
 from titans_server.states import States
 from titans_server.stopping import AnswerText
 from titans_server.writers import Writers
+
+_SHORT = 1_024  # characters of a prompt that are made tokens at once, in a fraction of a millisecond
 
 
 class Answers:
@@ -47,10 +50,14 @@ class Answers:
         self._max_prompt_tokens = max_prompt_tokens
         self._num_kept = num_kept_versions
         self._observer = observer
+        self._long_prompt = asyncio.Lock()  # held by the one that is made tokens: the cores are the engine's
 
-    def prepare(self, request: CompletionRequest) -> CompletionRequest:
+    async def prepare(self, request: CompletionRequest) -> CompletionRequest:
         """The request with its prompt in tokens. Raises InvalidRequest where it is not one for this model."""
-        return prepare(request, self._tokenizer, self._max_prompt_tokens)
+        if num_characters(request.prompt) <= _SHORT:
+            return prepare(request, self._tokenizer, self._max_prompt_tokens)
+        async with self._long_prompt:
+            return await asyncio.to_thread(prepare, request, self._tokenizer, self._max_prompt_tokens)
 
     async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
         """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
@@ -92,7 +99,7 @@ class Answers:
         self, state: State, request: CompletionRequest, said: list[int]
     ) -> AsyncGenerator[AnswerPiece, None]:
         """Generate, and collect in `said` the tokens of prompt and answer."""
-        prompt = encode(self.prepare(request).prompt, self._tokenizer)
+        prompt = encode((await self.prepare(request)).prompt, self._tokenizer)
         said.extend(prompt)
         text = AnswerText(self._tokenizer, request.stops, with_tokens=request.sampling.num_logprobs is not None)
         finish: Finish = "stop"

@@ -37,19 +37,25 @@ class CompletionRequest:
 
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:
     """The request with its prompt in tokens. Raises InvalidRequest where it is empty, too long or not for it."""
-    tokens = encode(request.prompt, tokenizer)
     param = _param(request.prompt)
+    at_least = num_characters(request.prompt) // tokenizer.longest
+    if at_least > max_tokens:  # so much text would take others' time only to be refused
+        raise _too_long(f"at least {at_least}", max_tokens, param)
+    tokens = encode(request.prompt, tokenizer)
     if not tokens:
         raise InvalidRequest("the prompt is empty", param=param)
     if len(tokens) > max_tokens:
-        raise InvalidRequest(
-            f"the prompt has {len(tokens)} tokens, at most {max_tokens} are taken: post long texts as documents",
-            code="prompt_too_long",
-            param=param,
-        )
+        raise _too_long(str(len(tokens)), max_tokens, param)
     _check(tokens, tokenizer, param)
     _check([token for token, _ in request.sampling.logit_bias], tokenizer, "logit_bias")
     return replace(request, prompt=tokens)
+
+
+def num_characters(prompt: Prompt) -> int:
+    """How much of it is still text: what making tokens of it takes follows from that."""
+    if isinstance(prompt, Chat):
+        return sum(len(message.get("content", "")) for message in prompt.messages)
+    return len(prompt) if isinstance(prompt, str) else 0
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -62,6 +68,11 @@ def encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
         raise InvalidRequest(str(error), code="no_chat_template", param=_param(prompt)) from error
     except TypeError as error:
         raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param=_param(prompt)) from error
+
+
+def _too_long(num_tokens: str, max_tokens: int, param: str) -> InvalidRequest:
+    message = f"the prompt has {num_tokens} tokens, at most {max_tokens} are taken: post long texts as documents"
+    return InvalidRequest(message, code="prompt_too_long", param=param)
 
 
 def _param(prompt: Prompt) -> str:

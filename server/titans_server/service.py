@@ -247,9 +247,9 @@ class SessionService:
             async for piece in pieces:
                 yield piece
 
-    def prepare(self, request: CompletionRequest) -> CompletionRequest:
+    async def prepare(self, request: CompletionRequest) -> CompletionRequest:
         """The request with its prompt in tokens. Raises InvalidRequest where it is not one for this model."""
-        return self._answers.prepare(request)
+        return await self._answers.prepare(request)
 
     async def check(self) -> None:
         """Whether requests can be served. Raises StoreUnavailable."""

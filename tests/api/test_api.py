@@ -231,6 +231,27 @@ def test_a_prompt_too_long_is_refused(http: httpx.Client, session: str) -> None:
     assert (response.status_code, code(response)) == (422, "prompt_too_long")
     streamed = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 101, "stream": True})
     assert '"code":"prompt_too_long"' in streamed.text
+    hopeless = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"prompt": "x" * 1_000_000})
+    assert (hopeless.status_code, code(hopeless)) == (422, "prompt_too_long")
+    assert "at least" in hopeless.text
+
+
+def test_others_are_served_while_a_long_prompt_is_made_tokens(settings: Settings) -> None:
+    own = {"port": free_port(), "store": "memory://", "max_prompt_tokens": 500_000}
+    with (
+        LiveServer(settings.model_copy(update=own)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        path = f"/v1/sessions/{http.post('/v1/sessions').json()['id']}/completions"
+        refused = pool.submit(http.post, path, json=ASK | {"prompt": "a word and 12 more " * 100_000})
+        num_served = 0
+        while not refused.done():
+            assert http.get("/v1/models").status_code == 200
+            num_served += 1
+        assert code(refused.result()) == "prompt_too_long"
+        assert "at least" not in refused.result().text
+    assert num_served > 50  # hundreds; fewer than ten where they wait for it
 
 
 def test_where_an_operator_gives_fewer_tokens_than_the_default_these_are_given(settings: Settings) -> None:

@@ -1,5 +1,7 @@
 """Tokens of a stream are the tokens of the whole."""
 
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -36,6 +38,16 @@ def test_a_text_cut_anywhere_has_the_tokens_of_the_whole(
 def test_many_texts_have_the_tokens_of_each(tokenizer: Tokenizer, texts: list[str]) -> None:
     texts = [*texts, "<|im_end|>"]
     assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    encoding = threading.Thread(target=tokenizer.encode, args=("a word and 12 more " * 50_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20  # hundreds; one where they are halted
 
 
 def test_text_without_a_place_to_cut_passes_in_bounded_memory(tokenizer: Tokenizer) -> None:

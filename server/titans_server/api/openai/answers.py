@@ -47,7 +47,7 @@ async def prepare(
     if memory == "write":
         await room(reply.caller, service)
     requests = body.to_requests(context.settings.max_completion_tokens, memory)
-    return session_id, [service.prepare(replace(request, if_match=reply.if_match)) for request in requests]
+    return session_id, [await service.prepare(replace(request, if_match=reply.if_match)) for request in requests]
 
 
 def check_model(service: SessionService, name: str) -> None:
