@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from titans_server.errors import IngestionCancelled
+from titans_server.errors import IngestionCancelled, SessionNotFound
 from titans_server.learning import Work
 from titans_server.sessions import history
 from titans_server.sessions.ledger import Ledger
@@ -63,7 +63,7 @@ class Leases:
             await asyncio.sleep(_BEAT_SECONDS)
             try:
                 await self._renew(work)
-            except IngestionCancelled:
+            except (IngestionCancelled, SessionNotFound):
                 work.cancelled = True
             except Exception as error:  # whoever learns the document meets it too, and does more about it
                 log.warning("cannot renew the lease on ingestion %s: %r", work.draft.ingestion, error)

@@ -303,6 +303,19 @@ def test_writers_wait_in_line_and_too_many_are_refused(http: httpx.Client, serve
     assert version(http, session) == 2
 
 
+def test_a_session_is_deleted_while_a_document_is_learnt_in_it(
+    http: httpx.Client, server: LiveServer, session: str
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, Upload(server, session) as upload:
+        upload.begin("many words " * 20)
+        waiting = pool.submit(post, http, session, "a few words")
+        assert http.delete(f"/v1/sessions/{session}").status_code == 204
+        assert http.get(f"/v1/sessions/{session}").status_code == 404
+        name, error = upload.finish()
+        assert (name, error["error"]["code"] in {"session_not_found", "ingestion_cancelled"}) == ("error", True)
+        assert code(waiting.result()) in {"session_not_found", "ingestion_cancelled"}
+
+
 def test_a_client_that_leaves_midway_leaves_the_session_as_it_was(
     http: httpx.Client, server: LiveServer, session: str
 ) -> None:
