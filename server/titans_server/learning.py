@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from titans.state import State
 
 from titans_server import failpoints
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, InvalidRequest, KeyReused, VersionConflict
+from titans_server.errors import IngestionCancelled, InvalidRequest, KeyReused, StateCorrupted, VersionConflict
 from titans_server.events import DocumentLearnt, Progress
 from titans_server.observer import Observer
 from titans_server.sessions import history
@@ -47,7 +48,14 @@ class Learner:
     record: SessionRecord  # with the version to go on from as its newest
     state: State
     since: Snapshot | None  # the newest one that the state goes on from
-    queue: list[int]  # tokens that are to be learnt
+    queue: list[int]  # the next tokens that are to be learnt, few at a time: a document may be longer than memory
+    logged: deque[tuple[int, int]]  # the log's entries that follow them
+    rest: list[int]  # the tokens that follow these
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that are to be learnt, as far as the document is here."""
+        return len(self.queue) + sum(num_tokens for _, num_tokens in self.logged) + len(self.rest)
 
     @property
     def base(self) -> Version:
@@ -99,11 +107,11 @@ class Learning:
         Raises VersionConflict where the session has left the version that the document is to follow.
         """
         if work.learner is not None:
-            work.learner.queue += portion.tokens
+            work.learner.rest += portion.tokens
         while True:
             try:
                 learner = work.learner = work.learner or await self._begin(work, portion)
-                while tokens := learner.next(self.stride, self._engine.window, last=portion.is_last):
+                while tokens := await self._next(work, learner, last=portion.is_last):
                     work.check()
                     with self._observer.working("ingest", len(tokens)):
                         learner.state = await self._engine.ingest(learner.state, tokens)
@@ -121,19 +129,42 @@ class Learning:
         record, state = await self._states.newest(work.session_id, None if work.draft.entries else known)
         draft = record.draft(work.draft.ingestion) or work.draft
         check_match(record, draft.if_match)
-        tokens = await self._ledger.read(work.session_id, draft.entries) or list(self.separator)
-        tokens += portion.tokens if portion.is_last else ()
-        queue = tokens if record.head.tokens else tokens[len(self.separator) :]
+        since = record.head.snapshot
         if draft.snapshot is not None and draft.base == record.version:
             loaded = await self._states.load_snapshot(draft.snapshot)
             if loaded is not None:
-                num_learnt = int(loaded.position) - record.head.tokens
-                return Learner(record, loaded, draft.snapshot, queue[num_learnt:])
-        return Learner(record, state, record.head.snapshot, queue)
+                state, since = loaded, draft.snapshot
+        skipped = int(state.position) - record.head.tokens
+        if not record.head.tokens:  # nothing that a separator could stand between
+            skipped += len(self.separator)
+        logged = deque(draft.entries)
+        while logged and logged[0][1] <= skipped:
+            skipped -= logged.popleft()[1]
+        queue = [] if draft.entries else list(self.separator)
+        if logged and skipped:
+            queue = await self._read(work, logged)
+        rest = list(portion.tokens) if portion.is_last else []  # another portion is in the log
+        return Learner(record, state, since, queue[skipped:], logged, rest)
+
+    async def _next(self, work: Work, learner: Learner, *, last: bool) -> list[int]:
+        while learner.logged and len(learner.queue) < self.stride:
+            learner.queue += await self._read(work, learner.logged)
+        if not learner.logged:
+            learner.queue += learner.rest
+            learner.rest = []
+        return learner.next(self.stride, self._engine.window, last=last)
+
+    async def _read(self, work: Work, logged: deque[tuple[int, int]]) -> list[int]:
+        """The tokens of the first of the log's entries, which is taken out."""
+        try:
+            return await self._ledger.read(work.session_id, (logged.popleft(),))
+        except StateCorrupted:
+            await self._ledger.store.get(work.session_id)  # raises where that is why: it was deleted meanwhile
+            raise
 
     def _progress(self, work: Work, learner: Learner, portion: Portion) -> Progress:
         work.num_learnt = learner.num_learnt
-        num_tokens = learner.num_learnt + len(learner.queue)
+        num_tokens = learner.num_learnt + learner.num_waiting
         num_bytes = portion.num_bytes * learner.num_learnt // num_tokens
         return Progress(learner.num_learnt, num_bytes, time.monotonic() - work.started)
 

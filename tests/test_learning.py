@@ -1,0 +1,77 @@
+"""Long documents: out of the log a part at a time, and from where they were broken off."""
+
+import hashlib
+import time
+from contextlib import aclosing
+from functools import partial
+
+import torch
+from support.records import made
+from titans_server.engine import Engine
+from titans_server.learning import Learning, Work
+from titans_server.observer import Observer
+from titans_server.sessions import history
+from titans_server.sessions.cache import StateCache
+from titans_server.sessions.history import Portion
+from titans_server.sessions.ledger import Ledger
+from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.record import Draft, Entries
+from titans_server.states import SnapshotPolicy, States
+
+SEPARATOR = (3, 4)
+TOKENS = [3 + i * i % 80 for i in range(6_000)]
+PORTION = 90
+SHA256 = hashlib.sha256(b"text").hexdigest()
+
+
+class Counting(Ledger):
+    """Knows how many tokens were read at once, at most."""
+
+    most = 0
+
+    async def read(self, session_id: str, entries: Entries) -> list[int]:
+        tokens = await super().read(session_id, entries)
+        self.most = max(self.most, len(tokens))
+        return tokens
+
+
+async def accepted(store: MemoryStore, session: str, ingestion: str) -> Draft:
+    """TOKENS in the log as a document of many portions."""
+    draft = Draft(ingestion, "ours", 0.0, time.time(), is_async=True)
+    for end in range(PORTION, len(TOKENS) + PORTION, PORTION):
+        portion = Portion(TOKENS[end - PORTION : end], end, SHA256, is_last=end >= len(TOKENS))
+        append = partial(history.append, draft=draft, separator=SEPARATOR, portion=portion)
+        draft = (await Ledger(store).change(session, append)).drafts[-1]
+    return draft
+
+
+def learner_on(store: MemoryStore, engine: Engine) -> tuple[Learning, States, Counting]:
+    """What a server that has just started learns with; it writes a state down every 1,000 tokens."""
+    policy, ledger = SnapshotPolicy(1_000, idle_seconds=1_000), Counting(store)
+    states = States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
+    return Learning(engine, ledger, states, SEPARATOR, num_kept_versions=8, observer=Observer()), states, ledger
+
+
+async def test_a_long_document_is_learnt_a_part_at_a_time_from_where_it_was_broken_off(engine: Engine) -> None:
+    store = MemoryStore()
+    session = (await made(store)).id
+    everything = Portion((), len(TOKENS), SHA256, is_last=True)
+    for number in range(2):
+        work = Work(session, await accepted(store, session, f"ing_{number}"))
+        learning, _, ledger = learner_on(store, engine)
+        async with aclosing(learning.learn(work, everything)) as events:
+            async for progress in events:
+                if progress.tokens > len(TOKENS) / 2:
+                    break
+        (draft,) = (await store.get(session)).drafts
+        assert draft.snapshot is not None
+        assert ledger.most <= PORTION
+        learning, states, ledger = learner_on(store, engine)
+        async for _ in learning.learn(Work(session, draft), everything):
+            pass
+        assert ledger.most <= PORTION
+    record, state = await states.newest(session)
+    whole = await engine.ingest(states.empty, [*TOKENS, *SEPARATOR, *TOKENS])
+    assert record.head.tokens == int(whole.position)
+    for name, part in whole.parts().items():
+        torch.testing.assert_close(state.parts()[name], part, rtol=1e-4, atol=1e-5, msg=name)
