@@ -157,10 +157,12 @@ class Learning:
     async def _read(self, work: Work, logged: deque[tuple[int, int]]) -> list[int]:
         """The tokens of the first of the log's entries, which is taken out."""
         try:
-            return await self._ledger.read(work.session_id, (logged.popleft(),))
+            tokens = await self._ledger.read(work.session_id, (logged[0],))
         except StateCorrupted:
             await self._ledger.store.get(work.session_id)  # raises where that is why: it was deleted meanwhile
             raise
+        logged.popleft()
+        return tokens
 
     def _progress(self, work: Work, learner: Learner, portion: Portion) -> Progress:
         work.num_learnt = learner.num_learnt
