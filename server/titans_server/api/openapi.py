@@ -192,7 +192,9 @@ def _errors_of_resources(names: set[str], path: str, method: str) -> Iterator[ty
         return
     yield errors.SessionNotFound
     if method != "get":
-        yield from (errors.StateMismatch, errors.VersionConflict, errors.SessionBusy)
+        yield from (errors.StateMismatch, errors.VersionConflict)
+    if method not in {"get", "delete"}:  # which wait for no writer
+        yield errors.SessionBusy
     if path.endswith(("/fork", "/restore", "/state")):
         yield errors.VersionNotFound
     if path.endswith("/state"):
