@@ -1,14 +1,19 @@
-"""Long documents: out of the log a part at a time, and from where they were broken off."""
+"""Long documents: out of the log a part at a time, from where they were broken off, while their session is there."""
 
+import asyncio
 import hashlib
 import time
 from contextlib import aclosing
 from functools import partial
 
+import pytest
 import torch
 from support.records import made
+from titans_server import leases
 from titans_server.engine import Engine
+from titans_server.errors import IngestionCancelled, SessionNotFound
 from titans_server.learning import Learning, Work
+from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history
 from titans_server.sessions.cache import StateCache
@@ -75,3 +80,25 @@ async def test_a_long_document_is_learnt_a_part_at_a_time_from_where_it_was_brok
     assert record.head.tokens == int(whole.position)
     for name, part in whole.parts().items():
         torch.testing.assert_close(state.parts()[name], part, rtol=1e-4, atol=1e-5, msg=name)
+
+
+async def test_what_learns_a_document_stops_once_its_session_is_deleted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_BEAT_SECONDS", 0.01)
+    store = MemoryStore()
+    session = (await made(store)).id
+    work = Work(session, await accepted(store, session, "ing_0"))
+    policy = SnapshotPolicy(1_000_000, idle_seconds=1_000)  # no commit would tell
+    states = States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
+    learning = Learning(engine, Ledger(store), states, SEPARATOR, num_kept_versions=8, observer=Observer())
+    async with Leases(Ledger(store)).held(work):
+        events = learning.learn(work, Portion((), len(TOKENS), SHA256, is_last=True))
+        await anext(events)
+        await store.delete(session)
+        async with asyncio.timeout(60):
+            while not work.cancelled:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises((IngestionCancelled, SessionNotFound)):
+            async for _ in events:
+                pass
