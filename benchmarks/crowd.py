@@ -37,7 +37,7 @@ async def together(
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits(max_connections=None)) as http:
         before, reading = await learning(), [asyncio.create_task(read(text)) for text in documents]
         started = time.perf_counter()
-        answers = await asyncio.gather(*(answer(http, session, count) for session in sessions))
+        answers = await asyncio.gather(*(answer(url, session, count) for session in sessions))
         seconds, learnt = time.perf_counter() - started, await learning() - before
         for task in reading:
             task.cancel()
