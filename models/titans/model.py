@@ -32,6 +32,7 @@ from titans.attention import Placement
 from titans.config import TitansConfig
 from titans.layers import RMSNorm
 from titans.memory.neural import NeuralMemory
+from titans.sampling import Pick
 from titans.state import Parts, State, Stream
 
 Lengths = Sequence[int] | Tensor
@@ -46,6 +47,7 @@ class Walks(NamedTuple):
     below: Walk  # the last memory
     above: Walk
     each_above: tuple[Walk, ...]  # the same, layer by layer
+    finish: Callable[[Tensor, Tensor | None], Tensor]  # `TitansModel.finish`
 
 
 _WITH_MEMORY: dict[str, type[Layer]] = {
@@ -87,6 +89,7 @@ class TitansModel(nn.Module):
         self.lower, self.upper = steps[: last + 1], steps[last + 1 :]
         self.readout = Readout(body.hidden_size) if config.readout else None
         self.walks: Walks | None = None  # where there are any (`titans.packed`)
+        self.pick: Pick | None = None  # likewise, in place of `titans.sampling.pick`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,6 +258,8 @@ class TitansModel(nn.Module):
 
     def finish(self, h: Tensor, y: Tensor | None = None) -> Tensor:
         """What `logits` scores, from what the last layer leaves and the last memory answers; both are [..., D]."""
+        if self.walks:
+            return self.walks.finish(h, y)
         h = self.norm(h)
         return h if self.readout is None or y is None else h + self.readout(y)
 

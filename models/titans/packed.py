@@ -24,6 +24,7 @@ from titans.model import TitansModel
 from titans.native.build import library
 from titans.native.matrix import NativeMatrix, Team
 from titans.native.memory import NativeMemory
+from titans.native.sampling import NativePick
 from titans.native.walk import walks_of
 
 _FEW, _FEW_OF_TORCH = 2, 5  # rows: with more, oneDNN is faster (measured)
@@ -32,11 +33,12 @@ _FEW, _FEW_OF_TORCH = 2, 5  # rows: with more, oneDNN is faster (measured)
 class PackedLinear(nn.Module):
     """A linear layer without bias, for inference alone: it has no parameters, and stays where it is."""
 
-    def __init__(self, weight_NK: Tensor, team: Team | None = None) -> None:
-        """`weight_NK`: float32."""
+    def __init__(self, weight_NK: Tensor, team: Team | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        """`weight_NK`: float32. `dtype`: of the outputs where kernels compute them."""
         super().__init__()
         self.num_outputs, self.num_inputs = weight_NK.shape
         self.native = NativeMatrix.pack(weight_NK, team) if team else None
+        self._dtype = dtype
         self._four_bits = None if self.native else FourBits.pack(weight_NK)
         self._few = _FEW if self.native else _FEW_OF_TORCH if self._four_bits else 0
         self._many: Tensor | None = None  # of codes the kernels take any number of rows
@@ -44,11 +46,11 @@ class PackedLinear(nn.Module):
             self._many = torch.ops.mkldnn._reorder_linear_weight(weight_NK.bfloat16(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], bfloat16."""
+        """bfloat16 [..., K] to [..., N]."""
         if self._many is not None and x.numel() > self._few * self.num_inputs:
             many: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._many, None, "none", [], "")
             return many
-        return self.native(x) if self.native else self._by_torch(x)
+        return self.native(x, self._dtype) if self.native else self._by_torch(x)
 
     def _by_torch(self, x: Tensor) -> Tensor:
         assert self._four_bits is not None
@@ -90,8 +92,9 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
             own = f"{name}.weight"
             weight = exact.get(tied.get(own, own), child.weight.detach().float())
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team))
+            dtype = torch.float32 if child is model.head else torch.bfloat16  # scores are not rounded on the way
+            setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team, dtype))
     if team is not None:
-        model.walks = walks_of(model, team)
+        model.walks, model.pick = walks_of(model, team), NativePick(team)
         for memory in model.memories:
             memory.kernels = NativeMemory(memory, team) if NativeMemory.knows(memory) else None

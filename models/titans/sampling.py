@@ -9,14 +9,16 @@ Shapes: B sequences · N vocabulary · K tokens that may be drawn. Scores are fl
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _FEW = 512  # tokens that usually hold all the probability that top_p asks for
-_COLDEST = 1e-6  # of temperatures that are not 0: below it float32 has no quotients
+COLDEST = 1e-6  # of temperatures that are not 0: below it float32 has no quotients
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,25 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens with theirs, the first one first
 
 
+class Choice(NamedTuple):
+    """What decides a sequence's next token, beside its scores."""
+
+    params: SamplingParams
+    changes: list[tuple[int, float]]  # tokens, in the vocabulary, and what is added to their scores
+    chance: float  # where among the probabilities it falls: 0 to 1, not 1 itself
+
+
+# tokens of [B, N] finite scores on the CPU, which are not changed; `pick` is the reference
+Pick = Callable[[Tensor, Sequence[Choice]], list[int]]
+
+
 class Sampler:
     """Draws one sequence's tokens; with a seed, the same tokens from the same scores."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self._counts: Counter[int] = Counter()  # of what has been drawn
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._random = Random(params.seed)
 
     @property
     def is_plain(self) -> bool:
@@ -69,30 +79,31 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> Drawn:
         """A token from [N] finite scores on the CPU; it counts for the penalties of the next."""
+        return self.take(pick(logits, self.choice()), logits)
+
+    def choice(self) -> Choice:
+        """What decides the next token."""
         params = self.params
-        scores = biased(logits, params.logit_bias)
-        scores = penalized(scores, self._counts, params.presence_penalty, params.frequency_penalty)
-        token = self._choose(scores)
+        penalties = penalties_of(self._counts, params.presence_penalty, params.frequency_penalty)
+        return Choice(params, [*params.logit_bias, *penalties], self._random.random() if params.temperature else 0.0)
+
+    def take(self, token: int, logits: Tensor) -> Drawn:
+        """The next token, which is certain now; `logits` [N] are what it was picked from."""
         self._counts[token] += 1
-        return Drawn(token) if params.num_logprobs is None else told(logits, token, params.num_logprobs)
-
-    def _choose(self, scores: Tensor) -> int:
-        if self.params.temperature == 0:
-            return int(scores.argmax())
-        tokens, probabilities = candidates(scores, self.params)
-        return int(tokens[_pick(probabilities[None], self.chance())[0]])
-
-    def chance(self) -> Tensor:
-        """What decides the next token: [1] between 0 and 1, float64."""
-        return torch.rand(1, dtype=torch.float64, generator=self._generator)
+        return Drawn(token) if self.params.num_logprobs is None else told(logits, token, self.params.num_logprobs)
 
 
-def draw_each(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
-    """The next token of each sequence from its finite scores, wherever these are; to each as if it were alone."""
+def draw_each(samplers: Sequence[Sampler], scores_BN: Tensor, pick_each: Pick | None = None) -> list[Drawn]:
+    """The next token of each sequence from its finite scores, wherever these are; to each as if it were alone.
+
+    `pick_each`: in place of `pick`, where the scores are on the CPU.
+    """
     if scores_BN.device.type != "cpu":
         return draw_together(samplers, scores_BN)
-    # one after the other is faster here: each row stays in the cache
-    return [sampler.draw(scores) for sampler, scores in zip(samplers, scores_BN, strict=True)]
+    choices = [sampler.choice() for sampler in samplers]
+    # without kernels one after the other is faster here: each row stays in the cache
+    tokens = pick_each(scores_BN, choices) if pick_each else map(pick, scores_BN, choices)
+    return [sampler.take(*drawn) for sampler, *drawn in zip(samplers, tokens, scores_BN, strict=True)]
 
 
 def draw_together(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[Drawn]:
@@ -109,10 +120,10 @@ def _plain_tokens(samplers: Sequence[Sampler], scores_BN: Tensor) -> list[int]:
     tokens_B = scores_BN.argmax(-1)
     warm = [row for row, sampler in enumerate(samplers) if sampler.params.temperature]
     if warm:
-        temperatures = torch.tensor([[samplers[row].params.temperature] for row in warm]).clamp(min=_COLDEST)
+        temperatures = torch.tensor([[samplers[row].params.temperature] for row in warm]).clamp(min=COLDEST)
         probabilities = _tempered(_rows(scores_BN, warm), temperatures.to(scores_BN.device)).softmax(-1)
-        chances = torch.cat([samplers[row].chance() for row in warm])
-        tokens_B[torch.tensor(warm, device=tokens_B.device)] = _pick(probabilities, chances.to(scores_BN.device))
+        chances = torch.tensor([samplers[row].choice().chance for row in warm], dtype=torch.float64)
+        tokens_B[torch.tensor(warm, device=tokens_B.device)] = _fall(probabilities, chances.to(scores_BN.device))
     return tokens_B.tolist()
 
 
@@ -124,27 +135,36 @@ def _tempered(scores: Tensor, temperature: float | Tensor) -> Tensor:
     return (scores - scores.amax(-1, keepdim=True)) / temperature  # at most 0: no quotient overflows up
 
 
-def _pick(probabilities_BK: Tensor, chance_B: Tensor) -> Tensor:
-    """Which of the K each row draws, [B], where its chance falls in what they add up to, which need not be 1."""
+def _fall(probabilities_BK: Tensor, chance_B: Tensor) -> Tensor:
+    """Where in what the K of a row add up to, which need not be 1, its chance falls: [B]."""
     reached_BK = probabilities_BK.double().cumsum(-1)
     drawn_B1 = chance_B[:, None] * reached_BK[:, -1:]
     return torch.searchsorted(reached_BK, drawn_B1, right=True)[:, 0].clamp(max=reached_BK.shape[1] - 1)
 
 
-def biased(logits: Tensor, bias: Iterable[tuple[int, float]]) -> Tensor:
-    """Scores [N] with the tokens' biases added; each is in the vocabulary. `logits` is not changed."""
-    tokens_and_values = list(bias)
-    if not tokens_and_values:
+def pick(logits: Tensor, choice: Choice) -> int:
+    """A token of [N] finite scores on the CPU, which are not changed."""
+    scores, params = biased(logits, choice.changes), choice.params
+    if params.temperature == 0:
+        return int(scores.argmax())
+    tokens, probabilities = candidates(scores, params)
+    chance = torch.tensor([choice.chance], dtype=torch.float64)
+    return int(tokens[_fall(probabilities[None], chance)[0]])
+
+
+def biased(logits: Tensor, changes: Sequence[tuple[int, float]]) -> Tensor:
+    """Scores [N] with what is added to the tokens'; each is in the vocabulary. `logits` is not changed."""
+    if not changes:
         return logits
-    tokens, values = zip(*tokens_and_values, strict=True)
+    tokens, values = zip(*changes, strict=True)
     return logits.index_add(0, torch.tensor(tokens), torch.tensor(values, dtype=logits.dtype))
 
 
-def penalized(logits: Tensor, counts: Mapping[int, int], presence: float, frequency: float) -> Tensor:
-    """OpenAI's penalties: a token drawn c > 0 times loses presence + c * frequency. `logits` is not changed."""
+def penalties_of(counts: Mapping[int, int], presence: float, frequency: float) -> list[tuple[int, float]]:
+    """OpenAI's penalties: a token drawn c > 0 times loses presence + c * frequency."""
     if not presence and not frequency:
-        return logits
-    return biased(logits, [(token, -presence - count * frequency) for token, count in counts.items()])
+        return []
+    return [(token, -presence - count * frequency) for token, count in counts.items()]
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -154,11 +174,11 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     Where something cuts, the likeliest comes first; else they are in the vocabulary's order: sorting one takes longer
     than a layer of the model.
     """
-    scores = _tempered(logits, max(params.temperature, _COLDEST))
+    scores = _tempered(logits, max(params.temperature, COLDEST))
     num_left = min(params.top_k or len(scores), len(scores))
     if params.min_p:
         num_left = min(num_left, int((scores >= math.log(params.min_p)).sum()))
-    if num_left < len(scores):
+    if params.min_p or num_left < len(scores):
         scores, tokens = scores.topk(num_left)
         return _cut(tokens, scores.softmax(-1), params.top_p)
     if params.top_p < 1:
@@ -176,7 +196,8 @@ def _reaching(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 def _cut(tokens: Tensor, probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The first of them, up to where they reach `top_p`; one at least, though float32 may take that for 0."""
-    num_left = max(1, int((probabilities.cumsum(-1) - probabilities < top_p).sum()))
+    before = probabilities.double().cumsum(-1) - probabilities
+    num_left = max(1, int((before < top_p).sum()))
     return tokens[:num_left], probabilities[:num_left]
 
 

@@ -45,6 +45,8 @@ def test_products_are_exact_but_for_their_own_rounding(bits: int, num_outputs: i
         assert (y[:, 0] - expected[:rows]).norm() < 0.0025 * expected[:rows].norm()
         alone = torch.stack([matrix(row) for row in x[:rows]])
         assert torch.equal(y[:, 0], alone), "a row's product depends on that row alone"
+        wide = matrix(x[:rows].view(rows, 1, 96), torch.float32)
+        assert wide.dtype == torch.float32 and torch.equal(wide.bfloat16(), y), "before it is rounded"
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -109,10 +111,11 @@ def rows_of(streams: list[Stream]) -> Stream:
 
 
 @pytest.mark.parametrize("memory_layers", [(2,), (0,), (1, 3)])
+@pytest.mark.parametrize("readout", [False, True])
 @torch.inference_mode()
-def test_tokens_one_by_one_are_what_torch_makes_of_them(memory_layers: tuple[int, ...]) -> None:
+def test_tokens_one_by_one_are_what_torch_makes_of_them(memory_layers: tuple[int, ...], readout: bool) -> None:
     """Before a window is full, where it wraps, and long after; rows at places of their own."""
-    model, exact = (aligned(memory_layers=memory_layers) for _ in range(2))
+    model, exact = (aligned(memory_layers=memory_layers, readout=readout) for _ in range(2))
     pack(model, {})
     exact.float()
     assert model.walks is not None

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, draw_together, penalized, told
+from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, draw_together, penalties_of, told
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -131,10 +131,9 @@ def test_a_bias_is_added() -> None:
 
 
 def test_penalties_are_taken_off_what_has_been_drawn() -> None:
-    scores = torch.tensor([1.0, 2.0, 3.0])
-    assert penalized(scores, {0: 1, 2: 3}, 0.5, 0.25).tolist() == [0.25, 2.0, 1.75]
-    assert penalized(scores, {0: 1, 2: 3}, -1.0, 0.0).tolist() == [2.0, 2.0, 4.0]
-    assert penalized(scores, {}, 0.5, 0.25).tolist() == scores.tolist() == [1.0, 2.0, 3.0]
+    assert penalties_of({0: 1, 2: 3}, 0.5, 0.25) == [(0, -0.75), (2, -1.25)]
+    assert penalties_of({0: 1, 2: 3}, -1.0, 0.0) == [(0, 1.0), (2, 1.0)]
+    assert penalties_of({}, 0.5, 0.25) == penalties_of({0: 1}, 0.0, 0.0) == []
 
 
 def test_temperature_zero_is_the_likeliest_after_bias_and_penalties() -> None:

@@ -75,12 +75,13 @@ class NativeMatrix:
         """Whether its weights were on a grid."""
         return self.kind != _SIXTEEN
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] to [..., N], bfloat16."""
+    def __call__(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """bfloat16 [..., K] to [..., N], bfloat16 or float32."""
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.num_outputs)
+        y = x.new_empty(*x.shape[:-1], self.num_outputs, dtype=dtype)
         rows = ctypes.c_int64(x.numel() // self.num_inputs)
-        multiply, pointer = self.team.kernels.titans_multiply, ctypes.c_void_p
+        kernels, pointer = self.team.kernels, ctypes.c_void_p
+        multiply = kernels.titans_multiply if dtype == torch.bfloat16 else kernels.titans_score
         multiply(self.team.handle, ctypes.byref(self.struct), rows, pointer(x.data_ptr()), pointer(y.data_ptr()))
         return y
 

@@ -7,7 +7,7 @@ Sessions' states are not kept here. They are values: as many answers as like rea
 it is written down while the engine works. Only what an answer changes is its own, from the moment that it begins.
 """
 
-from titans.state import Stream
+from titans.state import Parts, Stream
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ class Pool:
         self._form: Stream | None = None  # any of its streams: what parts there are
         self._room: dict[str, Tensor] = {}  # [capacity, ...] each
         self._num_rows = 0
-        self._views = dict[str, Tensor]()  # of the rows in use, as they were last asked for
+        self._stream: Stream | None = None  # of the rows in use, as it was last asked for
 
     def __len__(self) -> int:
         """Rows in use."""
@@ -30,9 +30,9 @@ class Pool:
     def stream(self) -> Stream:
         """All the streams, one at least: views, good until the next one joins or leaves."""
         assert self._form is not None and self._num_rows
-        if not self._views:
-            self._views = {name: room[: self._num_rows] for name, room in self._room.items()}
-        return self._form.map(lambda name, _: self._views[name])
+        if self._stream is None:
+            self._stream = self._form.map(lambda name, _: self._room[name][: self._num_rows])
+        return self._stream
 
     def last(self, count: int) -> Stream:
         """As `stream`, of those that joined last."""
@@ -46,7 +46,7 @@ class Pool:
     def join(self, stream: Stream) -> int:
         """Copy a single stream in. Returns its row, the one after the last."""
         self._form = stream
-        self._views.clear()
+        self._stream = None
         row = self._num_rows
         stream.map(lambda name, x: self._write(name, row, x))
         self._num_rows += 1  # not before: where there was no room for all of it, nobody has the row
@@ -56,7 +56,7 @@ class Pool:
         """Give a row up; the last one takes its place. With the last one all the room is given back that grew."""
         assert row < self._num_rows
         self._num_rows -= 1
-        self._views.clear()
+        self._stream = None
         if not (self._num_rows or self.capacity):
             self._room.clear()
         if row < self._num_rows:
@@ -77,6 +77,12 @@ class Pool:
 
 def move_on(stream: Stream, after: Stream) -> None:
     """Put what the model has made of a stream in the stream's own place: most of it is there already."""
-    before = dict[str, Tensor]()
-    stream.map(before.setdefault)
-    after.map(lambda name, x: x if x is before[name] else before[name].copy_(x))
+    for before, now in zip(_parts(stream), _parts(after), strict=True):
+        for name, x in now.items():
+            if x is not before[name]:
+                before[name].copy_(x)
+
+
+def _parts(stream: Stream) -> list[Parts]:
+    state = stream.state
+    return [{"position": state.position, "tail": state.tail}, *state.layers, *stream.upper]

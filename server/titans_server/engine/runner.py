@@ -200,7 +200,8 @@ class Runner:
                 members[row] = last
 
     def _sample(self, requests: list[Generation], scores_BN: torch.Tensor) -> dict[Generation, Drawn]:
-        each = draw_each([self._samplers[request] for request in requests], scores_BN)
+        samplers = [self._samplers[request] for request in requests]
+        each = draw_each(samplers, scores_BN, self._model.pick)
         drawn = dict(zip(requests, each, strict=True))
         self._last_token |= {request: one.token for request, one in drawn.items()}
         return drawn

@@ -1,6 +1,6 @@
 // What one token costs in arithmetic, without what it costs to call an operation: products of a few rows with large
-// matrices, whole runs of a body's layers, and a linear memory's reads and writes. For x86-64 processors that multiply
-// bfloat16 (AVX-512 BF16, VNNI).
+// matrices, whole runs of a body's layers, a linear memory's reads and writes, and a token out of a vocabulary's scores.
+// For x86-64 processors that multiply bfloat16 (AVX-512 BF16, VNNI).
 //
 // A product's rows, and a session's tokens, are computed each as it would be alone: how many there are changes no bit.
 //
@@ -19,6 +19,7 @@
 #include "memory.h"
 #include "numbers.h"
 #include "products.h"
+#include "sampling.h"
 #include "threads.h"
 
 extern "C" {
@@ -29,20 +30,42 @@ void titans_end(Team *team) { delete team; }
 
 // x [R, K] bfloat16 to y [R, N] bfloat16.
 void titans_multiply(Team *team, const Matrix *matrix, int64_t rows, const uint16_t *x, uint16_t *y) {
-    const bool codes = matrix->kind != SIXTEEN;
-    Inputs inputs{.codes = codes, .pairs = !codes};
-    inputs.resize(rows, matrix->num_inputs);
+    product(*team, *matrix, rows, x, [&](int64_t r, int64_t n, __m512 total) {
+        narrow(total, y + r * matrix->num_outputs + n);
+    });
+}
+
+// The same to y [R, N] float32.
+void titans_score(Team *team, const Matrix *matrix, int64_t rows, const uint16_t *x, float *y) {
+    product(*team, *matrix, rows, x, [&](int64_t r, int64_t n, __m512 total) {
+        _mm512_storeu_ps(y + r * matrix->num_outputs + n, total);
+    });
+}
+
+// norm(h) + readout y (null: there is none), h and y [R, D] bfloat16, to [R, D] bfloat16.
+void titans_finish(Team *team, int64_t size, double eps, const float *weight, const Matrix *readout, int64_t rows,
+                   const uint16_t *h, const uint16_t *y, uint16_t *to) {
+    std::vector<float> read(readout ? rows * size : 0);
+    if (readout)
+        product(*team, *readout, rows, y, [&](int64_t r, int64_t n, __m512 total) {
+            _mm512_storeu_ps(read.data() + r * size + n, total);
+        });
+    std::vector<float> row(size);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < size; i += 16) _mm512_storeu_ps(row.data() + i, widen(h + r * size + i));
+        norm(row.data(), weight, eps, size, row.data());
+        for (int64_t i = 0; i < size; i += 16) {
+            const __m512 more = readout ? _mm512_loadu_ps(read.data() + r * size + i) : _mm512_setzero_ps();
+            narrow(_mm512_add_ps(_mm512_loadu_ps(row.data() + i), more), to + r * size + i);
+        }
+    }
+}
+
+// A token of each row of scores [R, N], as they are again afterwards.
+void titans_draw(Team *team, int64_t rows, int64_t size, float *scores, const Choice *choices, int64_t *tokens) {
     team->run([&](int index) {
         const Share ours = team->share(rows, index);
-        std::vector<float> row(matrix->num_inputs);
-        for (int64_t r = ours.begin; r < ours.end; ++r) {
-            for (int64_t k = 0; k < matrix->num_inputs; k += 16)
-                _mm512_storeu_ps(row.data() + k, widen(x + r * matrix->num_inputs + k));
-            inputs.take(r, row.data(), matrix->num_inputs);
-        }
-        team->barrier.wait();
-        multiply(*matrix, team->share(matrix->num_outputs / BLOCK, index), inputs, rows,
-                 [&](int64_t r, int64_t n, __m512 total) { narrow(total, y + r * matrix->num_outputs + n); });
+        for (int64_t r = ours.begin; r < ours.end; ++r) tokens[r] = Row(scores + r * size, size, choices[r]).draw();
     });
 }
 

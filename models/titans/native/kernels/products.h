@@ -219,4 +219,22 @@ void multiply(const Matrix &m, Share blocks, const Inputs &x, int64_t rows, Take
     for (; block < blocks.end; ++block) some_blocks<1>(m, block, x, rows, take);
 }
 
+// One product by itself, of rows in bfloat16.
+template <class Take> void product(Team &team, const Matrix &m, int64_t rows, const uint16_t *x, Take &&take) {
+    const bool codes = m.kind != SIXTEEN;
+    Inputs inputs{.codes = codes, .pairs = !codes};
+    inputs.resize(rows, m.num_inputs);
+    team.run([&](int index) {
+        const Share ours = team.share(rows, index);
+        std::vector<float> row(m.num_inputs);
+        for (int64_t r = ours.begin; r < ours.end; ++r) {
+            for (int64_t k = 0; k < m.num_inputs; k += 16)
+                _mm512_storeu_ps(row.data() + k, widen(x + r * m.num_inputs + k));
+            inputs.take(r, row.data(), m.num_inputs);
+        }
+        team.barrier.wait();
+        multiply(m, team.share(m.num_outputs / BLOCK, index), inputs, rows, take);
+    });
+}
+
 }  // namespace
