@@ -42,6 +42,7 @@ class Tokenizer:
         tokens that the body knows, where that may be fewer.
         """
         self._raw = raw
+        self._bytes: dict[int, bytes] = {}  # of tokens that have been asked for
         self._raw.encode_special_tokens = True
         self._control = {x.content: i for i, x in raw.get_added_tokens_decoder().items() if x.special}
         self._control_ids = {*self._control.values()}
@@ -95,10 +96,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, maybe a part of a character; the name of a control token; b"" of none."""
-        letters = self._raw.id_to_token(token) or ""
-        if letters in self._control or not _BYTES.keys() >= set(letters):
-            return letters.encode()
-        return bytes(_BYTES[letter] for letter in letters)
+        if token not in self._bytes:
+            letters = self._raw.id_to_token(token) or ""
+            is_name = letters in self._control or not _BYTES.keys() >= set(letters)
+            self._bytes[token] = letters.encode() if is_name else bytes(_BYTES[letter] for letter in letters)
+        return self._bytes[token]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without control tokens and unknown ones; bytes that are not UTF-8 become U+FFFD."""

@@ -282,6 +282,21 @@ def test_a_quiet_stream_has_comments(server: LiveServer, session: str) -> None:
     assert b"data:" not in answer
 
 
+def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Client, session: str) -> None:
+    request = endless("chat", session)
+    body = json.dumps(request["json"] | {"logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST {request['url']} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in raw.recv(100)
+        wait_until_idle(http)
+        raw.settimeout(10)
+        while raw.recv(1 << 20):
+            pass  # what had been sent; the end comes, though not the answer's
+
+
 def test_openais_client_takes_a_comment_for_no_event(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Runner.decode
 

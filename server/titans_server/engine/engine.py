@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State
 
+from titans_server.engine.mailbox import Answer, Mailbox
 from titans_server.engine.request import Finish, Generation, Ingestion, Read
 from titans_server.engine.runner import Runner
 from titans_server.engine.worker import Worker
@@ -32,6 +34,7 @@ class Engine:
         `portion_seconds`: how long reading is to hold up the answers under way, as far as it comes in portions.
         """
         self._runners = runners
+        self._mailbox: Mailbox | None = None  # of the event loop that asked last
         self._max_requests = max_requests
         self._workers = [
             Worker(
@@ -124,14 +127,10 @@ class Engine:
         The end-of-text token is not among them. `echo`: the prompt's tokens come before, and
         the end-of-text token as one of them at the end. Raises Overloaded, ShuttingDown.
         """
-        loop = asyncio.get_running_loop()
-        answers: asyncio.Queue[Read | Drawn | Finish | BaseException] = asyncio.Queue()
-
-        def emit(answer: Read | Drawn | Finish | BaseException) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(answers.put_nowait, answer)
-
-        request = Generation(state, prompt, max_tokens, sampling, recall, emit, echo)
+        loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        request = Generation(state, prompt, max_tokens, sampling, recall, partial(self._mailbox.send, answers), echo)
         self._submit(request)
         try:
             while True:

@@ -99,10 +99,12 @@ async def streamed(
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """What all the sources yield, each with its source's number, as it comes; the first to fail ends it all.
-
-    Tasks of their own read them: closing this ends them even where it is not itself let finish (anyio's cancellation).
-    """
+    """What all the sources yield, each with its source's number, as it comes; the first to fail ends it all."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for only in source:
+                yield 0, only
+        return
     items: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()  # bounded by what the sources have to give
 
     async def read(number: int, source: AsyncGenerator[T, None]) -> None:
