@@ -117,6 +117,12 @@ template <int R, int B> struct Sums {
     __m512i whole(int r, int b) const { return _mm512_add_epi32(_mm512_slli_epi32(high[r][b], 8), low[r][b]); }
 };
 
+constexpr int AHEAD = 4;  // blocks: a processor's own foresight ends with each, so memory is asked for the next ones' codes
+
+void fetch(const uint8_t *x, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += 64) _mm_prefetch(x + i, _MM_HINT_T0);
+}
+
 template <int R, int B>
 void four(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (&total)[R][B]) {
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -124,7 +130,10 @@ void four(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 (
     for (int64_t g = 0; g < num_groups; ++g) {
         Sums<R, B> sums;
         const uint8_t *at[B];
-        for (int b = 0; b < B; ++b) at[b] = m.block(block + b) + g * 320;
+        for (int b = 0; b < B; ++b) {
+            at[b] = m.block(block + b) + g * 320;
+            if (!row) fetch(at[b] + AHEAD * num_groups * 320, 320);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             __m512i codes[B];
@@ -151,7 +160,10 @@ void eight(const Matrix &m, int64_t block, const Inputs &x, int64_t row, __m512 
     for (int64_t g = 0; g < num_groups; ++g) {
         Sums<R, B> sums;
         const uint8_t *at[B];
-        for (int b = 0; b < B; ++b) at[b] = m.block(block + b) + g * 576;
+        for (int b = 0; b < B; ++b) {
+            at[b] = m.block(block + b) + g * 576;
+            if (!row) fetch(at[b] + AHEAD * num_groups * 576, 576);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             __m512i codes[B];
