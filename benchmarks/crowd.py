@@ -73,6 +73,8 @@ def main() -> None:
     print(" ".join(f"{head:>13}" for head in heads))
     with server(max_requests="512") as url, Client(url) as client:
         sessions = [learn(client, book.text(512, 512 * i))[0] for i in range(max(args.sessions))]
+        first = asyncio.run(together(url, sessions, 1, []))[2] / len(sessions)
+        print(f"{1e3 * first:.0f} ms a session to open it for its first answer; from here on they are open")
         for num, share in itertools.product(args.sessions, (0, 4)):
             documents = [book.text(20_000)] * (max(1, num // share) if share else 0)
             answers, learnt, took = asyncio.run(together(url, sessions[:num], args.tokens, documents))

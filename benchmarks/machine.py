@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from titans.checkpoint import preferred_device
 from titans.model import TitansModel
+from titans.native.matrix import Team
 from titans.packed import PackedLinear
 from torch import Tensor
 
@@ -42,13 +43,20 @@ def copying(megabytes: int = 256) -> float:
 
 @torch.inference_mode()
 def products(model: TitansModel, rows: int) -> float:
-    """Seconds of a token's large matrix products for `rows` answers at once: what a step cannot go below."""
+    """Seconds of a token's large matrix products for `rows` answers at once: what a step cannot go below.
+
+    The model is not good for much else afterwards: its kernels have one thread.
+    """
     if model.device.type != "cpu":
         return float("nan")  # a step there is not bound by products
     layers = [x for x in model.modules() if isinstance(x, PackedLinear)]
+    matrices = [x.native for x in layers if x.native]
+    for matrix in matrices:  # one by one: to wake others for every single product takes longer than a product
+        matrix.team = Team(1)
+    num_threads = torch.get_num_threads() if matrices else 1
     inputs = {x.num_inputs: torch.randn(rows, x.num_inputs).to(model.dtype) for x in layers}
     times = [seconds(lambda: [x(inputs[x.num_inputs]) for x in layers]) for _ in range(12)]
-    return statistics.median(times[2:])
+    return statistics.median(times[2:]) / num_threads
 
 
 def print_machine() -> None:

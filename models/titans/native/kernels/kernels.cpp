@@ -22,6 +22,15 @@
 #include "sampling.h"
 #include "threads.h"
 
+namespace {
+
+Team alone(1);
+
+// To wake the others takes as long as half a million products.
+Team &fitting(Team &team, int64_t num_products) { return num_products < 1'000'000 ? alone : team; }
+
+}  // namespace
+
 extern "C" {
 
 Team *titans_team(int size) { return new Team(size); }
@@ -47,7 +56,7 @@ void titans_finish(Team *team, int64_t size, double eps, const float *weight, co
                    const uint16_t *h, const uint16_t *y, uint16_t *to) {
     std::vector<float> read(readout ? rows * size : 0);
     if (readout)
-        product(*team, *readout, rows, y, [&](int64_t r, int64_t n, __m512 total) {
+        product(fitting(*team, rows * size * size), *readout, rows, y, [&](int64_t r, int64_t n, __m512 total) {
             _mm512_storeu_ps(read.data() + r * size + n, total);
         });
     std::vector<float> row(size);
@@ -63,8 +72,9 @@ void titans_finish(Team *team, int64_t size, double eps, const float *weight, co
 
 // A token of each row of scores [R, N], as they are again afterwards.
 void titans_draw(Team *team, int64_t rows, int64_t size, float *scores, const Choice *choices, int64_t *tokens) {
-    team->run([&](int index) {
-        const Share ours = team->share(rows, index);
+    Team &whose = rows == 1 ? alone : *team;
+    whose.run([&](int index) {
+        const Share ours = whose.share(rows, index);
         for (int64_t r = ours.begin; r < ours.end; ++r) tokens[r] = Row(scores + r * size, size, choices[r]).draw();
     });
 }
