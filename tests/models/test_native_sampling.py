@@ -70,6 +70,12 @@ def test_of_the_likeliest_the_first_is_picked() -> None:
     assert NativePick(Team(2))(scores_N[None], [Choice(SamplingParams(temperature=0), [], 0.0)]) == [1]
 
 
+@pytest.mark.parametrize("token", [-1, 5, 1 << 40])
+def test_what_is_not_in_the_vocabulary_changes_nothing(token: int) -> None:
+    with pytest.raises(AssertionError):
+        NativePick(Team(2))(torch.zeros(1, 5), [Choice(SamplingParams(), [(token, 1.0)], 0.5)])
+
+
 def test_answers_of_many_tokens_are_those_that_torch_draws() -> None:
     kinds: list[dict[str, Any]] = [{}, {"frequency_penalty": 1.5, "presence_penalty": 0.5}, {"num_logprobs": 2}]
     ours, theirs = ([Sampler(SamplingParams(seed=i, **kind)) for i, kind in enumerate(kinds)] for _ in range(2))

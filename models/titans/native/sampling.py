@@ -32,7 +32,7 @@ class NativePick:
         """The next token of each. They are float32."""
         batch, size = scores_BN.shape
         scores_BN, tokens = scores_BN.contiguous(), (ctypes.c_int64 * batch)()
-        changes = [_changes(choice) for choice in choices]
+        changes = [_changes(choice, size) for choice in choices]
         given = (_Choice * batch)(*(_describe(x, y, size) for x, y in zip(choices, changes, strict=True)))
         scores = ctypes.c_void_p(scores_BN.data_ptr())
         sizes = map(ctypes.c_int64, (batch, size))
@@ -43,9 +43,10 @@ class NativePick:
 _Changes = tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_float]]
 
 
-def _changes(choice: Choice) -> _Changes:
+def _changes(choice: Choice, size: int) -> _Changes:
     count = len(choice.changes)
     tokens, values = zip(*choice.changes, strict=True) if count else ((), ())
+    assert all(0 <= token < size for token in tokens), "the kernel writes where it is told to"
     return (ctypes.c_int64 * count)(*tokens), (ctypes.c_float * count)(*values)
 
 
