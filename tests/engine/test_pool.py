@@ -78,3 +78,17 @@ def test_a_stream_that_joined_is_not_written_to() -> None:
     pool.join(stream)
     move_on(pool.stream, model(torch.tensor([[5]]), pool.stream)[1])
     assert all(torch.equal(x, parts(copy)[name]) for name, x in parts(stream).items())
+
+
+@pytest.mark.parametrize(("most", "kept"), [(1, 1), (3, 4), (16, 16), (17, 1)])
+@torch.inference_mode()
+def test_room_for_a_few_answers_stays_and_for_many_is_given_back(most: int, kept: int) -> None:
+    model, pool = make_tiny(), Pool()
+    stream = opened(model, 20)
+    for _ in range(most):
+        pool.join(stream)
+    for row in reversed(range(most)):
+        pool.leave(row)
+    pool.join(stream)
+    assert pool.stream.state.position.untyped_storage().nbytes() == kept * stream.state.position.nbytes
+    assert all(torch.equal(x, parts(stream)[name]) for name, x in parts(pool.stream).items())

@@ -10,6 +10,8 @@ it is written down while the engine works. Only what an answer changes is its ow
 from titans.state import Parts, Stream
 from torch import Tensor
 
+_KEPT = 16  # rows that there stays room for: to take it anew for every burst of answers is half of what they begin with
+
 
 class Pool:
     """Streams of one model, all with the same `write` and `recall`. It grows as it must, and doubles when it does."""
@@ -53,11 +55,11 @@ class Pool:
         return row
 
     def leave(self, row: int) -> None:
-        """Give a row up; the last one takes its place. With the last one all the room is given back that grew."""
+        """Give a row up; the last one takes its place. With the last one room that has grown large is given back."""
         assert row < self._num_rows
         self._num_rows -= 1
         self._stream = None
-        if not (self._num_rows or self.capacity):
+        if not (self._num_rows or self.capacity) and any(len(room) > _KEPT for room in self._room.values()):
             self._room.clear()
         if row < self._num_rows:
             for room in self._room.values():

@@ -42,6 +42,11 @@ class Runner:
         return self._model.device
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether all that is large is computed by the project's own kernels."""
+        return self._model.walks is not None
+
+    @property
     def window(self) -> int:
         """Tokens that the model takes at once."""
         return self._model.config.window

@@ -105,6 +105,8 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
+        if self._runner.has_kernels:  # they have threads of their own, and to wake torch's for a copy takes longer than it
+            torch.set_num_threads(1)
         try:
             while self._take_in():
                 if len(self._scheduler):
