@@ -105,7 +105,7 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
-        if self._runner.has_kernels:  # they have threads of their own, and to wake torch's for a copy takes longer than it
+        if self._runner.has_kernels:  # with threads of their own; to wake torch's takes longer than what is left to it
             torch.set_num_threads(1)
         try:
             while self._take_in():
