@@ -59,6 +59,13 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.num_outputs)
 
 
+def is_native(model: TitansModel) -> bool:
+    """Whether kernels compute all that is large, however many rows: layers, memories and the head."""
+    head = model.head
+    codes = isinstance(head, PackedLinear) and head.native is not None and head.native.has_codes
+    return codes and model.walks is not None and all(memory.kernels is not None for memory in model.memories)
+
+
 class FourBits(NamedTuple):
     """W = (code - 8) * step + middle, as torch's int4 kernel for CPUs reads it."""
 

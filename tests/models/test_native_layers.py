@@ -14,7 +14,7 @@ from titans.grid import eight_bits, four_bits
 from titans.model import TitansModel
 from titans.native import build
 from titans.native.matrix import NativeMatrix, Team
-from titans.packed import PackedLinear, pack
+from titans.packed import PackedLinear, is_native, pack
 from titans.state import Stream
 from torch.nn import functional as F
 
@@ -203,6 +203,17 @@ def test_models_that_the_kernels_do_not_know_stay_with_torch(form: dict[str, obj
     assert model.walks is None
 
 
+def test_where_torch_has_a_large_part_its_threads_are_left_to_it() -> None:
+    model = aligned()
+    assert not is_native(model)
+    pack(model, {})
+    assert model.walks is not None and not is_native(model), "a head off the grid: many rows are torch's"
+    loaded = load(device=torch.device("cpu"), dtype=torch.bfloat16).model
+    assert is_native(loaded)
+    loaded.memories[0].kernels = None
+    assert not is_native(loaded), "a memory that the kernels do not know"
+
+
 @torch.inference_mode()
 def test_the_shipped_model_says_what_it_said() -> None:
     loaded = load(device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -211,7 +222,7 @@ def test_the_shipped_model_says_what_it_said() -> None:
     assert sorted(kinds) == [4] * 120 + [8, 16], "the layers, the head (an eight-bit embedding), the readout"
     tokens = torch.tensor([loaded.tokenizer.encode(text[:3000])[:340]])
     state = model.ingest(tokens[:, :300], model.new_state())
-    assert model.walks is not None
+    assert model.walks is not None and is_native(model)
     walks, (ours, torchs) = model.walks, (model.open(state) for _ in range(2))
     divergence = 0.0
     for token in tokens[:, 300:].unbind(1):

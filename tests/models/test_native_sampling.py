@@ -71,7 +71,7 @@ def test_of_the_likeliest_the_first_is_picked() -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 5, 1 << 40])
-def test_what_is_not_in_the_vocabulary_changes_nothing(token: int) -> None:
+def test_a_change_of_what_is_not_in_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(AssertionError):
         NativePick(Team(2))(torch.zeros(1, 5), [Choice(SamplingParams(), [(token, 1.0)], 0.5)])
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from titans.model import TitansModel
+from titans.packed import is_native
 from titans.sampling import Drawn, Sampler, draw_each, told
 from titans.state import State, Stream
 
@@ -42,9 +43,9 @@ class Runner:
         return self._model.device
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether all that is large is computed by the project's own kernels."""
-        return self._model.walks is not None
+    def is_native(self) -> bool:
+        """Whether torch is left with what is small."""
+        return is_native(self._model)
 
     @property
     def window(self) -> int:

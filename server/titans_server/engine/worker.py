@@ -105,7 +105,7 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
-        if self._runner.has_kernels:  # with threads of their own; to wake torch's takes longer than what is left to it
+        if self._runner.is_native:  # torch is left with copies, for each of which it would wake its threads
             torch.set_num_threads(1)
         try:
             while self._take_in():
