@@ -1,4 +1,5 @@
-# One target per verb. Everything lives in .venv; nothing is installed elsewhere but redis-server, for the tests.
+# One target per verb. Everything lives in .venv; nothing is installed elsewhere but what tests need and
+# is missing (redis-server; for `make chaos` strace), and kernels, which are compiled into ~/.cache/titans.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -74,4 +75,4 @@ strace:
 	  || (echo 'make chaos needs strace: install it with your package manager' >&2; exit 1)
 
 clean:
-	rm -rf .venv .venv-interop .titans .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-interop .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,6 +22,7 @@ from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, Entries
 from titans_server.states import SnapshotPolicy, States
+from titans_server.telemetry.metrics import Metrics
 
 SEPARATOR = (3, 4)
 TOKENS = [3 + i * i % 80 for i in range(6_000)]
@@ -50,11 +51,14 @@ async def accepted(store: MemoryStore, session: str, ingestion: str) -> Draft:
     return draft
 
 
-def learner_on(store: MemoryStore, engine: Engine) -> tuple[Learning, States, Counting]:
-    """What a server that has just started learns with; it writes a state down every 1,000 tokens."""
-    policy, ledger = SnapshotPolicy(1_000, idle_seconds=1_000), Counting(store)
+def learner_on(
+    store: MemoryStore, engine: Engine, observer: Observer | None = None, *, tokens: int = 1_000
+) -> tuple[Learning, States, Counting]:
+    """What a server that has just started learns with; it writes a state down every so many tokens."""
+    policy, ledger = SnapshotPolicy(tokens, idle_seconds=1_000), Counting(store)
     states = States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
-    return Learning(engine, ledger, states, SEPARATOR, num_kept_versions=8, observer=Observer()), states, ledger
+    observer = observer or Observer()
+    return Learning(engine, ledger, states, SEPARATOR, num_kept_versions=8, observer=observer), states, ledger
 
 
 async def test_a_long_document_is_learnt_a_part_at_a_time_from_where_it_was_broken_off(engine: Engine) -> None:
@@ -80,6 +84,23 @@ async def test_a_long_document_is_learnt_a_part_at_a_time_from_where_it_was_brok
     assert record.head.tokens == int(whole.position)
     for name, part in whole.parts().items():
         torch.testing.assert_close(state.parts()[name], part, rtol=1e-4, atol=1e-5, msg=name)
+
+
+async def test_a_document_that_another_server_was_faster_than_is_learnt_again_and_counted_as_a_conflict(
+    engine: Engine,
+) -> None:
+    store, metrics, everything = MemoryStore(), Metrics(), Portion((), len(TOKENS), SHA256, is_last=True)
+    session = (await made(store)).id
+    slow, fast = [Work(session, await accepted(store, session, f"ing_{i}")) for i in range(2)]
+    events = learner_on(store, engine, metrics, tokens=1_000_000)[0].learn(slow, everything)
+    await anext(events)
+    async for _ in learner_on(store, engine)[0].learn(fast, everything):
+        pass
+    async for _ in events:
+        pass
+    assert (await store.get(session)).tokens_seen == 2 * len(TOKENS) + len(SEPARATOR)
+    assert metrics.registry.get_sample_value("titans_commit_conflicts_total") == 1
+    assert metrics.registry.get_sample_value("titans_work_failures_total", {"work": "commit"}) is None
 
 
 async def test_what_learns_a_document_stops_once_its_session_is_deleted(

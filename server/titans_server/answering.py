@@ -11,13 +11,13 @@ from titans.tokenizer import Tokenizer
 
 from titans_server import failpoints
 from titans_server.engine import Engine, Finish, Read
-from titans_server.errors import InvalidRequest, VersionConflict
+from titans_server.errors import InvalidRequest
 from titans_server.events import AnswerPiece, Usage
 from titans_server.learning import check_match
 from titans_server.observer import Asked, Observer
 from titans_server.prompts import CompletionRequest, encode, num_characters, prepare
 from titans_server.sessions import history
-from titans_server.sessions.history import Overtaken, Writing
+from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import SessionRecord
 from titans_server.states import States
@@ -140,11 +140,8 @@ class Answers:
     async def _write(self, record: SessionRecord, state: State, tokens: Sequence[int]) -> SessionRecord:
         """The session after reading some tokens. Raises VersionConflict where another version came first."""
         writing = Writing(record.head, secrets.token_hex(8), tokens, state.num_bytes, self._num_kept)
-        try:
-            with self._observer.working("commit"):
-                record = await self._ledger.change(record.id, lambda record: history.write(record, writing))
-        except Overtaken:
-            raise VersionConflict(f"session {record.id} moved on from version {record.version} meanwhile") from None
+        with self._observer.working("commit"):
+            record = await self._ledger.change(record.id, lambda record: history.write(record, writing))
         failpoints.reach("after_commit")
         self._states.keep_newest(record, writing.write_id, state)
         return record

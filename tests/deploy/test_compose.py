@@ -117,6 +117,11 @@ def test_every_variable_given_to_the_server_is_a_setting(compose: Compose, gpu_c
         assert given <= known
 
 
+def test_every_setting_can_be_given_but_where_it_listens(compose: Compose) -> None:
+    settable = {f"TITANS_{name.upper()}" for name in Settings.model_fields if name not in {"host", "port", "failpoints"}}
+    assert settable <= compose["services"]["server"]["environment"].keys()
+
+
 def test_the_values_given_to_the_server_are_valid(
     compose: Compose, gpu_compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:

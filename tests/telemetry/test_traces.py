@@ -122,6 +122,13 @@ def test_an_answer_follows_the_conventions_for_generative_ai(
     assert answer.end_time is not None and answer.start_time is not None and answer.end_time > answer.start_time
 
 
+def test_a_response_is_a_chat(http: httpx.Client, exporter: InMemorySpanExporter) -> None:
+    body = {"model": http.get("/v1/models").json()["data"][0]["id"], "input": "x", "max_output_tokens": 16}
+    assert http.post("/v1/responses", json=body | {"store": False}).status_code == 200
+    names = {(span.attributes or {}).get("gen_ai.operation.name") for span in spans(http, exporter)}
+    assert names == {"chat", None}
+
+
 def test_errors_have_their_code_and_only_a_servers_own_are_errors(
     http: httpx.Client, exporter: InMemorySpanExporter
 ) -> None:

@@ -19,7 +19,7 @@ _KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of
 _MAX_DRAFTS = 16
 
 
-class Overtaken(Exception):
+class Overtaken(VersionConflict):
     """Another version came first; what was learnt stands on the one before."""
 
 
@@ -275,7 +275,7 @@ def _with(drafts: tuple[Draft, ...], changed: Draft) -> tuple[Draft, ...]:
 def _standing(record: SessionRecord, base: Version) -> Version:
     """The newest version, where it still is `base`, as it is now: it may have got a snapshot, and its log be gone."""
     if record.head.write_id != base.write_id:
-        raise Overtaken
+        raise Overtaken(f"session {record.id} has moved on from version {base.number}")
     return record.head
 
 

@@ -20,7 +20,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
-_SURPRISES = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+_SURPRISES = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 5)
 _TOKENS = (1, 4, 16, 64, 256, 1_024, 4_096, 16_384, 65_536)
 
 
@@ -68,9 +68,9 @@ class Metrics(Observer):
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts read")
         self._generation_tokens = counter("generation_tokens", "Tokens of answers drawn")
         self._success = counter("request_success", "Answers ended", "finished_reason")
-        self._first_token = histogram("time_to_first_token_seconds", "From request to first token", _LATENCIES)
+        self._first_token = histogram("time_to_first_token_seconds", "From an answer's start to its first token", _LATENCIES)
         self._next_token = histogram("inter_token_latency_seconds", "From one token to the next", _STEPS)
-        self._e2e = histogram("e2e_request_latency_seconds", "From request to the answer's end", _LATENCIES)
+        self._e2e = histogram("e2e_request_latency_seconds", "From an answer's start to its end", _LATENCIES)
         self._request_prompt = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self._request_generation = histogram("request_generation_tokens", "Tokens of an answer", _TOKENS)
 
@@ -90,7 +90,7 @@ class Metrics(Observer):
             kind: histogram(f"{name}_seconds", text, _STEPS)
             for kind, name, text in (
                 ("ingest", "chunk", "Computing a batch of chunks of documents"),
-                ("prefill", "prefill_block", "Computing a block of a prompt"),
+                ("prefill", "prefill_block", "Computing a block of a prompt, or a part of opening its session"),
                 ("decode", "decode_step", "Computing a token of every running answer"),
             )
         }

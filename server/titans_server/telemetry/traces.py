@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from titans_server.errors import TitansError
+from titans_server.errors import TitansError, VersionConflict
 from titans_server.observer import Answering, Asked, Observer, Work
 from titans_server.telemetry import request
 
@@ -51,7 +51,7 @@ class Tracing(Observer):
     @contextmanager
     def request(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator["RequestSpan"]:
         """A request's span, under its caller's where the headers name one (W3C Trace Context)."""
-        _operation.set("chat" if path.endswith("/chat/completions") else "text_completion")
+        _operation.set("chat" if path.endswith(("/chat/completions", "/responses")) else "text_completion")
         with self._tracer.start_as_current_span(
             method,
             context=extract(headers),
@@ -127,7 +127,8 @@ def _ending(span: Span) -> Iterator[None]:
         yield
     except Exception as error:
         span.set_attribute("error.type", error.code if isinstance(error, TitansError) else type(error).__name__)
-        span.set_status(Status(StatusCode.ERROR))
+        if not isinstance(error, VersionConflict):  # that another write came first is no fault
+            span.set_status(Status(StatusCode.ERROR))
         raise
     finally:
         span.end()
