@@ -68,7 +68,9 @@ class Metrics(Observer):
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts read")
         self._generation_tokens = counter("generation_tokens", "Tokens of answers drawn")
         self._success = counter("request_success", "Answers ended", "finished_reason")
-        self._first_token = histogram("time_to_first_token_seconds", "From an answer's start to its first token", _LATENCIES)
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From an answer's start to its first token", _LATENCIES
+        )
         self._next_token = histogram("inter_token_latency_seconds", "From one token to the next", _STEPS)
         self._e2e = histogram("e2e_request_latency_seconds", "From an answer's start to its end", _LATENCIES)
         self._request_prompt = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
