@@ -21,6 +21,7 @@ from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
 from titans_server.engine import Generation
 from titans_server.engine.runner import Runner
+from titans_server.serving import PunctualProtocol
 from titans_server.settings import Settings
 
 MODEL = "tiny-0"
@@ -295,6 +296,41 @@ def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Cli
         raw.settimeout(10)
         while raw.recv(1 << 20):
             pass  # what had been sent; the end comes, though not the answer's
+
+
+def learnt(http: httpx.Client, session: str) -> int:
+    """Tokens of the document that is under way."""
+    (ingestion,) = http.get(f"/v1/sessions/{session}").json()["ingestions"] or [None]
+    return http.get(f"/v1/ingestions/{ingestion}").json()["tokens_learnt"] if ingestion else 0
+
+
+@pytest.mark.parametrize("prefer", ["", "Prefer: resumable\r\n"])
+def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_waited_for(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str
+) -> None:
+    connection_made = PunctualProtocol.connection_made
+
+    def with_little_room(self: PunctualProtocol, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+        transport.set_write_buffer_limits(1_000)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(PunctualProtocol, "connection_made", with_little_room)
+    text = b"words " * 6_000  # of whose progress the events are more than all that lies between the two holds
+    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: test\r\nContent-Type: text/plain\r\n{prefer}"
+    head += f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(text)}\r\n\r\n"
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        raw.settimeout(60)
+        raw.connect(("127.0.0.1", server.port))
+        raw.sendall(head.encode() + text[:-1_000])
+        while learnt(http, session) < len(text) - 2_000:
+            time.sleep(0.05)
+        raw.sendall(text[-1_000:])
+        said = b""
+        while data := raw.recv(1 << 16):
+            said += data
+    assert b"event: done" in said
 
 
 def test_openais_client_takes_a_comment_for_no_event(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,15 @@ class EventStream(EventSourceResponse):
             self._moved_at = time.monotonic()
 
     async def _leave_who_takes_nothing(self) -> None:
-        """Raises SendTimeoutError once a send takes too long, which ends the response."""
+        """Raises SendTimeoutError once a send takes too long, which ends the response.
+
+        A client whose document is being read may read when it has sent all of it.
+        """
         while True:
             await asyncio.sleep(self._stall_seconds / 4)
-            if self._num_sending and time.monotonic() > self._moved_at + self._stall_seconds:
+            if self._body_read is not None and not (self._body_read.is_set() or self._reader.stream.has_ended):
+                self._moved_at = time.monotonic()
+            elif self._num_sending and time.monotonic() > self._moved_at + self._stall_seconds:
                 raise SendTimeoutError
 
 
@@ -103,7 +108,8 @@ class Framing:
 
     def event(self, event: Event) -> Frame:
         """An event."""
-        return Frame(as_json(event if isinstance(event, dict) else asdict(event)), _name(event))
+        as_sent = event if isinstance(event, dict) else asdict(event)
+        return Frame(as_json(as_sent), _name(event), is_passing=isinstance(event, Progress))
 
     def failure(self, error: TitansError) -> Frame:
         """What a stream that has failed ends with."""

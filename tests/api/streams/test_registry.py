@@ -70,6 +70,42 @@ async def test_a_reader_gets_every_event_though_they_are_more_than_the_ring_hold
 
 
 @pytest.mark.parametrize("resumable", [True, False])
+async def test_passing_events_hold_nothing_up_and_the_newest_is_there(streams: Streams, resumable: bool) -> None:
+    async def frames() -> AsyncGenerator[Frame, None]:
+        for i in range(5_000):
+            await asyncio.sleep(0)
+            yield Frame(str(i), is_passing=True)
+        yield Frame("done")
+
+    reader = streams.open(frames(), farewell, owner="me", resumable=resumable)
+    await asyncio.wait_for(asyncio.shield(reader.stream.task), 30)
+    assert reader.stream.ring.num_bytes < 1_000
+    assert await texts(reader) == ["0", "4999", "done"]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+async def test_what_a_reader_has_or_may_be_getting_keeps_its_number(streams: Streams, resumable: bool) -> None:
+    go_on = asyncio.Event()
+
+    async def frames() -> AsyncGenerator[Frame, None]:
+        for i in range(6):
+            yield Frame(str(i), is_passing=True)
+        await go_on.wait()
+        for i in range(6, 9):
+            yield Frame(str(i), is_passing=True)
+
+    reader = streams.open(frames(), farewell, owner="me", resumable=resumable)
+    wires = reader.events()
+    got = [await anext(wires)]
+    await settle()
+    got.append(await anext(wires))  # the newest, and it is on its way from here on
+    go_on.set()
+    await settle()
+    got += [wire async for wire in wires]
+    assert got == [f"id: {i}\r\ndata: {text}\r\n\r\n".encode() for i, text in ((1, 0), (2, 5), (3, 8))]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
 async def test_a_slow_reader_holds_the_work_up(streams: Streams, resumable: bool) -> None:
     source = Source()
     reader = streams.open(source.frames(), farewell, owner="me", resumable=resumable)

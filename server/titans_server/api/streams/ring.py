@@ -16,6 +16,7 @@ class Frame:
 
     data: str
     name: str | None = None  # None: "message", as a reader of events sees it
+    is_passing: bool = False  # the next passing one may take its place, as long as no reader has it
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Numbered:
 
     id: int
     wire: bytes
+    is_passing: bool
 
     @property
     def num_bytes(self) -> int:
@@ -60,9 +62,21 @@ class Ring:
         if pushing:
             self.forget(self.last_to_go)
         self.last += 1
-        event = Numbered(self.last, ServerSentEvent(frame.data, event=frame.name, id=str(self.last)).encode())
+        wire = ServerSentEvent(frame.data, event=frame.name, id=str(self.last)).encode()
+        event = Numbered(self.last, wire, frame.is_passing)
         self._events.append(event)
         self.num_bytes += event.num_bytes
+
+    def supersede(self, frame: Frame, beyond: int) -> bool:
+        """Have a frame take the newest event's place and number: where both are passing and that is beyond a number."""
+        newest = self._events[-1] if self._events else None
+        if newest is None or not (frame.is_passing and newest.is_passing and newest.id > beyond):
+            return False
+        self._events.pop()
+        self.num_bytes -= newest.num_bytes
+        self.last -= 1
+        self.append(frame, pushing=False)
+        return True
 
     def check(self, number: int) -> None:
         """Raises EventsLost where what follows `number` is not all there, InvalidRequest where it was never sent."""

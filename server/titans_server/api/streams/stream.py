@@ -11,7 +11,8 @@ from titans_server.api.streams.ring import Frame, Ring
 class Stream:
     """Events made by a task of its own, which waits while a reader is there and is a whole ring behind.
 
-    Lives on the event loop. The task ends with the events, with `stop`, or when the reader leaves a stream that is not
+    It does not wait for passing events to be taken: a client that sends all of its document before it reads how far that
+    is learnt would wait for the task, and the task for it. Lives on the event loop. The task ends with the events, with `stop`, or when the reader leaves a stream that is not
     to be resumed. A stream that is goes on without a reader, and then keeps the newest events.
     """
 
@@ -30,6 +31,7 @@ class Stream:
         self.is_resumable = is_resumable
         self.ring = Ring(max_bytes)
         self.reader: Reader | None = Reader(self, 0)
+        self.num_taken = 0  # the number of the last event that a reader has for sure
         self.news = asyncio.Event()  # set when a reader has something to look at
         self.room = asyncio.Event()  # set when the task has
         self._frames = frames
@@ -47,6 +49,7 @@ class Stream:
         """A reader that goes on after an event, in the place of the one before. Raises EventsLost, InvalidRequest."""
         self.ring.check(after)
         self.reader = Reader(self, after)
+        self.num_taken = after
         self.news.set()  # the reader that was there has to leave
         self.room.set()
         return self.reader
@@ -72,6 +75,8 @@ class Stream:
         try:
             async with aclosing(self._frames) as frames:
                 async for frame in frames:
+                    if self.ring.supersede(frame, self.num_taken + 1):  # the next one is maybe being sent
+                        continue
                     await self._wait_for_reader()
                     self._append(frame)
         except asyncio.CancelledError:
@@ -118,6 +123,7 @@ class Reader:
     def _took(self, number: int) -> None:
         self.number = number
         if self.stream.reader is self:
+            self.stream.num_taken = number
             if not self.stream.is_resumable:
                 self.stream.ring.forget(number)
             self.stream.room.set()
