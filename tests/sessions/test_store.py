@@ -263,6 +263,17 @@ async def test_owners_see_their_own_newest_first_page_by_page(store: SessionStor
         await store.list(owner, 10, stranger.id)
 
 
+async def test_an_owner_of_many_sessions_lists_them_while_others_read(store: SessionStore) -> None:
+    owner, other = f"owner {os.urandom(4).hex()}", await made(store)
+    names = {record.id for record in await asyncio.gather(*(made(store, owner=owner) for _ in range(110)))}
+    lists, gets = (store.list(owner, 101) for _ in range(8)), (store.get(other.id) for _ in range(40))
+    pages, records = await asyncio.gather(asyncio.gather(*lists), asyncio.gather(*gets))
+    for page in pages:
+        assert len(page) == 101
+        assert {record.id for record in page} < names
+    assert records == [other] * 40
+
+
 async def test_a_session_is_listed_as_its_owners_alone(store: SessionStore) -> None:
     record = await made(store, owner=f"owner {os.urandom(4).hex()}")
     assert await store.is_listed(record.id, record.owner)

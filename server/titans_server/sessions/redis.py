@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
 _REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
 _WORKERS = 32  # operations at once
+_READ = ("record", "expires_at")
 
 
 class RedisStore:
@@ -154,7 +155,7 @@ class RedisStore:
 
     async def _read(self, session_id: str) -> tuple[bytes | None, float]:
         """The text of the record, which a script wrote together with when the session is gone."""
-        text, expires_at = await self._client.hmget(session_keys(session_id)[0], ["record", "expires_at"])
+        text, expires_at = await self._client.hmget(session_keys(session_id)[0], _READ)
         return text, float(expires_at or "inf")
 
     async def _commit(self, commit: Commit) -> None:
@@ -260,9 +261,8 @@ class RedisStore:
                 raise not_found(after)
             start = rank + 1
         while len(records) < limit:
-            names = await self._client.zrevrange(key, start, start + limit - 1)
-            found = await asyncio.gather(*(self._find_readable(name.decode()) for name in names))
-            records |= {record.id: record for record in found if record is not None}
+            names = [name.decode() for name in await self._client.zrevrange(key, start, start + limit - 1)]
+            records |= {record.id: record for record in await self._readable(names)}
             start += limit
             if len(names) < limit:
                 break
@@ -274,12 +274,21 @@ class RedisStore:
         except SessionNotFound:
             return None
 
-    async def _find_readable(self, session_id: str) -> SessionRecord | None:
-        try:
-            return await self._find(session_id)
-        except StateCorrupted as error:
-            _log.warning("session %s is left out of a list: %s", session_id, error.message)
-            return None
+    async def _readable(self, session_ids: Sequence[str]) -> Sequence[SessionRecord]:
+        """The records of those that are there, but for what cannot be read."""
+        async with self._client.pipeline(transaction=False) as pipe:  # one connection a node, however many they are
+            for session_id in session_ids:
+                pipe.hmget(session_keys(session_id)[0], _READ)
+            found = await pipe.execute()
+        records, now = [], time.time()
+        for session_id, (text, expires_at) in zip(session_ids, found, strict=True):
+            if text is None or float(expires_at or "inf") <= now:
+                continue
+            try:
+                records.append(SessionRecord.from_json(text, session_id))
+            except StateCorrupted as error:
+                _log.warning("session %s is left out of a list: %s", session_id, error.message)
+        return records
 
     async def _usage(self, owner: str) -> Usage:
         now, sizes = time.time(), await self._client.hgetall(owner_keys(owner)[1])
