@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
-from support.redis_server import RedisServer
+from support.redis_server import RedisServer, redis_cluster
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client
 from titans_server.sessions.record import Draft, SessionRecord
@@ -351,6 +352,25 @@ async def test_a_server_that_may_forget_is_warned_of(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     for text in ("appendfsync is everysec", "volatile-lru", "append-only file is off"):
         assert text in caplog.text
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+async def test_every_primary_of_a_cluster_is_checked(
+    tmp_path: Path, num_nodes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_cluster(tmp_path, num_nodes) as url:
+        store = RedisStore(url)
+        await store.open()
+        assert not caplog.records
+        primaries = store._client.get_primaries()
+        assert len(primaries) == num_nodes
+        for node in primaries:
+            await store._client.config_set("appendfsync", "everysec", target_nodes=node)
+            await store.check()
+            assert caplog.text.count("appendfsync is everysec") == 1
+            caplog.clear()
+            await store._client.config_set("appendfsync", "always", target_nodes=node)
+        await store.close()
 
 
 async def test_a_server_that_evicts_sessions_is_refused(server: RedisServer, store: RedisStore) -> None:
