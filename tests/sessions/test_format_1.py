@@ -35,8 +35,8 @@ async def assert_is_as_it_was(store: SessionStore) -> None:
             expected = torch.arange(parts[name].numel()).reshape(parts[name].shape) / 64 + i
             assert torch.equal(parts[name], expected.to(parts[name].dtype)), name
     assert {x.id for x in await store.list("", 10)} == {"ses_old", "ses_unread"}
-    commit = logged(record, b"tokens")
-    await store.commit(commit)
+    for taken_over in (unread, record):
+        await store.commit(logged(taken_over, b"tokens"))
     assert (await store.get("ses_old")).version == 3
 
 

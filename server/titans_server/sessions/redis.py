@@ -92,9 +92,9 @@ class RedisStore:
         data: bytes | None = await self._run(self._client.get(blob_keys(name)[0]))
         return data
 
-    async def delete(self, session_id: str, revision: int | None = None) -> None:
+    async def delete(self, session_id: str, write_id: str | None = None) -> None:
         """Forget a session and all that is its alone."""
-        await self._run(self._delete(session_id, revision))
+        await self._run(self._delete(session_id, write_id))
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's, by the index."""
@@ -163,14 +163,14 @@ class RedisStore:
         if record.due_at is not None:
             await self._client.zadd(DUE, {record.id: record.due_at})
         entries = [x for entry in commit.append.items() for x in entry]
-        fields = (*record_fields(record), time.time(), len(commit.append), record.id, *entries, *commit.drop)
+        fields = (*record_fields(record), time.time(), len(commit.append), record.id, commit.replaces)
         keys = (*session_keys(record.id), *(blob_keys(name)[1] for name in commit.point))
-        revision, write_id = await self._write(COMMIT, keys, *fields)
+        revision, write_id = await self._write(COMMIT, keys, *fields, *entries, *commit.drop)
         if revision is None:
             raise not_found(record.id)
         if write_id is None:
             raise swept(record.id)
-        record.is_replaced_at(int(revision), write_id.decode())
+        record.is_replaced_at(int(revision), write_id.decode(), commit.replaces)
         await self._settle(record, commit.release)
 
     async def _settle(self, record: SessionRecord, release: Iterable[str]) -> None:
@@ -203,17 +203,17 @@ class RedisStore:
         await self._client.set(blob, data)
         return name
 
-    async def _delete(self, session_id: str, revision: int | None) -> None:
+    async def _delete(self, session_id: str, write_id: str | None) -> None:
         try:
             record = await self._get(session_id)
         except StateCorrupted:
-            if revision is not None:
+            if write_id is not None:
                 raise
             return await self._remove_unreadable(session_id)
-        await self._remove(record, revision)
+        await self._remove(record, write_id)
 
-    async def _remove(self, record: SessionRecord, revision: int | None = None) -> None:
-        at = () if revision is None else (revision,)
+    async def _remove(self, record: SessionRecord, write_id: str | None = None) -> None:
+        at = () if write_id is None else (write_id,)
         num_removed = await self._client.eval(DELETE, 2, *session_keys(record.id), *at)
         if num_removed < 0:
             raise moved_on(record.id)
