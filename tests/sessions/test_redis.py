@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.proxy import SWALLOWED, FaultProxy
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from support.redis_server import RedisServer, redis_cluster
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
@@ -193,6 +194,23 @@ async def test_a_session_that_cannot_be_read_takes_with_it_what_is_its_alone(
     server.command("HSET", uses, child.id, "0")  # for longer than an hour
     await store.sweep()
     assert await snapshot_of(store, record) is None
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_a_deletion_whose_reply_is_lost_is_done_and_leaves_nothing(
+    server: RedisServer, store: RedisStore, record: SessionRecord, is_torn: bool
+) -> None:
+    if is_torn:
+        server.command("HSET", f"titans:{{{record.id}}}:session", "record", "{")
+    with FaultProxy(server.port) as proxy:
+        cut_off = RedisStore(f"redis://127.0.0.1:{proxy.port}/0")
+        with proxy.fault(replace(SWALLOWED, when=f"{{{record.id}}}:log".encode(), times=1)):
+            await cut_off.delete(record.id)
+            assert proxy.num_befallen == 1
+        await cut_off.close()
+    assert server.command("KEYS", "*") == [b"titans:format"]
+    with pytest.raises(SessionNotFound):
+        await store.delete(record.id)
 
 
 async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_due_or_swept(

@@ -93,7 +93,7 @@ class RedisStore:
         return data
 
     async def delete(self, session_id: str, write_id: str | None = None) -> None:
-        """Forget a session and all that is its alone."""
+        """Forget a session and all that is its alone. Of several at once, each may be told that it is done."""
         await self._run(self._delete(session_id, write_id))
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
@@ -213,23 +213,26 @@ class RedisStore:
         await self._remove(record, write_id)
 
     async def _remove(self, record: SessionRecord, write_id: str | None = None) -> None:
-        at = () if write_id is None else (write_id,)
-        num_removed = await self._client.eval(DELETE, 2, *session_keys(record.id), *at)
-        if num_removed < 0:
-            raise moved_on(record.id)
-        if not num_removed:
-            raise not_found(record.id)
+        await self._drop(record.id, write_id)
         await self._unuse(record.id, record.snapshots())
         await self._unindex(record.id, owner_keys(record.owner)[0])
 
     async def _remove_unreadable(self, session_id: str) -> None:
         """What the record would have named is looked for. A blob that another session wrote is left to the sweep."""
-        if not await self._client.delete(*session_keys(session_id)):
-            raise not_found(session_id)
+        await self._drop(session_id)
         async for key in self._client.scan_iter(match=f"titans:{{{session_id}}}:uses:*", count=1000):
             await self._unuse(session_id, [used_blob(key.decode())])
         async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
             await self._unindex(session_id, key.decode())
+
+    async def _drop(self, session_id: str, write_id: str | None = None) -> None:
+        """Take away what was there a moment ago.
+
+        Where it is gone by now, that is as good: redis-py asks again when a reply is lost, and the rest is still to go.
+        """
+        at = () if write_id is None else (write_id,)
+        if await self._client.eval(DELETE, 2, *session_keys(session_id), *at) < 0:
+            raise moved_on(session_id)
 
     async def _unuse(self, session_id: str, names: Iterable[str]) -> None:
         for name in names:
