@@ -239,6 +239,30 @@ async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_du
     assert (await store.get(broken.id)).drafts == (draft,)
 
 
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_a_session_that_is_written_to_amid_a_sweep_stays(
+    server: RedisServer, store: RedisStore, is_torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a server whose clock is behind the sweeping one's."""
+    now, read = time.time(), store._read
+    expired = await made(store, updated_at=now - 50, ttl_seconds=49)
+    commit = moved(expired, updated_at=now)
+    if is_torn:
+        server.command("HSET", f"titans:{{{expired.id}}}:session", "record", "{")
+
+    async def and_then(session_id: str) -> tuple[bytes | None, float, bytes | None]:
+        found = await read(session_id)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(time, "time", lambda: now - 10)
+            await store.commit(commit)
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_read", and_then)
+        await store.sweep()
+    assert await store.get(expired.id) == commit.record
+
+
 async def test_work_that_is_accepted_while_a_look_finds_none_is_due_later(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,10 +162,11 @@ class Database:
 
     def sweep(self) -> None:
         """See SessionStore."""
-        expired = self._db.execute("SELECT id FROM sessions WHERE expires_at <= ?", (time.time(),)).fetchall()
-        for (session_id,) in expired:
-            with self._transaction():
-                unused = self._delete(session_id)
+        query, now = "SELECT id FROM sessions WHERE expires_at <= ?", time.time()
+        for (session_id,) in self._db.execute(query, (now,)).fetchall():
+            with self._transaction():  # a commit may have come between, as its process's clock allowed
+                still = self._db.execute(f"{query} AND id = ?", (now, session_id)).fetchone()
+                unused = self._delete(session_id) if still else set()
             self._remove(unused)
         old = self.blobs.older_than(_ORPHAN_SECONDS)
         with self._transaction():  # no commit may point at one meanwhile

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
 _REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
 _WORKERS = 32  # operations at once
-_READ = ("record", "expires_at")
+_READ = ("record", "expires_at", "write_id")
 
 
 class RedisStore:
@@ -148,15 +149,15 @@ class RedisStore:
                 raise VersionConflict(f"a snapshot for session {record.id} is there no more")
 
     async def _get(self, session_id: str) -> SessionRecord:
-        text, expires_at = await self._read(session_id)
+        text, expires_at, _ = await self._read(session_id)
         if text is None or expires_at <= time.time():
             raise not_found(session_id)
         return SessionRecord.from_json(text, session_id)
 
-    async def _read(self, session_id: str) -> tuple[bytes | None, float]:
-        """The text of the record, which a script wrote together with when the session is gone."""
-        text, expires_at = await self._client.hmget(session_keys(session_id)[0], _READ)
-        return text, float(expires_at or "inf")
+    async def _read(self, session_id: str) -> tuple[bytes | None, float, bytes | None]:
+        """The text of the record, which a script wrote together with when the session is gone, and the last commit."""
+        text, expires_at, write_id = await self._client.hmget(session_keys(session_id)[0], _READ)
+        return text, float(expires_at or "inf"), write_id
 
     async def _commit(self, commit: Commit) -> None:
         record = commit.record
@@ -212,20 +213,20 @@ class RedisStore:
             return await self._remove_unreadable(session_id)
         await self._remove(record, write_id)
 
-    async def _remove(self, record: SessionRecord, write_id: str | None = None) -> None:
+    async def _remove(self, record: SessionRecord, write_id: str | bytes | None = None) -> None:
         await self._drop(record.id, write_id)
         await self._unuse(record.id, record.snapshots())
         await self._unindex(record.id, owner_keys(record.owner)[0])
 
-    async def _remove_unreadable(self, session_id: str) -> None:
+    async def _remove_unreadable(self, session_id: str, write_id: bytes | None = None) -> None:
         """What the record would have named is looked for. A blob that another session wrote is left to the sweep."""
-        await self._drop(session_id)
+        await self._drop(session_id, write_id)
         async for key in self._client.scan_iter(match=f"titans:{{{session_id}}}:uses:*", count=1000):
             await self._unuse(session_id, [used_blob(key.decode())])
         async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
             await self._unindex(session_id, key.decode())
 
-    async def _drop(self, session_id: str, write_id: str | None = None) -> None:
+    async def _drop(self, session_id: str, write_id: str | bytes | None = None) -> None:
         """Take away what was there a moment ago.
 
         Where it is gone by now, that is as good: redis-py asks again when a reply is lost, and the rest is still to go.
@@ -284,7 +285,7 @@ class RedisStore:
                 pipe.hmget(session_keys(session_id)[0], _READ)
             found = await pipe.execute()
         records, now = [], time.time()
-        for session_id, (text, expires_at) in zip(session_ids, found, strict=True):
+        for session_id, (text, expires_at, _) in zip(session_ids, found, strict=True):
             if text is None or float(expires_at or "inf") <= now:
                 continue
             try:
@@ -325,14 +326,15 @@ class RedisStore:
             await self._sweep_index(key, now)
 
     async def _sweep_session(self, session_id: str, now: float) -> None:
-        text, expires_at = await self._read(session_id)
+        text, expires_at, write_id = await self._read(session_id)
         if text is None:
             await self._client.zrem(EXPIRES, session_id)
         elif expires_at <= now:
-            try:
-                await self._remove(SessionRecord.from_json(text, session_id))
-            except StateCorrupted:
-                await self._remove_unreadable(session_id)
+            with suppress(VersionConflict):  # of a commit that came between, as its server's clock allowed
+                try:
+                    await self._remove(SessionRecord.from_json(text, session_id), write_id)
+                except StateCorrupted:
+                    await self._remove_unreadable(session_id, write_id)
 
     async def _sweep_blob(self, uses: str, now: float) -> None:
         """Take away what a crash left: a use by a session that does not point at the blob."""
