@@ -58,8 +58,7 @@ class RedisStore:
     async def open(self) -> None:
         """Connect, `check`, and take over what an older server wrote."""
         await self.check()
-        for record in await self._run(redis_format_1.take_over(self._client)):
-            await self._run(self._index(record))
+        await self._run(redis_format_1.take_over(self._client, self._index))
 
     async def check(self) -> None:
         """Refuse, or warn of, a Redis that may forget sessions."""
