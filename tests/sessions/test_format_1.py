@@ -2,14 +2,18 @@
 
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from support.proxy import CUT, FaultProxy
 from support.records import logged, snapshot_of
 from support.redis_server import RedisServer
 from titans.config import tiny
 from titans.model import TitansModel
+from titans_server.errors import StoreUnavailable
 from titans_server.sessions.codec import decode, sha256
 from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.sqlite import SqliteStore
@@ -35,8 +39,8 @@ async def assert_is_as_it_was(store: SessionStore) -> None:
             expected = torch.arange(parts[name].numel()).reshape(parts[name].shape) / 64 + i
             assert torch.equal(parts[name], expected.to(parts[name].dtype)), name
     assert {x.id for x in await store.list("", 10)} == {"ses_old", "ses_unread"}
-    commit = logged(record, b"tokens")
-    await store.commit(commit)
+    for taken_over in (unread, record):
+        await store.commit(logged(taken_over, b"tokens"))
     assert (await store.get("ses_old")).version == 3
 
 
@@ -53,7 +57,9 @@ async def test_a_database_of_format_1_is_taken_over(tmp_path: Path) -> None:
     assert list((tmp_path / "titans.db.states").iterdir()) == []
 
 
-async def test_a_redis_of_format_1_is_taken_over(start_redis: Callable[[], RedisServer]) -> None:
+@pytest.fixture
+def server(start_redis: Callable[[], RedisServer]) -> RedisServer:
+    """A Redis with what the first servers kept in it."""
     server = start_redis()
     with sqlite3.connect(KEPT / "titans.db") as kept:
         rows = kept.execute("SELECT id, version, write_id, record, blob FROM sessions").fetchall()
@@ -63,6 +69,10 @@ async def test_a_redis_of_format_1_is_taken_over(start_redis: Callable[[], Redis
         server.command("HSET", f"titans:{{{name}}}:record", *fields)
         if blob:
             server.command("SET", f"titans:{{{name}}}:state", (KEPT / "titans.db.states" / blob).read_bytes())
+    return server
+
+
+async def test_a_redis_of_format_1_is_taken_over(server: RedisServer) -> None:
     store = RedisStore(server.url)
     await store.open()
     await assert_is_as_it_was(store)
@@ -74,3 +84,33 @@ async def test_a_redis_of_format_1_is_taken_over(start_redis: Callable[[], Redis
         await again.delete(name)
     await again.close()
     assert server.command("KEYS", "*") == [b"titans:format"]
+
+
+async def test_a_takeover_that_broke_off_is_done_again(server: RedisServer) -> None:
+    with FaultProxy(server.port) as proxy:
+        cut_off = RedisStore(f"redis://127.0.0.1:{proxy.port}/0")
+        with proxy.fault(replace(CUT, when=b"SET\r\n$13\r\ntitans:format")), pytest.raises(StoreUnavailable):
+            await cut_off.open()
+        await cut_off.close()
+    assert not server.command("KEYS", "titans:{*}:record")
+    store = RedisStore(server.url)
+    await store.open()
+    await assert_is_as_it_was(store)
+    await store.close()
+
+
+async def test_two_servers_may_take_over_at_once(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = RedisStore(server.url), RedisStore(server.url)
+    scan = first._client.scan_iter
+
+    async def and_then(**match: str) -> AsyncIterator[bytes]:
+        keys = [key async for key in scan(**match)]
+        await second.open()
+        for key in keys:
+            yield key
+
+    monkeypatch.setattr(first._client, "scan_iter", and_then)
+    await first.open()
+    await assert_is_as_it_was(first)
+    for store in (first, second):
+        await store.close()

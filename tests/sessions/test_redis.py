@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from support.proxy import SWALLOWED, FaultProxy
 from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
-from support.redis_server import RedisServer
+from support.redis_server import RedisServer, redis_cluster
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client
 from titans_server.sessions.record import Draft, SessionRecord
@@ -194,6 +196,23 @@ async def test_a_session_that_cannot_be_read_takes_with_it_what_is_its_alone(
     assert await snapshot_of(store, record) is None
 
 
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_a_deletion_whose_reply_is_lost_is_done_and_leaves_nothing(
+    server: RedisServer, store: RedisStore, record: SessionRecord, is_torn: bool
+) -> None:
+    if is_torn:
+        server.command("HSET", f"titans:{{{record.id}}}:session", "record", "{")
+    with FaultProxy(server.port) as proxy:
+        cut_off = RedisStore(f"redis://127.0.0.1:{proxy.port}/0")
+        with proxy.fault(replace(SWALLOWED, when=f"{{{record.id}}}:log".encode(), times=1)):
+            await cut_off.delete(record.id)
+            assert proxy.num_befallen == 1
+        await cut_off.close()
+    assert server.command("KEYS", "*") == [b"titans:format"]
+    with pytest.raises(SessionNotFound):
+        await store.delete(record.id)
+
+
 async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_due_or_swept(
     server: RedisServer, store: RedisStore
 ) -> None:
@@ -218,6 +237,30 @@ async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_du
     assert await store.usage("") == Usage(2, 0)
     server.command("HSET", key, "record", text)
     assert (await store.get(broken.id)).drafts == (draft,)
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+async def test_a_session_that_is_written_to_amid_a_sweep_stays(
+    server: RedisServer, store: RedisStore, is_torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a server whose clock is behind the sweeping one's."""
+    now, read = time.time(), store._read
+    expired = await made(store, updated_at=now - 50, ttl_seconds=49)
+    commit = moved(expired, updated_at=now)
+    if is_torn:
+        server.command("HSET", f"titans:{{{expired.id}}}:session", "record", "{")
+
+    async def and_then(session_id: str) -> tuple[bytes | None, float, bytes | None]:
+        found = await read(session_id)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(time, "time", lambda: now - 10)
+            await store.commit(commit)
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_read", and_then)
+        await store.sweep()
+    assert await store.get(expired.id) == commit.record
 
 
 async def test_work_that_is_accepted_while_a_look_finds_none_is_due_later(
@@ -351,6 +394,25 @@ async def test_a_server_that_may_forget_is_warned_of(
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     for text in ("appendfsync is everysec", "volatile-lru", "append-only file is off"):
         assert text in caplog.text
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+async def test_every_primary_of_a_cluster_is_checked(
+    tmp_path: Path, num_nodes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis_cluster(tmp_path, num_nodes) as url:
+        store = RedisStore(url)
+        await store.open()
+        assert not caplog.records
+        primaries = store._client.get_primaries()
+        assert len(primaries) == num_nodes
+        for node in primaries:
+            await store._client.config_set("appendfsync", "everysec", target_nodes=node)
+            await store.check()
+            assert caplog.text.count("appendfsync is everysec") == 1
+            caplog.clear()
+            await store._client.config_set("appendfsync", "always", target_nodes=node)
+        await store.close()
 
 
 async def test_a_server_that_evicts_sessions_is_refused(server: RedisServer, store: RedisStore) -> None:

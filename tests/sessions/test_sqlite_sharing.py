@@ -2,12 +2,15 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from support.records import logged, made, made_with_snapshot, snapshot_of, with_snapshot
+from support.records import logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from titans_server.errors import StoreUnavailable, VersionConflict
+from titans_server.sessions.database import Database
 from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.sqlite import SqliteStore
 
@@ -71,6 +74,28 @@ async def test_many_stores_may_make_one_file_at_once(path: Path) -> None:
     for store in stores:
         await store.ping()
         await store.close()
+
+
+async def test_a_session_that_another_process_writes_to_amid_a_sweep_stays(
+    store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, database = time.time(), store._database
+    expired = await made(store, updated_at=now - 50, ttl_seconds=49)
+    commit, transaction = moved(expired, updated_at=now), database._transaction
+
+    def after_another() -> AbstractContextManager[None]:
+        other = Database(path)
+        other.open()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(time, "time", lambda: now - 10)  # its clock is behind
+            other.commit(commit)
+        other.close()
+        return transaction()
+
+    with monkeypatch.context() as during:
+        during.setattr(database, "_transaction", after_another)
+        await store.sweep()
+    assert await store.get(expired.id) == commit.record
 
 
 async def test_a_database_that_another_process_holds_is_unavailable(

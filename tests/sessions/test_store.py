@@ -100,6 +100,18 @@ async def test_a_stale_commit_conflicts_and_changes_nothing(store: SessionStore)
     assert list(await store.read_log(first.id, [0, 1])) == [b"second", None]
 
 
+async def test_what_follows_a_commit_that_the_store_has_lost_is_refused(store: SessionStore) -> None:
+    first = await made(store)
+    kept, lost = logged(first, b"kept"), logged(first, b"lost")  # lost in a failover, but known to its writer
+    await store.commit(kept)
+    with pytest.raises(VersionConflict, match="moved on"):
+        await store.commit(logged(lost.record, b"more"))
+    with pytest.raises(VersionConflict, match="moved on"):
+        await store.delete(first.id, lost.record.write_id)
+    assert await store.get(first.id) == kept.record
+    assert list(await store.read_log(first.id, [0, 1])) == [b"kept", None]
+
+
 async def test_a_repeated_commit_is_done_already(store: SessionStore) -> None:
     commit = logged(await made(store), b"first")
     for _ in range(3):
@@ -205,17 +217,17 @@ async def test_a_deleted_session_is_gone(store: SessionStore) -> None:
     assert list(await store.read_log(record.id, [0])) == [None]
 
 
-async def test_a_session_is_deleted_at_the_revision_that_is_named_and_at_no_other(store: SessionStore) -> None:
+async def test_a_session_is_deleted_at_the_commit_that_is_named_and_at_no_other(store: SessionStore) -> None:
     first = await made_with_snapshot(store)
     commit = logged(first, b"tokens")
     await store.commit(commit)
     with pytest.raises(VersionConflict, match="moved on"):
-        await store.delete(first.id, first.revision)
+        await store.delete(first.id, first.write_id)
     assert await store.get(first.id) == commit.record
     assert await snapshot_of(store, commit.record) == b"first"
-    await store.delete(first.id, commit.record.revision)
+    await store.delete(first.id, commit.record.write_id)
     with pytest.raises(SessionNotFound):
-        await store.delete(first.id, commit.record.revision)
+        await store.delete(first.id, commit.record.write_id)
 
 
 async def test_an_unknown_session_is_not_found(store: SessionStore) -> None:
@@ -261,6 +273,17 @@ async def test_owners_see_their_own_newest_first_page_by_page(store: SessionStor
     assert list(await store.list("nobody at all", 10)) == []
     with pytest.raises(SessionNotFound):
         await store.list(owner, 10, stranger.id)
+
+
+async def test_an_owner_of_many_sessions_lists_them_while_others_read(store: SessionStore) -> None:
+    owner, other = f"owner {os.urandom(4).hex()}", await made(store)
+    names = {record.id for record in await asyncio.gather(*(made(store, owner=owner) for _ in range(110)))}
+    lists, gets = (store.list(owner, 101) for _ in range(8)), (store.get(other.id) for _ in range(40))
+    pages, records = await asyncio.gather(asyncio.gather(*lists), asyncio.gather(*gets))
+    for page in pages:
+        assert len(page) == 101
+        assert {record.id for record in page} < names
+    assert records == [other] * 40
 
 
 async def test_a_session_is_listed_as_its_owners_alone(store: SessionStore) -> None:

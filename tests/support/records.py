@@ -29,7 +29,7 @@ def moved(record: SessionRecord, append: Mapping[int, bytes] | None = None, **fi
     after = replace(record, revision=record.revision + 1, write_id=uuid.uuid4().hex, **fields)
     drop = frozenset(record.entries() - after.entries())
     release, point = record.snapshots().keys() - after.snapshots(), after.snapshots().keys() - record.snapshots()
-    return Commit(after, append or {}, drop, frozenset(release), frozenset(point))
+    return Commit(after, append or {}, drop, frozenset(release), frozenset(point), record.write_id)
 
 
 def logged(record: SessionRecord, data: bytes, tokens: int = 7) -> Commit:

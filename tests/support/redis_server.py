@@ -90,20 +90,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def redis_cluster(folder: Path) -> Iterator[str]:
-    """A cluster of two, each with half of the slots: its URL."""
+def redis_cluster(folder: Path, num_nodes: int = 2) -> Iterator[str]:
+    """A cluster of primaries, each with its part of the slots: its URL."""
     nodes = []
-    for name in ("low", "high"):
-        (folder / name).mkdir()
-        nodes.append(RedisServer(folder / name, cluster_enabled="yes", cluster_port=free_port()))
+    for i in range(num_nodes):
+        (folder / f"{i}").mkdir()
+        nodes.append(RedisServer(folder / f"{i}", cluster_enabled="yes", cluster_port=free_port()))
         nodes[-1].start()
-    low, high = nodes
+    first, *others = nodes
+    bounds = [16_384 * i // num_nodes for i in range(num_nodes + 1)]
     try:
-        low.command("CLUSTER", "ADDSLOTSRANGE", 0, 8_191)
-        high.command("CLUSTER", "ADDSLOTSRANGE", 8_192, 16_383)
-        low.command("CLUSTER", "MEET", "127.0.0.1", high.port, str(high.settings["cluster_port"]))
+        for node, low, above in zip(nodes, bounds, bounds[1:], strict=False):
+            node.command("CLUSTER", "ADDSLOTSRANGE", low, above - 1)
+        for node in others:
+            first.command("CLUSTER", "MEET", "127.0.0.1", node.port, str(node.settings["cluster_port"]))
         _wait_for(lambda: all(b"cluster_state:ok" in node.command("CLUSTER", "INFO") for node in nodes))
-        yield f"redis+cluster://127.0.0.1:{low.port}"
+        yield f"redis+cluster://127.0.0.1:{first.port}"
     finally:
         for node in nodes:
             node.kill()

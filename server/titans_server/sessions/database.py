@@ -102,7 +102,8 @@ class Database:
             row = self._db.execute(query, (record.id, time.time())).fetchone()
             if row is None:
                 raise not_found(record.id)
-            if not record.is_replaced_at(*row):
+            revision, write_id = row
+            if not record.is_replaced_at(revision, write_id, commit.replaces):
                 return
             if not all(map(self.blobs.has, commit.point)):
                 raise swept(record.id)
@@ -117,14 +118,14 @@ class Database:
         rows = (self._db.execute(query, (session_id, number)).fetchone() for number in numbers)
         return [row and row[0] for row in rows]
 
-    def delete(self, session_id: str, revision: int | None) -> None:
+    def delete(self, session_id: str, write_id: str | None) -> None:
         """See SessionStore."""
         with self._transaction():
-            query = "SELECT revision FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
+            query = "SELECT write_id FROM sessions WHERE id = ? AND ifnull(expires_at > ?, 1)"
             row = self._db.execute(query, (session_id, time.time())).fetchone()
             if row is None:
                 raise not_found(session_id)
-            if revision not in {None, row[0]}:
+            if write_id not in {None, row[0]}:
                 raise moved_on(session_id)
             unused = self._delete(session_id)
         self._remove(unused)
@@ -161,10 +162,11 @@ class Database:
 
     def sweep(self) -> None:
         """See SessionStore."""
-        expired = self._db.execute("SELECT id FROM sessions WHERE expires_at <= ?", (time.time(),)).fetchall()
-        for (session_id,) in expired:
-            with self._transaction():
-                unused = self._delete(session_id)
+        query, now = "SELECT id FROM sessions WHERE expires_at <= ?", time.time()
+        for (session_id,) in self._db.execute(query, (now,)).fetchall():
+            with self._transaction():  # a commit may have come between, as its process's clock allowed
+                still = self._db.execute(f"{query} AND id = ?", (now, session_id)).fetchone()
+                unused = self._delete(session_id) if still else set()
             self._remove(unused)
         old = self.blobs.older_than(_ORPHAN_SECONDS)
         with self._transaction():  # no commit may point at one meanwhile

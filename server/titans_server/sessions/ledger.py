@@ -52,7 +52,7 @@ class Ledger:
             record = await self.store.get(session_id)
             check(record)
             try:
-                return await self.store.delete(session_id, record.revision)
+                return await self.store.delete(session_id, record.write_id)
             except VersionConflict:
                 await asyncio.sleep(random.uniform(0, _PAUSE * (attempt + 1)))
         raise VersionConflict(f"session {session_id} changes too fast")
@@ -77,7 +77,7 @@ class Ledger:
         point = frozenset(new.snapshots().keys() - old.snapshots().keys())
         if append:
             failpoints.reach("before_append")
-        await self.store.commit(Commit(new, append, drop, release, point))
+        await self.store.commit(Commit(new, append, drop, release, point, old.write_id))
         if append:
             failpoints.reach("after_append")
         return new

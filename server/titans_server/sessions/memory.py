@@ -46,7 +46,7 @@ class MemoryStore:
         """Move a session on by one revision."""
         record = commit.record
         kept = self._find(record.id)
-        if record.is_replaced_at(kept.record.revision, kept.record.write_id):
+        if record.is_replaced_at(kept.record.revision, kept.record.write_id, commit.replaces):
             if not commit.point <= self._blobs.keys():
                 raise swept(record.id)
             kept.record = record
@@ -71,10 +71,10 @@ class MemoryStore:
         """A blob."""
         return self._blobs.get(name)
 
-    async def delete(self, session_id: str, revision: int | None = None) -> None:
+    async def delete(self, session_id: str, write_id: str | None = None) -> None:
         """Forget a session."""
         record = self._find(session_id).record
-        if revision not in {None, record.revision}:
+        if write_id not in {None, record.write_id}:
             raise moved_on(session_id)
         self._remove(record)
 

@@ -206,17 +206,17 @@ class SessionRecord:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StateCorrupted("the store holds a session record that cannot be read") from error
 
-    def is_replaced_at(self, revision: int, write_id: str) -> bool:
+    def is_replaced_at(self, revision: int, write_id: str, replaces: str) -> bool:
         """Whether a session that stands at `revision`, made by `write_id`, is still to be moved to this record.
 
         False where this very commit is done already. Raises VersionConflict where the session is not at the
-        revision before.
+        revision before, as `replaces` left it.
         """
         assert self.revision > 0
         assert self.write_id
         if (revision, write_id) == (self.revision, self.write_id):
             return False
-        if revision != self.revision - 1:
+        if (revision, write_id) != (self.revision - 1, replaces):
             raise moved_on(self.id)
         return True
 
@@ -242,7 +242,7 @@ def not_found(session_id: str) -> SessionNotFound:
 
 
 def moved_on(session_id: str) -> VersionConflict:
-    """The error for a session that stands at another revision than was thought."""
+    """The error for a session whose last commit is another than was thought."""
     return VersionConflict(f"session {session_id} has moved on")
 
 

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 _ORPHAN_SECONDS = 3600.0  # what is younger may be another server's, about to be pointed at
 _REPLICAS_MS = 3_000  # that replicas may take; less than an answer may
 _WORKERS = 32  # operations at once
+_READ = ("record", "expires_at", "write_id")
 
 
 class RedisStore:
@@ -56,8 +58,7 @@ class RedisStore:
     async def open(self) -> None:
         """Connect, `check`, and take over what an older server wrote."""
         await self.check()
-        for record in await self._run(redis_format_1.take_over(self._client)):
-            await self._run(self._index(record))
+        await self._run(redis_format_1.take_over(self._client, self._index))
 
     async def check(self) -> None:
         """Refuse, or warn of, a Redis that may forget sessions."""
@@ -91,9 +92,9 @@ class RedisStore:
         data: bytes | None = await self._run(self._client.get(blob_keys(name)[0]))
         return data
 
-    async def delete(self, session_id: str, revision: int | None = None) -> None:
-        """Forget a session and all that is its alone."""
-        await self._run(self._delete(session_id, revision))
+    async def delete(self, session_id: str, write_id: str | None = None) -> None:
+        """Forget a session and all that is its alone. Of several at once, each may be told that it is done."""
+        await self._run(self._delete(session_id, write_id))
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's, by the index."""
@@ -147,29 +148,29 @@ class RedisStore:
                 raise VersionConflict(f"a snapshot for session {record.id} is there no more")
 
     async def _get(self, session_id: str) -> SessionRecord:
-        text, expires_at = await self._read(session_id)
+        text, expires_at, _ = await self._read(session_id)
         if text is None or expires_at <= time.time():
             raise not_found(session_id)
         return SessionRecord.from_json(text, session_id)
 
-    async def _read(self, session_id: str) -> tuple[bytes | None, float]:
-        """The text of the record, which a script wrote together with when the session is gone."""
-        text, expires_at = await self._client.hmget(session_keys(session_id)[0], ["record", "expires_at"])
-        return text, float(expires_at or "inf")
+    async def _read(self, session_id: str) -> tuple[bytes | None, float, bytes | None]:
+        """The text of the record, which a script wrote together with when the session is gone, and the last commit."""
+        text, expires_at, write_id = await self._client.hmget(session_keys(session_id)[0], _READ)
+        return text, float(expires_at or "inf"), write_id
 
     async def _commit(self, commit: Commit) -> None:
         record = commit.record
         if record.due_at is not None:
             await self._client.zadd(DUE, {record.id: record.due_at})
         entries = [x for entry in commit.append.items() for x in entry]
-        fields = (*record_fields(record), time.time(), len(commit.append), record.id, *entries, *commit.drop)
+        fields = (*record_fields(record), time.time(), len(commit.append), record.id, commit.replaces)
         keys = (*session_keys(record.id), *(blob_keys(name)[1] for name in commit.point))
-        revision, write_id = await self._write(COMMIT, keys, *fields)
+        revision, write_id = await self._write(COMMIT, keys, *fields, *entries, *commit.drop)
         if revision is None:
             raise not_found(record.id)
         if write_id is None:
             raise swept(record.id)
-        record.is_replaced_at(int(revision), write_id.decode())
+        record.is_replaced_at(int(revision), write_id.decode(), commit.replaces)
         await self._settle(record, commit.release)
 
     async def _settle(self, record: SessionRecord, release: Iterable[str]) -> None:
@@ -202,33 +203,36 @@ class RedisStore:
         await self._client.set(blob, data)
         return name
 
-    async def _delete(self, session_id: str, revision: int | None) -> None:
+    async def _delete(self, session_id: str, write_id: str | None) -> None:
         try:
             record = await self._get(session_id)
         except StateCorrupted:
-            if revision is not None:
+            if write_id is not None:
                 raise
             return await self._remove_unreadable(session_id)
-        await self._remove(record, revision)
+        await self._remove(record, write_id)
 
-    async def _remove(self, record: SessionRecord, revision: int | None = None) -> None:
-        at = () if revision is None else (revision,)
-        num_removed = await self._client.eval(DELETE, 2, *session_keys(record.id), *at)
-        if num_removed < 0:
-            raise moved_on(record.id)
-        if not num_removed:
-            raise not_found(record.id)
+    async def _remove(self, record: SessionRecord, write_id: str | bytes | None = None) -> None:
+        await self._drop(record.id, write_id)
         await self._unuse(record.id, record.snapshots())
         await self._unindex(record.id, owner_keys(record.owner)[0])
 
-    async def _remove_unreadable(self, session_id: str) -> None:
+    async def _remove_unreadable(self, session_id: str, write_id: bytes | None = None) -> None:
         """What the record would have named is looked for. A blob that another session wrote is left to the sweep."""
-        if not await self._client.delete(*session_keys(session_id)):
-            raise not_found(session_id)
+        await self._drop(session_id, write_id)
         async for key in self._client.scan_iter(match=f"titans:{{{session_id}}}:uses:*", count=1000):
             await self._unuse(session_id, [used_blob(key.decode())])
         async for key in self._client.scan_iter(match="titans:{owner:*}:sessions", count=1000):
             await self._unindex(session_id, key.decode())
+
+    async def _drop(self, session_id: str, write_id: str | bytes | None = None) -> None:
+        """Take away what was there a moment ago.
+
+        Where it is gone by now, that is as good: redis-py asks again when a reply is lost, and the rest is still to go.
+        """
+        at = () if write_id is None else (write_id,)
+        if await self._client.eval(DELETE, 2, *session_keys(session_id), *at) < 0:
+            raise moved_on(session_id)
 
     async def _unuse(self, session_id: str, names: Iterable[str]) -> None:
         for name in names:
@@ -260,9 +264,8 @@ class RedisStore:
                 raise not_found(after)
             start = rank + 1
         while len(records) < limit:
-            names = await self._client.zrevrange(key, start, start + limit - 1)
-            found = await asyncio.gather(*(self._find_readable(name.decode()) for name in names))
-            records |= {record.id: record for record in found if record is not None}
+            names = [name.decode() for name in await self._client.zrevrange(key, start, start + limit - 1)]
+            records |= {record.id: record for record in await self._readable(names)}
             start += limit
             if len(names) < limit:
                 break
@@ -274,12 +277,21 @@ class RedisStore:
         except SessionNotFound:
             return None
 
-    async def _find_readable(self, session_id: str) -> SessionRecord | None:
-        try:
-            return await self._find(session_id)
-        except StateCorrupted as error:
-            _log.warning("session %s is left out of a list: %s", session_id, error.message)
-            return None
+    async def _readable(self, session_ids: Sequence[str]) -> Sequence[SessionRecord]:
+        """The records of those that are there, but for what cannot be read."""
+        async with self._client.pipeline(transaction=False) as pipe:  # one connection a node, however many they are
+            for session_id in session_ids:
+                pipe.hmget(session_keys(session_id)[0], _READ)
+            found = await pipe.execute()
+        records, now = [], time.time()
+        for session_id, (text, expires_at, _) in zip(session_ids, found, strict=True):
+            if text is None or float(expires_at or "inf") <= now:
+                continue
+            try:
+                records.append(SessionRecord.from_json(text, session_id))
+            except StateCorrupted as error:
+                _log.warning("session %s is left out of a list: %s", session_id, error.message)
+        return records
 
     async def _usage(self, owner: str) -> Usage:
         now, sizes = time.time(), await self._client.hgetall(owner_keys(owner)[1])
@@ -313,14 +325,15 @@ class RedisStore:
             await self._sweep_index(key, now)
 
     async def _sweep_session(self, session_id: str, now: float) -> None:
-        text, expires_at = await self._read(session_id)
+        text, expires_at, write_id = await self._read(session_id)
         if text is None:
             await self._client.zrem(EXPIRES, session_id)
         elif expires_at <= now:
-            try:
-                await self._remove(SessionRecord.from_json(text, session_id))
-            except StateCorrupted:
-                await self._remove_unreadable(session_id)
+            with suppress(VersionConflict):  # of a commit that came between, as its server's clock allowed
+                try:
+                    await self._remove(SessionRecord.from_json(text, session_id), write_id)
+                except StateCorrupted:
+                    await self._remove_unreadable(session_id, write_id)
 
     async def _sweep_blob(self, uses: str, now: float) -> None:
         """Take away what a crash left: a use by a session that does not point at the blob."""

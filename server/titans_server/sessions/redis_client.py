@@ -1,7 +1,7 @@
 """The way to a Redis: one server, one behind Sentinel, or a cluster; if it can be trusted; what its errors mean."""
 
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit, urlunsplit
 
@@ -115,25 +115,32 @@ async def check(client: Any) -> None:
     Raises StoreUnavailable. What cannot be found out is warned of.
     """
     await client.ping()
-    for info in await _infos(client):
+    infos = await _infos(client)
+    for info in infos:
         _check_version(str(info.get("redis_version", "")))
         _check_eviction(info)
         if str(info.get("aof_enabled")) != "1":
             found = "is off" if "aof_enabled" in info else "cannot be checked"
             _log.warning("Redis: the append-only file %s; unless it is on, commits are lost when it stops", found)
-        else:
-            await _check_fsync(client)
+    if any(str(info.get("aof_enabled")) == "1" for info in infos):
+        await _check_fsync(client)
 
 
 async def _infos(client: Any) -> list[dict[str, Any]]:
     """INFO of every primary: unlike CONFIG, hosted services allow it. An empty one where it may not be read."""
     try:
-        if isinstance(client, RedisCluster):
-            return list((await client.info(target_nodes=RedisCluster.PRIMARIES)).values())
-        return [await client.info()]
+        return await _of_primaries(client, client.info)
     except exceptions.ResponseError as error:
         _log.warning("Redis does not let INFO be read: %s", error)
         return [{}]
+
+
+async def _of_primaries(client: Any, ask: Callable[..., Awaitable[Any]], *what: str) -> list[dict[str, Any]]:
+    """What each of them answers, which redis-py has by node where they are several, and bare where there is one."""
+    if not isinstance(client, RedisCluster):
+        return [await ask(*what)]
+    found = await ask(*what, target_nodes=RedisCluster.PRIMARIES)
+    return list(found.values()) if len(client.get_primaries()) > 1 else [found]
 
 
 def _check_version(text: str) -> None:
@@ -154,10 +161,10 @@ def _check_eviction(info: dict[str, Any]) -> None:
 
 async def _check_fsync(client: Any) -> None:
     try:
-        found = (await client.config_get("appendfsync")).get("appendfsync")
+        answers = await _of_primaries(client, client.config_get, "appendfsync")
     except exceptions.RedisError:
         return  # not allowed, as on hosted services, which say themselves what they promise
-    if found not in {None, "always"}:
+    for found in {answer.get("appendfsync") for answer in answers} - {None, "always"}:
         _log.warning("Redis: appendfsync is %s, not always; a power failure may lose the last commits", found)
 
 

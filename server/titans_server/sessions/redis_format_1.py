@@ -6,6 +6,7 @@ titans:{<id>}:state     the state of that version
 
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from titans_server.errors import StoreUnavailable
@@ -23,26 +24,31 @@ redis.call('DEL', KEYS[1])
 """
 
 
-async def take_over(client: Any) -> list[SessionRecord]:
-    """Bring what there is to the present format, a session at a time. Returns the records, to be indexed.
+async def take_over(client: Any, index: Callable[[SessionRecord], Awaitable[None]]) -> None:
+    """Bring what there is to the present format, a session at a time, each after its record was given to `index`.
 
-    Raises StoreUnavailable for a format that is newer than this.
+    It may break off and be done again, and several servers may do it at once. Raises StoreUnavailable for a format that
+    is newer than this.
     """
     found = int(await client.get(_FORMAT) or 1)
     if found > FORMAT:
         raise StoreUnavailable(f"the Redis store has format {found}; this server reads {FORMAT}")
     if found == FORMAT:
-        return []
-    records = [await _take_over_one(client, key) async for key in client.scan_iter(match="titans:{*}:record")]
+        return
+    async for key in client.scan_iter(match="titans:{*}:record"):
+        text = await client.hget(key, "record")
+        if text is not None:  # otherwise another server has taken it over
+            await _take_over_one(client, key, text, index)
     await client.set(_FORMAT, FORMAT)
-    return records
 
 
-async def _take_over_one(client: Any, key: bytes) -> SessionRecord:
+async def _take_over_one(
+    client: Any, key: bytes, text: bytes, index: Callable[[SessionRecord], Awaitable[None]]
+) -> None:
     prefix = key.decode().removesuffix("record")
     session_id, own = prefix.removeprefix("titans:{").removesuffix("}:"), uuid.uuid4().hex
-    record = from_format_1(await client.hget(key, "record"), f"{session_id}/{own}")
+    record = from_format_1(text, f"{session_id}/{own}")
+    await index(record)
     keys = (key, f"{prefix}state", f"{prefix}session", f"{prefix}blob:{own}", f"{prefix}uses:{own}")
     fields = (record.revision, record.write_id, record.to_json(), session_id, time.time())
     await client.eval(_TAKE_OVER, len(keys), *keys, *fields)
-    return record

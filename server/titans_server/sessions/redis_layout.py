@@ -38,17 +38,18 @@ COMMIT = """
 local at = redis.call('HMGET', KEYS[1], 'revision', 'write_id', 'expires_at')
 if not at[1] or tonumber(at[3]) <= tonumber(ARGV[5]) then return {false, false} end
 local again = at[1] == ARGV[1] and at[2] == ARGV[2]
-if tonumber(at[1]) ~= tonumber(ARGV[1]) - 1 and not again then return {at[1], at[2]} end
+local before = tonumber(at[1]) == tonumber(ARGV[1]) - 1 and at[2] == ARGV[8]
+if not (before or again) then return {at[1], at[2]} end
 for i = 3, #KEYS do if redis.call('HEXISTS', KEYS[i], ARGV[7]) == 0 then return {ARGV[1], false} end end
 for i = 3, #KEYS do redis.call('HSET', KEYS[i], ARGV[7], ARGV[5]) end
 redis.call('HSET', KEYS[1], 'revision', ARGV[1], 'write_id', ARGV[2], 'record', ARGV[3], 'expires_at', ARGV[4])
-local drops = 8 + 2 * tonumber(ARGV[6])
-for i = 8, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+local drops = 9 + 2 * tonumber(ARGV[6])
+for i = 9, drops - 1, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 for i = drops, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
 return {ARGV[1], ARGV[2]}
 """
 DELETE = """
-local at = redis.call('HGET', KEYS[1], 'revision')
+local at = redis.call('HGET', KEYS[1], 'write_id')
 if at and ARGV[1] and at ~= ARGV[1] then return -1 end
 return redis.call('DEL', KEYS[1], KEYS[2])
 """

@@ -65,9 +65,9 @@ class SqliteStore:
         """A blob."""
         return await self._run(self._database.blobs.read, name)
 
-    async def delete(self, session_id: str, revision: int | None = None) -> None:
+    async def delete(self, session_id: str, write_id: str | None = None) -> None:
         """Forget a session and all that is its alone."""
-        await self._run(self._database.delete, session_id, revision)
+        await self._run(self._database.delete, session_id, write_id)
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
         """Whether a session is the owner's, by the row that holds its record."""

@@ -21,6 +21,7 @@ class Commit:
     drop: frozenset[int] = frozenset()  # log entries that the record no longer points at
     release: frozenset[str] = frozenset()  # blobs that it no longer points at
     point: frozenset[str] = frozenset()  # the session's own blobs that it points at from now on
+    replaces: str = ""  # the `write_id` of the record whose place it takes
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ class SessionStore(Protocol):
         """The record as of the last commit. Raises SessionNotFound, and StateCorrupted for one that is unreadable."""
 
     async def commit(self, commit: Commit) -> None:
-        """Move a session to `commit.record.revision` from the one before.
+        """Move a session to `commit.record.revision` from the one before, as `commit.replaces` left it.
 
-        Raises VersionConflict where it stands at another, SessionNotFound where it is gone. A commit whose
-        `write_id` is the session's last is done already: it answers at once. Raises StoreUnavailable where a blob of
-        `point` was swept meanwhile: nothing has changed, and what the blob was to replace is there.
+        Raises VersionConflict where it stands at another, also one of the same number, as after a failover that lost
+        commits; SessionNotFound where it is gone. A commit whose `write_id` is the session's last is done already: it
+        answers at once. Raises StoreUnavailable where a blob of `point` was swept meanwhile: nothing has changed, and
+        what the blob was to replace is there.
         """
 
     async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
@@ -80,10 +82,10 @@ class SessionStore(Protocol):
     async def read_blob(self, name: str) -> bytes | None:
         """A blob; None where it is not there."""
 
-    async def delete(self, session_id: str, revision: int | None = None) -> None:
+    async def delete(self, session_id: str, write_id: str | None = None) -> None:
         """Forget a session and all that is its alone, also one that is unreadable.
 
-        Raises SessionNotFound, and VersionConflict where it stands at another revision than the one that is given.
+        Raises SessionNotFound, and VersionConflict where its last commit is another than the one that is given.
         """
 
     async def is_listed(self, session_id: str, owner: str) -> bool:
