@@ -1,8 +1,8 @@
 """A model's large matrices laid out for the processor that multiplies with them: the same products in less time.
 
 At batch 1 every token reads every weight once, so bytes are time. Weights on a grid (a GGUF's four or eight bits) are
-kept as their codes, and the project's own kernels (`titans.native`) multiply with these, however many rows there are.
-Where there are no kernels, or no grid, there are two layouts side by side:
+kept as their codes, and the project's own kernels (`titans.native`) multiply with these, however many rows there are, and
+with a head in bfloat16. Where there are no kernels, or no grid, there are two layouts side by side:
 
     many rows   bfloat16, in the order in which oneDNN's kernels read them
     few rows    bfloat16 as our kernels read them; where there are none, four bits as torch's do
@@ -41,8 +41,8 @@ class PackedLinear(nn.Module):
         self._dtype = dtype
         self._four_bits = None if self.native else FourBits.pack(weight_NK)
         self._few = _FEW if self.native else _FEW_OF_TORCH if self._four_bits else 0
-        self._many: Tensor | None = None  # of codes the kernels take any number of rows
-        if not (self.native and self.native.has_codes):
+        self._many: Tensor | None = None  # of codes the kernels take any number of rows; oneDNN would round scores
+        if not (self.native and (self.native.has_codes or dtype == torch.float32)):
             self._many = torch.ops.mkldnn._reorder_linear_weight(weight_NK.bfloat16(), None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,9 +61,8 @@ class PackedLinear(nn.Module):
 
 def is_native(model: TitansModel) -> bool:
     """Whether kernels compute all that is large, however many rows: layers, memories and the head."""
-    head = model.head
-    codes = isinstance(head, PackedLinear) and head.native is not None and head.native.has_codes
-    return codes and model.walks is not None and all(memory.kernels is not None for memory in model.memories)
+    head = isinstance(model.head, PackedLinear) and model.head.native is not None
+    return head and model.walks is not None and all(memory.kernels is not None for memory in model.memories)
 
 
 class FourBits(NamedTuple):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.models import make_tiny
 from support.weights import weight_of
+from titans.native.build import library
+from titans.native.matrix import Team
 from titans.packed import FourBits, PackedLinear, pack
 from torch.nn import functional as F
 
@@ -20,6 +22,15 @@ def test_the_product_is_the_same_by_torch_alone(shape: tuple[int, ...], is_four_
     expected = F.linear(x.double(), weight.double())
     assert packed(x).shape == expected.shape
     assert (packed(x) - expected).norm() < 0.004 * expected.norm()
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels")
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_heads_scores_are_not_rounded_however_many_rows_there_are(rows: int) -> None:
+    head = PackedLinear(weight_of(16, 64, 96), Team(1), torch.float32)
+    x = torch.randn(rows, 96).bfloat16()
+    assert head(x).dtype == torch.float32
+    assert torch.equal(head(x), torch.cat([head(row[None]) for row in x]))
 
 
 def test_torchs_kernel_takes_sixteen_outputs_at_a_time() -> None:
