@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _SNAPSHOT_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # by device: what it reads again in two seconds, and in one
 
 
@@ -24,18 +25,18 @@ class Settings(BaseSettings):
     store: str = "sqlite:///.titans/titans.db"
     body: Path | None = None
     memory: Path | None = None
-    device: str = Field(default="auto", pattern=r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu(,cpu)*|cuda(:\d+)?(,cuda(:\d+)?)*)$")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     max_running: int = Field(default=64, ge=1)
     max_requests: int = Field(default=256, ge=1)
-    portion_seconds: float = Field(default=0.1, gt=0)
+    portion_seconds: _Seconds = 0.1
     max_prompt_tokens: int = Field(default=4_096, ge=1)
     max_completion_tokens: int = Field(default=4_096, ge=1)
     max_document_bytes: int | None = Field(default=None, ge=1)
     max_header_bytes: int = Field(default=16_384, ge=1_024)
     max_body_bytes: int = Field(default=2 << 20, ge=1_024)
-    upload_idle_seconds: float = Field(default=30.0, gt=0)
+    upload_idle_seconds: _Seconds = 30.0
     max_waiting_writers: int = Field(default=4, ge=0)
     quota_sessions: int | None = Field(default=None, ge=0)
     quota_bytes: int | None = Field(default=None, ge=0)
@@ -45,12 +46,12 @@ class Settings(BaseSettings):
     resident_bytes: int = Field(default=1 << 30, ge=0)
     max_streams: int = Field(default=128, ge=1)
     stream_bytes: int = Field(default=2 << 20, ge=1)
-    stream_keep_seconds: float = Field(default=60.0, ge=0)
-    stream_ping_seconds: float = Field(default=15.0, gt=0)
-    stream_stall_seconds: float = Field(default=60.0, gt=0)
+    stream_keep_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    stream_ping_seconds: _Seconds = 15.0
+    stream_stall_seconds: _Seconds = 60.0
     kept_versions: int = Field(default=8, ge=1)
     snapshot_tokens: int | None = Field(default=None, ge=1)  # None: as suits the device
-    snapshot_idle_seconds: float = Field(default=30.0, gt=0.0)
+    snapshot_idle_seconds: _Seconds = 30.0
     drain_seconds: int = Field(default=60, ge=0)
     failpoints: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

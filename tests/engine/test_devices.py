@@ -105,7 +105,7 @@ def test_a_server_on_two_devices(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:0,", "cpu cpu", "cuda:0;cuda:1"])
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:0,", "cpu cpu", "cuda:0;cuda:1", "cuda:0,cpu"])
 def test_what_is_no_device_is_refused(device: str) -> None:
     with pytest.raises(ValidationError):
         Settings(device=device)
