@@ -97,6 +97,49 @@ def test_a_pool_with_room_never_moves() -> None:
     assert [x.data_ptr() for x in pool.first(4).state.parts().values()] == places
 
 
+@torch.inference_mode()
+def test_an_opened_state_can_be_let_go_of_while_its_stream_is_kept() -> None:
+    steps, _, model = _on_this_machine({})
+    state = model.new_state()
+    streams, gone = list(steps.opening(state)), weakref.ref(state)
+    del state
+    gc.collect()
+    assert gone() is None and streams[-1] is not None
+
+
+def test_where_there_is_no_memory_for_a_graph_documents_are_read_without() -> None:
+    class Full(Again):
+        num_tries = 0
+
+        def capture(self, step: Callable[[], Any], rehearsal: Callable[[], object]) -> tuple[Again.Graph, Any]:
+            self.num_tries += 1
+            raise torch.OutOfMemoryError
+
+    model, recorder = make_tiny(), Full()
+    steps, parts = GraphSteps(model, recorder), [_tokens(20, seed) for seed in (1, 2)]
+    states = plain = [model.new_state() for _ in parts]
+    for _ in range(2):
+        states, plain = steps.ingest(parts, states), Steps(model).ingest(parts, plain)
+    assert recorder.num_tries == 1
+    for ours, theirs in zip(states, plain, strict=True):
+        for name, x in ours.parts().items():
+            assert torch.equal(x, theirs.parts()[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.inference_mode()
+def test_graphs_on_a_second_gpu_are_captured_there() -> None:
+    models = [make_tiny().to(f"cuda:{i}") for i in range(2)]
+    parts = [_tokens(20, seed=1)]
+    for model in models:
+        steps, plain = GraphSteps(model), Steps(model)
+        for _ in range(3):
+            (ours,), (theirs,) = (each.ingest(parts, [model.new_state()]) for each in (steps, plain))
+            for name, x in ours.parts().items():
+                torch.testing.assert_close(x, theirs.parts()[name], rtol=1e-4, atol=2e-5)
+
+
 class Again:
     """A recorder for a CPU: a replay takes the step again and writes the result where the first one was."""
 

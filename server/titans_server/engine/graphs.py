@@ -6,7 +6,10 @@ move, documents and prompts pass through buffers, and there are graphs for 1, 2,
 what is not in use of them computes nothing that is looked at. Owned by the compute thread.
 """
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -19,9 +22,12 @@ from torch import Tensor
 from titans_server.engine.pool import Pool, move_on
 from titans_server.engine.steps import Steps, scores_after
 
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 _WIDTHS = 16, 64  # tokens of a row, beside a window's
 _WINDOWS_AT_ONCE = 4  # of a document
+_capturing = threading.Lock()  # held by the thread that does: torch captures one graph at a time in a process
 
 
 def steps_for(model: TitansModel) -> Steps:
@@ -41,7 +47,7 @@ class GraphSteps(Steps):
         self._tokens = WeakKeyDictionary[Pool, dict[int, TokenGraph]]()
         self._widths = *(x for x in _WIDTHS if x < model.config.window), model.config.window
         self._part_widths = *self._widths, self.largest_block
-        self._parts: dict[tuple[int, int, bool], PartGraph] = {}
+        self._parts: dict[tuple[int, int, bool], PartGraph | None] = {}  # None: the device has no memory for it
         self._prompts: dict[int, PromptGraph] = {}
         self._opening: OpeningGraph | None = None
 
@@ -76,8 +82,8 @@ class GraphSteps(Steps):
     def ingest(self, parts: list[list[int]], states: list[State]) -> list[State]:
         """See Steps."""
         width = _fitting(self._part_widths, max(len(part) for part in parts))
-        ragged = any(len(part) != width for part in parts)
-        return self._part(_at_least(len(parts)), width, ragged)(parts, states)
+        graph = self._part(_at_least(len(parts)), width, any(len(part) != width for part in parts))
+        return graph(parts, states) if graph else super().ingest(parts, states)
 
     def opening(self, state: State) -> Iterator[Stream | None]:
         """See Steps: all at once."""
@@ -109,9 +115,15 @@ class GraphSteps(Steps):
             graphs[rows] = TokenGraph(self._model, pool.first(rows), self._recorder)
         return graphs[rows]
 
-    def _part(self, rows: int, width: int, ragged: bool) -> "PartGraph":
+    def _part(self, rows: int, width: int, ragged: bool) -> "PartGraph | None":
         if (key := (rows, width, ragged)) not in self._parts:
-            self._parts[key] = PartGraph(self._model, *key, self._recorder)
+            try:
+                self._parts[key] = PartGraph(self._model, *key, self._recorder)
+            except torch.OutOfMemoryError:
+                log.warning(
+                    "no memory for a graph of %d documents, %d tokens each: kernel by kernel instead", rows, width
+                )
+                self._parts[key] = None
         return self._parts[key]
 
 
@@ -177,7 +189,8 @@ class OpeningGraph:
         self._before.tail.copy_(state.tail)
         self._graph.replay()
         upper = tuple({name: x.clone() for name, x in parts.items()} for parts in self._opened.upper)
-        return Stream(state, upper, write=False, recall=True)
+        # not the state itself: whoever keeps the stream would keep from it that nobody needs the state any more
+        return Stream(replace(state), upper, write=False, recall=True)
 
 
 class PromptGraph:
@@ -234,16 +247,17 @@ class CUDARecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # torch's own for captures is on whichever device comes first
 
     def capture(self, step: Callable[[], _T], rehearsal: Callable[[], object]) -> tuple[Graph, _T]:
         """See Recorder. Other threads may use the device meanwhile."""
-        with torch.cuda.device(self._device):
-            aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+        with _capturing, torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 rehearsal()
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 result = step()
         return graph, result
 

@@ -11,9 +11,10 @@ from titans_server.api.streams.ring import Frame, Ring
 class Stream:
     """Events made by a task of its own, which waits while a reader is there and is a whole ring behind.
 
-    It does not wait for passing events to be taken: a client that sends all of its document before it reads how far that
-    is learnt would wait for the task, and the task for it. Lives on the event loop. The task ends with the events, with `stop`, or when the reader leaves a stream that is not
-    to be resumed. A stream that is goes on without a reader, and then keeps the newest events.
+    It does not wait for passing events to be taken: a client that sends all of its document before it reads how far
+    that is learnt would wait for the task, and the task for it. The task ends with the events, with `stop`, or when the
+    reader leaves a stream that is not to be resumed. A stream that is goes on without a reader, and then keeps the
+    newest events. Lives on the event loop.
     """
 
     def __init__(
