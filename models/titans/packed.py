@@ -1,8 +1,8 @@
 """A model's large matrices laid out for the processor that multiplies with them: the same products in less time.
 
 At batch 1 every token reads every weight once, so bytes are time. Weights on a grid (a GGUF's four or eight bits) are
-kept as their codes, and the project's own kernels (`titans.native`) multiply with these, however many rows there are, and
-with a head in bfloat16. Where there are no kernels, or no grid, there are two layouts side by side:
+kept as their codes, and the project's own kernels (`titans.native`) multiply with these, however many rows there are,
+and with a head in bfloat16. Where there are no kernels, or no grid, there are two layouts side by side:
 
     many rows   bfloat16, in the order in which oneDNN's kernels read them
     few rows    bfloat16 as our kernels read them; where there are none, four bits as torch's do

@@ -6,7 +6,7 @@ change, and SNAPSHOTS of states, blobs that never change. A version names a snap
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict, VersionNotFound
@@ -181,9 +181,12 @@ class SessionRecord:
         return next((x for x in self.versions if x.write_id == write_id), None)
 
     def to_json(self) -> str:
-        """ASCII; `from_json` reads it back, equal."""
-        fields = asdict(self) | {"metadata": dict(self.metadata), "format": FORMAT}
-        return json.dumps(fields, separators=(",", ":"))
+        """ASCII; `from_json` reads it back, equal.
+
+        Written with every commit, and as long as a document under way has entries: so nothing of it is copied before.
+        """
+        fields = vars(self) | {"metadata": dict(self.metadata), "format": FORMAT}
+        return json.dumps(fields, separators=(",", ":"), default=vars)
 
     @classmethod
     def from_json(cls, text: str | bytes, session_id: str) -> "SessionRecord":
