@@ -210,7 +210,7 @@ def test_where_torch_has_a_large_part_its_threads_are_left_to_it() -> None:
     assert model.walks is not None and not is_native(model), "a head whose shape the kernels cannot take"
     loaded = load(device=torch.device("cpu"), dtype=torch.bfloat16).model
     assert is_native(loaded)
-    loaded.head = PackedLinear(weight_of(16, 64, 96), Team(1), torch.float32)
+    loaded.add_module("head", PackedLinear(weight_of(16, 64, 96), Team(1), torch.float32))
     assert is_native(loaded), "a head off the grid"
     loaded.memories[0].kernels = None
     assert not is_native(loaded), "a memory that the kernels do not know"
