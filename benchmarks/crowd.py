@@ -1,4 +1,4 @@
-"""Row 4: many sessions at once, each making an answer, a quarter as many learning a document: through HTTP.
+"""Many sessions at once, each making an answer, a quarter as many learning a document: through HTTP.
 
 Beside the same answers one by one, beside what the products of a step alone would allow and, where there are no
 documents, beside llama.cpp with as many slots, in process.

@@ -1,4 +1,4 @@
-"""Row 3: time between the tokens of one answer after more and more text, through HTTP, beside others in process.
+"""Time between the tokens of one answer after more and more text, through HTTP, beside others in process.
 
 Ours after a session has read so much; theirs with so much in their cache. Alternating, also between
 lengths; medians and ratios.

@@ -1,4 +1,4 @@
-"""Row 2: reading a text through HTTP until it is durable, beside a prefill by others, the same weights, alternating.
+"""Reading a text through HTTP until it is durable, beside a prefill by others, the same weights, alternating.
 
 Ours runs the layers below the memory with a window, trains the memory and commits the state; theirs run the whole body
 with full attention in process, up to the scores of the next token. Prints medians and ratios.

@@ -1,4 +1,4 @@
-"""Row 5: what HTTP and SSE cost: answers through a server beside the same engine called in process, alternating."""
+"""What HTTP and SSE cost: answers through a server beside the same engine called in process, alternating."""
 
 import argparse
 import asyncio

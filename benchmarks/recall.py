@@ -1,4 +1,4 @@
-"""Row 8: what the memory gives back through the server, generated and exact, beside the same sessions with it off.
+"""What the memory gives back through the server, generated and exact, beside the same sessions with it off.
 
 Starts a server that keeps its sessions in memory and has `titans eval` ask it for the project's own facts, ten a
 document. `titans eval` has the other tasks, and runs that go on where they were cut.

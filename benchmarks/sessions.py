@@ -1,4 +1,4 @@
-"""Rows 6 and 7: what a session weighs, and how soon it answers when it has to be read from the store.
+"""What a session weighs, and how soon it answers when it has to be read from the store.
 
 Beside reading its text again, and beside the keys and values that full attention would keep of it.
 """

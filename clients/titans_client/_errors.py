@@ -98,7 +98,7 @@ class AuthenticationError(APIStatusError):
 
 
 class UploadStalledError(APIStatusError):
-    """So little of a document was sent that the server waits no more. With a key it can be sent again and goes on."""
+    """Nothing more of the body came, and the server waits no more. A document with a key can be sent again and goes on."""
 
 
 class UnsupportedMediaTypeError(APIStatusError):

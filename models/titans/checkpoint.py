@@ -1,4 +1,4 @@
-"""Memory weights on disk, and a whole model from a body and a memory. The only file that knows key names."""
+"""Memory weights on disk, and a whole model from a body and a memory. The only file that knows a memory's key names."""
 
 import hashlib
 import json

@@ -73,10 +73,6 @@ class Sampler:
         cut = params.top_k or params.top_p < 1 or params.min_p
         return not changed and not cut and params.num_logprobs is None
 
-    def sample(self, logits: Tensor) -> int:
-        """A token from [N] finite scores on the CPU, and no more than it."""
-        return self.draw(logits).token
-
     def draw(self, logits: Tensor) -> Drawn:
         """A token from [N] finite scores on the CPU; it counts for the penalties of the next."""
         return self.take(pick(logits, self.choice()), logits)

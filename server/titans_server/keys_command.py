@@ -8,8 +8,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
 from titans_server.errors import TitansError
 from titans_server.sessions.open import open_store
 from titans_server.settings import Settings
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         url = args.store or Settings().store
         open_store(url)  # touches nothing: it says which URLs are known
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         return _fail(error, status=2)
     if url.startswith("memory:"):
         return _fail("memory:// is a server's own memory: keys cannot be put there. Set TITANS_STORE", status=2)

@@ -11,7 +11,7 @@ LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 def drawn(count: int = 4_000, **params: float) -> Counter[int]:
     sampler = Sampler(SamplingParams(**{"seed": 1, **params}))  # type: ignore[arg-type]
-    return Counter(sampler.sample(LOGITS) for _ in range(count))
+    return Counter(sampler.draw(LOGITS).token for _ in range(count))
 
 
 def test_tokens_come_as_often_as_they_are_likely() -> None:
@@ -32,7 +32,7 @@ def test_a_temperature_next_to_zero_is_the_likeliest_whatever_the_scores() -> No
     for temperature in (1e-3, 1e-9, 1e-40, 5e-324):
         sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
         for scale in (1.0, 1e30):
-            assert {sampler.sample(scale * LOGITS) for _ in range(20)} == {0}
+            assert {sampler.draw(scale * LOGITS).token for _ in range(20)} == {0}
 
 
 def test_top_k_keeps_the_likeliest() -> None:
@@ -140,9 +140,9 @@ def test_temperature_zero_is_the_likeliest_after_bias_and_penalties() -> None:
     logits = torch.tensor([1.0, 0.6, 0.0])
     sampler = Sampler(SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.1))
     # 1, .6, 0 | .4, .6, 0 | .4, 0, 0 | .3, 0, 0 | .2, 0, 0 | .1, 0, 0 | 0, 0, 0
-    assert [sampler.sample(logits) for _ in range(6)] == [0, 1, 0, 0, 0, 0]
+    assert [sampler.draw(logits).token for _ in range(6)] == [0, 1, 0, 0, 0, 0]
     sampler = Sampler(SamplingParams(temperature=0, logit_bias=((2, 1.5),)))
-    assert [sampler.sample(logits) for _ in range(3)] == [2, 2, 2]
+    assert [sampler.draw(logits).token for _ in range(3)] == [2, 2, 2]
 
 
 def test_a_token_is_told_with_its_probability_and_the_likeliest_with_theirs() -> None:

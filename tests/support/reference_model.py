@@ -74,7 +74,7 @@ def memory_as_context(config: TitansConfig, layer: Weights, h_TD: Tensor, x_TD: 
         y_TD = torch.cat((y_TD, attend(config, layer, x_TD[begin:end], known_TD)))  # eq. 22, 23
         learnt_TD = h_TD[:end] + y_TD
         queries, writes = ask(config, memory, learnt_TD)
-        after = absorb_tokens(config.memory, writes.slice(begin, end), weights, momentum, queries[:, :, begin:end])
+        after = absorb_tokens(config.memory, some_of(writes, begin, end), weights, momentum, queries[:, :, begin:end])
         weights, momentum = after.weights, after.momentum  # eq. 24
         assert after.reads is not None
         m_TD = torch.cat((m_TD, project_reads(config, memory, after.reads, learnt_TD[begin:end])))
@@ -204,3 +204,8 @@ def rms_norm(config: TitansConfig, weight: Tensor, x: Tensor) -> Tensor:
 def under(weights: Weights, prefix: str) -> Weights:
     """The part of them whose names begin so."""
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+
+def some_of(writes: Writes, start: int, stop: int) -> Writes:
+    """Tokens `start` to `stop`, which is not among them."""
+    return writes.split([start, stop - start, writes.keys.shape[2] - stop])[1]

@@ -33,10 +33,6 @@ class Writes(NamedTuple):
     log_keep: Tensor  # [B, H, L, T]: log(1 - alpha), finite
     log_eta: Tensor | None  # [B, H, L, T], finite; None: no momentum
 
-    def slice(self, start: int, stop: int) -> "Writes":
-        """Tokens `start` to `stop`, which is not among them: views."""
-        return self.split([start, stop - start, self.keys.shape[2] - stop])[1]
-
     def split(self, sizes: list[int]) -> "list[Writes]":
         """One run of tokens after the other, of these sizes, T together: views."""
         keys, values = self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2)

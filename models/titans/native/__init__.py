@@ -1,1 +1,1 @@
-"""Kernels of our own, where torch has none: one token's arithmetic without the cost of calling operations."""
+"""Kernels of our own, where torch has none: arithmetic without the cost of calling an operation for each step."""

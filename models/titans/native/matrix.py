@@ -21,7 +21,7 @@ _FOUR, _EIGHT, _SIXTEEN = 4, 8, 16
 
 
 class Team:
-    """Threads that compute together; they sleep between calls. It is None's where there are no kernels."""
+    """Threads that compute together; they sleep between calls. Only where there are kernels."""
 
     def __init__(self, size: int) -> None:
         """`size`: threads, the caller's among them."""

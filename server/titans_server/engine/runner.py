@@ -80,7 +80,7 @@ class Runner:
         self._steps.warm_up(self._pools[True])
 
     def ingest(self, chunks: list[tuple[Ingestion, int]]) -> None:
-        """One chunk of each document, all in one batch; each request then holds its new state."""
+        """A portion of each document, all in one batch; each request then holds its new state."""
         for request, _ in chunks:
             if not request.num_done:
                 request.before = request.state = request.state.to(self.device)

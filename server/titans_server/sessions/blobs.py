@@ -57,7 +57,7 @@ class BlobFolder:
         return (self._path / name).exists()
 
     def remove(self, name: str) -> None:
-        """Remove a blob that nothing points at, or will. Never raises: what stays is swept at a later start."""
+        """Remove a blob that nothing points at, or will. Never raises: what stays is swept later."""
         try:
             (self._path / name).unlink(missing_ok=True)
         except OSError as error:
