@@ -98,7 +98,7 @@ class AuthenticationError(APIStatusError):
 
 
 class UploadStalledError(APIStatusError):
-    """Nothing more of the body came, and the server waits no more. A document with a key goes on if it is sent again."""
+    """Nothing more of the body came, and the server waits no more. A document with a key goes on when sent again."""
 
 
 class UnsupportedMediaTypeError(APIStatusError):
