@@ -57,6 +57,8 @@ format: setup
 
 bench: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench-llama]' \
+	  || echo 'llama.cpp cannot be built here: the tables are without it' >&2
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/decode.py
