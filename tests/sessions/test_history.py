@@ -72,3 +72,17 @@ def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twic
         history.seal(record, ours, SEPARATOR, Writing(record.head, "ours", (4, 5), 8, num_kept=8), outcome)
     record = history.seal(record, theirs, SEPARATOR, Writing(record.head, "theirs", (), 8, num_kept=8), outcome).record
     assert (record.version, record.tokens_seen, record.outcomes[-1].tokens) == (1, 5, 5)
+
+
+def test_a_portion_of_another_text_is_not_taken_for_one_that_was_appended() -> None:
+    """Ours stands still; meanwhile the client sends another text under its key, to theirs."""
+    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
+    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    (ours,) = record.drafts
+    record = history.renew(record, "ing_1", "theirs").record
+    (theirs,) = record.drafts
+    record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record
+
+    assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record is record
+    with pytest.raises(VersionConflict, match="another server"):
+        history.append(record, ours, SEPARATOR, Portion((6, 7), 5, "another"))

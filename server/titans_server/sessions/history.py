@@ -57,11 +57,7 @@ def append(record: SessionRecord, draft: Draft, separator: Sequence[int], portio
         accepted=portion.is_last,
         lease_until=time.time() + LEASE_SECONDS,
     )
-    if found is not None and (found.tokens, found.num_bytes, found.accepted) == (
-        after.tokens,
-        after.num_bytes,
-        portion.is_last,
-    ):
+    if found is not None and _what_is_here(found) == _what_is_here(after):
         return Edit(record)
     _check_draft(record, draft, found)
     number, log = record.next_entry, dict[int, bytes]()
@@ -261,6 +257,10 @@ def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, byte
 def _living(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
     limit = time.time() - _KEPT_DRAFT_SECONDS
     return tuple(x for x in drafts if x.accepted or x.lease_until > limit)
+
+
+def _what_is_here(draft: Draft) -> tuple[int, int, str, bool]:
+    return draft.tokens, draft.num_bytes, draft.sha256, draft.accepted
 
 
 def _goes_on(version: Version, older: Version) -> bool:
