@@ -196,6 +196,25 @@ async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is
     assert not (await accepted.after_others(behind)).drafts
 
 
+async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another_servers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 0.2)
+    store = Faulty()
+    session, read_log = await left_behind(store), store.read_log
+
+    async def slowly(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        await asyncio.sleep(0.5)
+        return await read_log(session_id, numbers)
+
+    store.read_log = slowly  # type: ignore[method-assign]
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    assert record.version == 1
+
+
 async def test_another_models_session_is_left_to_that_models_server(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,7 +76,7 @@ class Accepted:
     async def after_others(self, work: Work) -> SessionRecord:
         """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
-        Raises SessionBusy where another server takes too long.
+        Raises SessionBusy where another server takes too long; what is learnt here takes as long as it does.
         """
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
@@ -88,12 +88,14 @@ class Accepted:
                 return record
             if ours and ours[0] == earlier[0]:
                 mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
+                began = time.monotonic()
                 try:
                     with suppress(IngestionCancelled):  # that one was, not ours
                         async with self._leases.held(mine):
                             await self._learn(mine)
                 finally:
                     self._works.pop(mine.draft.ingestion, None)
+                deadline += time.monotonic() - began
             else:
                 await asyncio.sleep(0.1)
         raise SessionBusy(f"another server writes to session {work.session_id}")
