@@ -226,3 +226,21 @@ async def test_another_models_session_is_left_to_that_models_server(
         await learnt(store, [session])
         assert (await store.get(other)).drafts
     assert set(told(caplog, f"cannot go on with session {other}: session {other} was made by model")) == {False}
+
+
+async def test_another_models_session_is_let_go_of_once_that_models_server_has_learnt_it(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    other = await left_behind(store)
+    theirs = store._sessions[other]
+    theirs.record = replace(theirs.record, fingerprint="e" * 32)
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        beginning = f"cannot go on with session {other}"
+        while not told(caplog, beginning):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        outcome = Outcome(theirs.record.drafts[0].ingestion, "done", time.time())
+        await Ledger(store).change(other, lambda record: history.end(record, outcome))
+        num_lines = len(told(caplog, beginning))
+        await asyncio.sleep(1)  # several of the longest pauses
+        assert len(told(caplog, beginning)) == num_lines
