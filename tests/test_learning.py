@@ -123,3 +123,23 @@ async def test_what_learns_a_document_stops_once_its_session_is_deleted(
         with pytest.raises((IngestionCancelled, SessionNotFound)):
             async for _ in events:
                 pass
+
+
+async def test_a_server_that_stood_still_leaves_a_document_to_the_one_that_took_it_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_BEAT_SECONDS", 0.01)
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    ours = Leases(ledger)
+    draft = Draft("ing_0", ours.server, 0.0, time.time(), key="key")
+    append = partial(history.append, draft=draft, separator=SEPARATOR, portion=Portion((5, 6), 2, SHA256))
+    (draft,) = (await ledger.change(session, append)).drafts
+    async with ours.held(Work(session, draft)):
+        await asyncio.sleep(0.1)
+        (renewed,) = (await store.get(session)).drafts
+        assert renewed.lease_until > draft.lease_until
+        await ledger.change(session, partial(history.take, ingestion="ing_0", server="theirs"))
+        (taken,) = (await store.get(session)).drafts
+        await asyncio.sleep(0.1)
+        assert (await store.get(session)).drafts == (taken,)

@@ -62,7 +62,7 @@ def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twic
     ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
     record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
     (ours,) = record.drafts
-    record = history.renew(record, "ing_1", "theirs").record
+    record = history.take(record, "ing_1", "theirs").record
     (theirs,) = record.drafts
     record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole", is_last=True)).record
     (theirs,) = record.drafts
@@ -79,10 +79,21 @@ def test_a_portion_of_another_text_is_not_taken_for_one_that_was_appended() -> N
     ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
     record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
     (ours,) = record.drafts
-    record = history.renew(record, "ing_1", "theirs").record
+    record = history.take(record, "ing_1", "theirs").record
     (theirs,) = record.drafts
     record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record
 
     assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record is record
     with pytest.raises(VersionConflict, match="another server"):
         history.append(record, ours, SEPARATOR, Portion((6, 7), 5, "another"))
+
+
+def test_a_lease_that_another_server_took_is_not_taken_back_by_renewing_it() -> None:
+    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
+    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    assert history.renew(record, "ing_1", "ours").record.drafts[0].lease_until > time.time()
+    record = history.take(record, "ing_1", "theirs").record
+    assert history.renew(record, "ing_1", "ours").record is record
+    assert history.renew(record, "ing_1", "ours", seconds=0).record is record
+    (theirs,) = record.drafts
+    assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole")).record.drafts[0].tokens == 5

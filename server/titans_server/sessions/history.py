@@ -76,21 +76,18 @@ def append(record: SessionRecord, draft: Draft, separator: Sequence[int], portio
     return Edit(replace(record, drafts=drafts, next_entry=number), log)
 
 
+def take(record: SessionRecord, ingestion: str, server: str) -> Edit:
+    """Hold a draft, whoever held it before. Raises IngestionCancelled. One that is not there needs no lease."""
+    return _held(record, ingestion, server, LEASE_SECONDS)
+
+
 def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = LEASE_SECONDS) -> Edit:
-    """Hold a draft for a while longer, or take it over; 0 seconds: let go of it.
+    """Hold a draft for a while longer, where it is still the server's own; 0 seconds: let go of it.
 
     Raises IngestionCancelled. A draft that is not there needs no lease.
     """
     draft = record.draft(ingestion)
-    if draft is None:
-        outcome = record.outcome(ingestion)
-        if outcome is not None and outcome.status == "cancelled":
-            raise _cancelled(ingestion)
-        return Edit(record)
-    if not seconds and draft.server != server:
-        return Edit(record)
-    held = replace(draft, server=server, lease_until=time.time() + seconds)
-    return Edit(replace(record, drafts=_with(record.drafts, held)))
+    return Edit(record) if draft and draft.server != server else _held(record, ingestion, server, seconds)
 
 
 def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot) -> Edit:
@@ -277,6 +274,17 @@ def _standing(record: SessionRecord, base: Version) -> Version:
     if record.head.write_id != base.write_id:
         raise Overtaken(f"session {record.id} has moved on from version {base.number}")
     return record.head
+
+
+def _held(record: SessionRecord, ingestion: str, server: str, seconds: float) -> Edit:
+    draft = record.draft(ingestion)
+    if draft is None:
+        outcome = record.outcome(ingestion)
+        if outcome is not None and outcome.status == "cancelled":
+            raise _cancelled(ingestion)
+        return Edit(record)
+    held = replace(draft, server=server, lease_until=time.time() + seconds)
+    return Edit(replace(record, drafts=_with(record.drafts, held)))
 
 
 def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> None:
