@@ -154,6 +154,23 @@ async def test_a_store_and_a_document_that_fail_for_a_while_are_told_of_with_one
     assert told(caplog, f"ingestion ing_{session} waits: a fault of the server's") == [True, False, False]
 
 
+async def test_a_document_that_another_server_took_over_between_two_tries_is_left_to_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.5)
+    store = Faulty()
+    session = await left_behind(store)
+    store.faults = ["log"]
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while not told(caplog, f"ingestion ing_{session} waits"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await Ledger(store).change(session, lambda record: history.take(record, f"ing_{session}", "theirs"))
+        await asyncio.sleep(1)
+        (draft,) = (await store.get(session)).drafts
+        assert draft.server == "theirs"
+        await learnt(store, [session])  # once the other one's lease has run out
+
+
 @pytest.mark.parametrize("if_match", [None, 0])
 async def test_a_document_whose_commit_loses_every_race_is_tried_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, if_match: int | None

@@ -112,6 +112,9 @@ class Accepted:
     async def _try(self, work: Work) -> Exception | None:
         """Why it needs another try; None where it needs none."""
         try:
+            draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
+            if draft is None or self._leases.is_elsewhere(draft):
+                return None  # another server has learnt it, or does: it had time for that while this one paused
             async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
                 await self.after_others(work)
                 await self._learn(work)
