@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.records import a_session
-from titans_server.errors import VersionConflict
+from titans_server.errors import SessionBusy, VersionConflict
 from titans_server.sessions import history
 from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.record import Draft, Outcome, Snapshot
@@ -97,3 +97,19 @@ def test_a_lease_that_another_server_took_is_not_taken_back_by_renewing_it() -> 
     assert history.renew(record, "ing_1", "ours", seconds=0).record is record
     (theirs,) = record.drafts
     assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole")).record.drafts[0].tokens == 5
+
+
+@pytest.mark.parametrize(("key", "accepted", "seconds"), [("", False, 60), ("key", False, 3600), ("", True, 1e9)])
+def test_a_document_that_broke_off_counts_as_long_as_somebody_may_go_on_with_it(
+    key: str, accepted: bool, seconds: float
+) -> None:
+    def left(ago: float) -> list[Draft]:
+        lease = time.time() - ago
+        return [Draft(f"ing_{i}", "gone", lease, 0.0, key=key and f"{key}{i}", accepted=accepted) for i in range(16)]
+
+    begun, portion = Draft("ing_new", "ours", 0.0, time.time()), Portion((1, 2, 3), 3, "begun")
+    with pytest.raises(SessionBusy):
+        history.append(a_session(drafts=tuple(left(seconds - 10))), begun, SEPARATOR, portion)
+    if not accepted:
+        record = history.append(a_session(drafts=tuple(left(seconds + 10))), begun, SEPARATOR, portion).record
+        assert [x.ingestion for x in record.drafts] == ["ing_new"], "their log goes with them"

@@ -15,7 +15,8 @@ from titans_server.sessions.record import Draft, Entries, Outcome, SessionRecord
 LEASE_SECONDS = 3.0
 KEY_REUSED = "the Idempotency-Key was used for another document"
 _KEPT_OUTCOMES = 64
-_KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of
+_KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of, where its key lets somebody go on with it
+_KEPT_KEYLESS_SECONDS = 60.0  # where nobody can: long enough for a server that stands still
 _MAX_DRAFTS = 16
 
 
@@ -252,8 +253,12 @@ def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, byte
 
 
 def _living(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
-    limit = time.time() - _KEPT_DRAFT_SECONDS
-    return tuple(x for x in drafts if x.accepted or x.lease_until > limit)
+    now = time.time()
+    return tuple(
+        x
+        for x in drafts
+        if x.accepted or x.lease_until > now - (_KEPT_DRAFT_SECONDS if x.key else _KEPT_KEYLESS_SECONDS)
+    )
 
 
 def _what_is_here(draft: Draft) -> tuple[int, int, str, bool]:
