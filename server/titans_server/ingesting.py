@@ -189,9 +189,12 @@ class Ingestions:
         work.draft = draft
 
     def _leave(self, work: Work) -> None:
-        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already."""
+        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already.
+
+        Its first append may be done though `work` does not know of it: whoever is cancelled in it never hears.
+        """
         self._works.pop(work.draft.ingestion, None)
-        if work.learnt is None and work.draft.entries:
+        if work.learnt is None:
             task = asyncio.create_task(self._leases.release(work))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
