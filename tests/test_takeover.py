@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from support.engines import states_on
 from support.records import made
-from titans_server import accepted, takeover
+from titans_server import accepted, learning, takeover
 from titans_server.accepted import Accepted
-from titans_server.engine import Engine
+from titans_server.engine import Engine, Ingestion
+from titans_server.engine.runner import Runner
 from titans_server.errors import VersionConflict
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
@@ -73,6 +74,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
     monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
+    monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
 
 
 @asynccontextmanager
@@ -90,11 +92,11 @@ async def server_on(store: MemoryStore, engine: Engine) -> AsyncIterator[None]:
         await accepted.close()
 
 
-async def left_behind(store: MemoryStore, if_match: int | None = None) -> str:
+async def left_behind(store: MemoryStore, if_match: int | None = None, *, tokens: Sequence[int] = TOKENS) -> str:
     """A session with an accepted document whose server is gone."""
     record, ledger = await made(store), Ledger(store)
     draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True, if_match=if_match)
-    portion = Portion(TOKENS, len(TOKENS), hashlib.sha256(b"text").hexdigest(), is_last=True)
+    portion = Portion(tokens, len(tokens), hashlib.sha256(b"text").hexdigest(), is_last=True)
     await ledger.change(record.id, lambda record: history.append(record, draft, (3,), portion))
     await ledger.change(record.id, lambda record: history.renew(record, draft.ingestion, "gone", seconds=0))
     return record.id
@@ -105,6 +107,15 @@ async def learnt(store: MemoryStore, sessions: list[str]) -> None:
     async with asyncio.timeout(SECONDS):
         while {(await store.get(name)).version for name in sessions} != {1}:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def failure(store: MemoryStore, session: str) -> str:
+    """The code of the error that ended a session's document."""
+    async with asyncio.timeout(SECONDS):
+        while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert [x.status for x in outcomes] == ["failed"]
+    return outcomes[0].code
 
 
 def told(caplog: pytest.LogCaptureFixture, beginning: str) -> list[bool]:
@@ -187,10 +198,53 @@ async def test_a_document_whose_commit_loses_every_race_is_tried_again(
 async def test_a_document_that_was_to_follow_another_version_fails(engine: Engine) -> None:
     store = Faulty()
     session = await left_behind(store, if_match=7)
-    async with server_on(store, engine), asyncio.timeout(SECONDS):
-        while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    assert [(x.status, x.code) for x in outcomes] == [("failed", "version_conflict")]
+    async with server_on(store, engine):
+        assert await failure(store, session) == "version_conflict"
+
+
+@pytest.mark.parametrize("num_faults", [accepted._MAX_FAULTS - 1, accepted._MAX_FAULTS])
+async def test_a_document_that_the_model_fails_on_is_tried_again_so_often_and_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, num_faults: int
+) -> None:
+    ingest, left = Runner.ingest, list(range(num_faults))
+
+    def failing(runner: Runner, chunks: list[tuple[Ingestion, int]]) -> None:
+        if left:
+            left.pop()
+            raise RuntimeError("out of memory")
+        ingest(runner, chunks)
+
+    monkeypatch.setattr(Runner, "ingest", failing)
+    store = Faulty()
+    session = await left_behind(store)
+    async with server_on(store, engine):
+        if num_faults < accepted._MAX_FAULTS:
+            await learnt(store, [session])
+        else:
+            assert await failure(store, session) == "internal_error"
+    assert not left
+
+
+async def test_a_document_that_comes_further_from_fault_to_fault_is_not_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_MAX_FAULTS", 2)
+    monkeypatch.setattr(learning, "_STRIDE", 1)
+    ingest, failed_at = Runner.ingest, set[int]()
+
+    def failing_once_everywhere(runner: Runner, chunks: list[tuple[Ingestion, int]]) -> None:
+        ((request, _),) = chunks
+        if request.position not in failed_at:
+            failed_at.add(request.position)
+            raise RuntimeError("out of memory")
+        ingest(runner, chunks)
+
+    monkeypatch.setattr(Runner, "ingest", failing_once_everywhere)
+    store = Faulty()
+    session = await left_behind(store, tokens=TOKENS * 10)
+    async with server_on(store, engine):
+        await learnt(store, [session])
+    assert len(failed_at) > 2
 
 
 async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is_learnt(engine: Engine) -> None:

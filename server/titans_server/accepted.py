@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+from titans_server.engine import StepFailed
 from titans_server.errors import (
     IngestionCancelled,
     Overloaded,
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0  # for another server's documents that came first
 _MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds from one try to the next
+_MAX_FAULTS, _MAX_FAULT_PAUSE = 10, 60.0  # of the model on one document, none of which came further: some three minutes
 
 
 class Accepted:
@@ -136,8 +138,7 @@ class Accepted:
             return  # whoever had the session before has learnt it already
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
-            async for _ in self._learning.learn(work, Portion((), draft.num_bytes, draft.sha256, is_last=True)):
-                pass
+            await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))
         except (StoreUnavailable, Overloaded, ShuttingDown):
             raise
         except (IngestionCancelled, SessionNotFound):
@@ -147,6 +148,27 @@ class Accepted:
                 raise
             outcome = Outcome(draft.ingestion, "failed", time.time(), code=error.code, message=error.message)
             await self._ledger.change(work.session_id, lambda record: history.end(record, outcome))
+
+    async def _learn_despite_faults(self, work: Work, whole: Portion) -> None:
+        """Learn it, again where the model fails: on another session's tokens, maybe, or for want of memory.
+
+        Raises StepFailed where it goes on failing at the same place.
+        """
+        what = f"the model failed on ingestion {work.draft.ingestion}"
+        retries = Retries(log, what, first=_MIN_PAUSE, most=_MAX_FAULT_PAUSE)
+        num_faults = furthest = 0
+        while True:
+            try:
+                async for _ in self._learning.learn(work, whole):
+                    pass
+                return
+            except StepFailed as error:
+                num_faults = num_faults + 1 if work.num_learnt <= furthest else 1
+                furthest = max(furthest, work.num_learnt)
+                if num_faults >= _MAX_FAULTS:
+                    raise
+                await retries.pause(error)
+                work.learner = None  # it has given away what the model failed on
 
     async def _may_follow(self, session_id: str, draft: Draft) -> bool:
         return draft.if_match in {None, (await self._ledger.store.get(session_id)).version}
