@@ -19,7 +19,7 @@ from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history, ledger
-from titans_server.sessions.history import Portion
+from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, Outcome, SessionRecord
@@ -241,10 +241,38 @@ async def test_a_document_that_comes_further_from_fault_to_fault_is_not_given_up
 
     monkeypatch.setattr(Runner, "ingest", failing_once_everywhere)
     store = Faulty()
-    session = await left_behind(store, tokens=TOKENS * 10)
+    session = await left_behind(store, tokens=TOKENS * 4)
     async with server_on(store, engine):
         await learnt(store, [session])
     assert len(failed_at) > 2
+
+
+async def test_a_document_of_a_session_that_is_damaged_waits_until_that_is_mended(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    session = await left_behind(store)
+    writing = Writing((await store.get(session)).head, "said", TOKENS, 8, num_kept=8)
+    await Ledger(store).change(session, lambda record: history.write(record, writing))
+    kept = store._sessions[session]
+    ((number, _),) = kept.record.head.entries
+    entry = kept.log.pop(number)
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while len(told(caplog, f"ingestion ing_{session} waits: entry {number}")) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert [x.accepted for x in kept.record.drafts] == [True]
+        kept.log[number] = entry
+        while kept.record.version < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not kept.record.drafts
+
+
+async def test_a_document_of_which_the_log_is_torn_fails(engine: Engine) -> None:
+    store = Faulty()
+    session = await left_behind(store)
+    store._sessions[session].log.popitem()
+    async with server_on(store, engine):
+        assert await failure(store, session) == "state_corrupted"
 
 
 async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is_learnt(engine: Engine) -> None:

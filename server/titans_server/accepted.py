@@ -13,11 +13,12 @@ from titans_server.errors import (
     SessionBusy,
     SessionNotFound,
     ShuttingDown,
+    StateCorrupted,
     StoreUnavailable,
     TitansError,
     VersionConflict,
 )
-from titans_server.learning import Learning, Work
+from titans_server.learning import Learning, SessionCorrupted, Work
 from titans_server.leases import Leases
 from titans_server.retries import Retries
 from titans_server.sessions import history
@@ -120,7 +121,7 @@ class Accepted:
             async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
                 await self.after_others(work)
                 await self._learn(work)
-        except (StoreUnavailable, Overloaded, SessionBusy, VersionConflict) as error:
+        except (StoreUnavailable, StateCorrupted, Overloaded, SessionBusy, VersionConflict) as error:
             return error
         except TitansError as error:  # the session is gone, the server ends, or somebody cancelled it
             log.info("ingestion %s is given up: %s", work.draft.ingestion, error)
@@ -131,6 +132,7 @@ class Accepted:
     async def _learn(self, work: Work) -> None:
         """Learn it, as the session's writer. Raises StoreUnavailable, Overloaded, ShuttingDown; else it has ended.
 
+        Raises StateCorrupted where the session is damaged: it may be put back from a backup, and the document goes on.
         Raises VersionConflict where it stands on the version it is to follow, and others were faster.
         """
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
@@ -139,7 +141,7 @@ class Accepted:
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
             await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))
-        except (StoreUnavailable, Overloaded, ShuttingDown):
+        except (StoreUnavailable, SessionCorrupted, Overloaded, ShuttingDown):
             raise
         except (IngestionCancelled, SessionNotFound):
             pass

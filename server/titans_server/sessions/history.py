@@ -91,8 +91,8 @@ def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = L
     return Edit(record) if draft and draft.server != server else _held(record, ingestion, server, seconds)
 
 
-def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot) -> Edit:
-    """Remember the state of a draft that is half learnt. Raises Overtaken, IngestionCancelled."""
+def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot | None) -> Edit:
+    """Remember the state of a draft that is half learnt; None: no longer. Raises Overtaken, IngestionCancelled."""
     base = _standing(record, base)
     draft = record.draft(ingestion)
     if draft is None:
