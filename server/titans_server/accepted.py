@@ -161,8 +161,9 @@ class Accepted:
         num_faults = furthest = 0
         while True:
             try:
-                async for _ in self._learning.learn(work, whole):
-                    pass
+                with self._learning.admitted():
+                    async for _ in self._learning.learn(work, whole):
+                        pass
                 return
             except StepFailed as error:
                 num_faults = num_faults + 1 if work.num_learnt <= furthest else 1

@@ -85,9 +85,10 @@ class Ingestions:
         try:
             async with self._writers.turn(session_id), self._leases.held(work):
                 work.known = await self._accepted.after_others(work)
-                async with aclosing(self._learn(work, document)) as events:
-                    async for event in events:
-                        yield event
+                with self._learning.admitted():
+                    async with aclosing(self._learn(work, document)) as events:
+                        async for event in events:
+                            yield event
             assert work.learnt is not None
             yield work.learnt
         except InvalidRequest:

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -109,6 +110,10 @@ class Learning:
         """Tokens that are logged and learnt at once, more or less."""
         return _STRIDE * self._engine.largest_block
 
+    def admitted(self) -> AbstractContextManager[None]:
+        """A place for a document at the engine, for all of `learn`. Raises Overloaded."""
+        return self._engine.admitted()
+
     async def learn(self, work: Work, portion: Portion) -> AsyncGenerator[Progress, None]:
         """Learn a portion that has been logged, or the last one, which makes a version; then `work.learnt` is there.
 
@@ -122,7 +127,7 @@ class Learning:
                 while tokens := await self._next(work, learner, last=portion.is_last):
                     work.check()
                     with self._observer.working("ingest", len(tokens)):
-                        learner.state = await self._engine.ingest(learner.state, tokens)
+                        learner.state = await self._engine.ingest(learner.state, tokens, admitted=True)
                     yield self._progress(work, learner, portion)
                     await self._checkpoint(work, learner)
                 if portion.is_last:
