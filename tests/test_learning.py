@@ -86,6 +86,29 @@ async def test_a_long_document_is_learnt_a_part_at_a_time_from_where_it_was_brok
         torch.testing.assert_close(state.parts()[name], part, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("is_torn", [True, False])
+async def test_a_document_whose_checkpoint_is_torn_or_gone_is_learnt_from_its_beginning(
+    engine: Engine, is_torn: bool
+) -> None:
+    store, everything = MemoryStore(), Portion((), len(TOKENS), SHA256, is_last=True)
+    session = (await made(store)).id
+    work = Work(session, await accepted(store, session, "ing_0"))
+    async with aclosing(learner_on(store, engine)[0].learn(work, everything)) as events:
+        async for progress in events:
+            if progress.tokens > len(TOKENS) / 2:
+                break
+    (draft,) = (await store.get(session)).drafts
+    assert draft.snapshot is not None
+    if is_torn:
+        store._blobs[draft.snapshot.blob] = store._blobs[draft.snapshot.blob][:-1] + b"?"
+    else:
+        del store._blobs[draft.snapshot.blob]
+    async for _ in learner_on(store, engine, tokens=1_000_000)[0].learn(Work(session, draft), everything):
+        pass
+    record, state = await learner_on(store, engine)[1].newest(session)  # as a server that has just started reads it
+    assert (record.version, int(state.position)) == (1, len(TOKENS))
+
+
 async def test_a_document_that_another_server_was_faster_than_is_learnt_again_and_counted_as_a_conflict(
     engine: Engine,
 ) -> None:
@@ -123,3 +146,23 @@ async def test_what_learns_a_document_stops_once_its_session_is_deleted(
         with pytest.raises((IngestionCancelled, SessionNotFound)):
             async for _ in events:
                 pass
+
+
+async def test_a_server_that_stood_still_leaves_a_document_to_the_one_that_took_it_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases, "_BEAT_SECONDS", 0.01)
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    ours = Leases(ledger)
+    draft = Draft("ing_0", ours.server, 0.0, time.time(), key="key")
+    append = partial(history.append, draft=draft, separator=SEPARATOR, portion=Portion((5, 6), 2, SHA256))
+    (draft,) = (await ledger.change(session, append)).drafts
+    async with ours.held(Work(session, draft)):
+        await asyncio.sleep(0.1)
+        (renewed,) = (await store.get(session)).drafts
+        assert renewed.lease_until > draft.lease_until
+        await ledger.change(session, partial(history.take, ingestion="ing_0", server="theirs"))
+        (taken,) = (await store.get(session)).drafts
+        await asyncio.sleep(0.1)
+        assert (await store.get(session)).drafts == (taken,)

@@ -100,6 +100,18 @@ async def test_a_drain_waits_for_requests_and_for_work_without_one(life: Lifecyc
     assert not worker.num_closed and not life.is_stopping
 
 
+async def test_a_drain_waits_for_a_stream_that_nobody_reads_and_that_asks_for_nothing_just_now(worker: Worker) -> None:
+    streams, life = ["a document between two strides"], Lifecycle[str]()
+    life.ready("served", worker, lambda: len(streams))
+    drain = asyncio.create_task(life.drain(60, never))
+    await asyncio.sleep(0.1)
+    assert not drain.done()
+    streams.clear()
+    async with asyncio.timeout(1):
+        await drain
+    assert not worker.num_closed
+
+
 async def test_what_is_left_is_ended_and_given_time_to_say_so(life: Lifecycle[str], worker: Worker) -> None:
     async def upload() -> None:
         with life.in_flight():

@@ -10,15 +10,16 @@ from dataclasses import replace
 import pytest
 from support.engines import states_on
 from support.records import made
-from titans_server import accepted, takeover
+from titans_server import accepted, learning, takeover
 from titans_server.accepted import Accepted
-from titans_server.engine import Engine
+from titans_server.engine import Engine, Ingestion
+from titans_server.engine.runner import Runner
 from titans_server.errors import VersionConflict
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history, ledger
-from titans_server.sessions.history import Portion
+from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, Outcome, SessionRecord
@@ -73,6 +74,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
     monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
+    monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
 
 
 @asynccontextmanager
@@ -90,11 +92,11 @@ async def server_on(store: MemoryStore, engine: Engine) -> AsyncIterator[None]:
         await accepted.close()
 
 
-async def left_behind(store: MemoryStore, if_match: int | None = None) -> str:
+async def left_behind(store: MemoryStore, if_match: int | None = None, *, tokens: Sequence[int] = TOKENS) -> str:
     """A session with an accepted document whose server is gone."""
     record, ledger = await made(store), Ledger(store)
     draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True, if_match=if_match)
-    portion = Portion(TOKENS, len(TOKENS), hashlib.sha256(b"text").hexdigest(), is_last=True)
+    portion = Portion(tokens, len(tokens), hashlib.sha256(b"text").hexdigest(), is_last=True)
     await ledger.change(record.id, lambda record: history.append(record, draft, (3,), portion))
     await ledger.change(record.id, lambda record: history.renew(record, draft.ingestion, "gone", seconds=0))
     return record.id
@@ -105,6 +107,15 @@ async def learnt(store: MemoryStore, sessions: list[str]) -> None:
     async with asyncio.timeout(SECONDS):
         while {(await store.get(name)).version for name in sessions} != {1}:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+async def failure(store: MemoryStore, session: str) -> str:
+    """The code of the error that ended a session's document."""
+    async with asyncio.timeout(SECONDS):
+        while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert [x.status for x in outcomes] == ["failed"]
+    return outcomes[0].code
 
 
 def told(caplog: pytest.LogCaptureFixture, beginning: str) -> list[bool]:
@@ -154,6 +165,23 @@ async def test_a_store_and_a_document_that_fail_for_a_while_are_told_of_with_one
     assert told(caplog, f"ingestion ing_{session} waits: a fault of the server's") == [True, False, False]
 
 
+async def test_a_document_that_another_server_took_over_between_two_tries_is_left_to_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.5)
+    store = Faulty()
+    session = await left_behind(store)
+    store.faults = ["log"]
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while not told(caplog, f"ingestion ing_{session} waits"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await Ledger(store).change(session, lambda record: history.take(record, f"ing_{session}", "theirs"))
+        await asyncio.sleep(1)
+        (draft,) = (await store.get(session)).drafts
+        assert draft.server == "theirs"
+        await learnt(store, [session])  # once the other one's lease has run out
+
+
 @pytest.mark.parametrize("if_match", [None, 0])
 async def test_a_document_whose_commit_loses_every_race_is_tried_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, if_match: int | None
@@ -170,10 +198,81 @@ async def test_a_document_whose_commit_loses_every_race_is_tried_again(
 async def test_a_document_that_was_to_follow_another_version_fails(engine: Engine) -> None:
     store = Faulty()
     session = await left_behind(store, if_match=7)
+    async with server_on(store, engine):
+        assert await failure(store, session) == "version_conflict"
+
+
+@pytest.mark.parametrize("num_faults", [accepted._MAX_FAULTS - 1, accepted._MAX_FAULTS])
+async def test_a_document_that_the_model_fails_on_is_tried_again_so_often_and_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, num_faults: int
+) -> None:
+    ingest, left = Runner.ingest, list(range(num_faults))
+
+    def failing(runner: Runner, chunks: list[tuple[Ingestion, int]]) -> None:
+        if left:
+            left.pop()
+            raise RuntimeError("out of memory")
+        ingest(runner, chunks)
+
+    monkeypatch.setattr(Runner, "ingest", failing)
+    store = Faulty()
+    session = await left_behind(store)
+    async with server_on(store, engine):
+        if num_faults < accepted._MAX_FAULTS:
+            await learnt(store, [session])
+        else:
+            assert await failure(store, session) == "internal_error"
+    assert not left
+
+
+async def test_a_document_that_comes_further_from_fault_to_fault_is_not_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_MAX_FAULTS", 2)
+    monkeypatch.setattr(learning, "_STRIDE", 1)
+    ingest, failed_at = Runner.ingest, set[int]()
+
+    def failing_once_everywhere(runner: Runner, chunks: list[tuple[Ingestion, int]]) -> None:
+        ((request, _),) = chunks
+        if request.position not in failed_at:
+            failed_at.add(request.position)
+            raise RuntimeError("out of memory")
+        ingest(runner, chunks)
+
+    monkeypatch.setattr(Runner, "ingest", failing_once_everywhere)
+    store = Faulty()
+    session = await left_behind(store, tokens=TOKENS * 4)
+    async with server_on(store, engine):
+        await learnt(store, [session])
+    assert len(failed_at) > 2
+
+
+async def test_a_document_of_a_session_that_is_damaged_waits_until_that_is_mended(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    session = await left_behind(store)
+    writing = Writing((await store.get(session)).head, "said", TOKENS, 8, num_kept=8)
+    await Ledger(store).change(session, lambda record: history.write(record, writing))
+    kept = store._sessions[session]
+    ((number, _),) = kept.record.head.entries
+    entry = kept.log.pop(number)
     async with server_on(store, engine), asyncio.timeout(SECONDS):
-        while not (outcomes := (await store.get(session)).outcomes):  # noqa: ASYNC110
+        while len(told(caplog, f"ingestion ing_{session} waits: entry {number}")) < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert [(x.status, x.code) for x in outcomes] == [("failed", "version_conflict")]
+        assert [x.accepted for x in kept.record.drafts] == [True]
+        kept.log[number] = entry
+        while kept.record.version < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not kept.record.drafts
+
+
+async def test_a_document_of_which_the_log_is_torn_fails(engine: Engine) -> None:
+    store = Faulty()
+    session = await left_behind(store)
+    store._sessions[session].log.popitem()
+    async with server_on(store, engine):
+        assert await failure(store, session) == "state_corrupted"
 
 
 async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is_learnt(engine: Engine) -> None:
@@ -196,6 +295,25 @@ async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is
     assert not (await accepted.after_others(behind)).drafts
 
 
+async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another_servers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 0.2)
+    store = Faulty()
+    session, read_log = await left_behind(store), store.read_log
+
+    async def slowly(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        await asyncio.sleep(0.5)
+        return await read_log(session_id, numbers)
+
+    store.read_log = slowly  # type: ignore[method-assign]
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    assert record.version == 1
+
+
 async def test_another_models_session_is_left_to_that_models_server(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,3 +325,21 @@ async def test_another_models_session_is_left_to_that_models_server(
         await learnt(store, [session])
         assert (await store.get(other)).drafts
     assert set(told(caplog, f"cannot go on with session {other}: session {other} was made by model")) == {False}
+
+
+async def test_another_models_session_is_let_go_of_once_that_models_server_has_learnt_it(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Faulty()
+    other = await left_behind(store)
+    theirs = store._sessions[other]
+    theirs.record = replace(theirs.record, fingerprint="e" * 32)
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        beginning = f"cannot go on with session {other}"
+        while not told(caplog, beginning):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        outcome = Outcome(theirs.record.drafts[0].ingestion, "done", time.time())
+        await Ledger(store).change(other, lambda record: history.end(record, outcome))
+        num_lines = len(told(caplog, beginning))
+        await asyncio.sleep(1)  # several of the longest pauses
+        assert len(told(caplog, beginning)) == num_lines

@@ -6,17 +6,19 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+from titans_server.engine import StepFailed
 from titans_server.errors import (
     IngestionCancelled,
     Overloaded,
     SessionBusy,
     SessionNotFound,
     ShuttingDown,
+    StateCorrupted,
     StoreUnavailable,
     TitansError,
     VersionConflict,
 )
-from titans_server.learning import Learning, Work
+from titans_server.learning import Learning, SessionCorrupted, Work
 from titans_server.leases import Leases
 from titans_server.retries import Retries
 from titans_server.sessions import history
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0  # for another server's documents that came first
 _MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds from one try to the next
+_MAX_FAULTS, _MAX_FAULT_PAUSE = 10, 60.0  # of the model on one document, none of which came further: some three minutes
 
 
 class Accepted:
@@ -76,7 +79,7 @@ class Accepted:
     async def after_others(self, work: Work) -> SessionRecord:
         """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
-        Raises SessionBusy where another server takes too long.
+        Raises SessionBusy where another server takes too long; what is learnt here takes as long as it does.
         """
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
@@ -88,12 +91,14 @@ class Accepted:
                 return record
             if ours and ours[0] == earlier[0]:
                 mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
+                began = time.monotonic()
                 try:
                     with suppress(IngestionCancelled):  # that one was, not ours
                         async with self._leases.held(mine):
                             await self._learn(mine)
                 finally:
                     self._works.pop(mine.draft.ingestion, None)
+                deadline += time.monotonic() - began
             else:
                 await asyncio.sleep(0.1)
         raise SessionBusy(f"another server writes to session {work.session_id}")
@@ -110,10 +115,13 @@ class Accepted:
     async def _try(self, work: Work) -> Exception | None:
         """Why it needs another try; None where it needs none."""
         try:
+            draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
+            if draft is None or self._leases.is_elsewhere(draft):
+                return None  # another server has learnt it, or does: it had time for that while this one paused
             async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
                 await self.after_others(work)
                 await self._learn(work)
-        except (StoreUnavailable, Overloaded, SessionBusy, VersionConflict) as error:
+        except (StoreUnavailable, StateCorrupted, Overloaded, SessionBusy, VersionConflict) as error:
             return error
         except TitansError as error:  # the session is gone, the server ends, or somebody cancelled it
             log.info("ingestion %s is given up: %s", work.draft.ingestion, error)
@@ -124,6 +132,7 @@ class Accepted:
     async def _learn(self, work: Work) -> None:
         """Learn it, as the session's writer. Raises StoreUnavailable, Overloaded, ShuttingDown; else it has ended.
 
+        Raises StateCorrupted where the session is damaged: it may be put back from a backup, and the document goes on.
         Raises VersionConflict where it stands on the version it is to follow, and others were faster.
         """
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
@@ -131,9 +140,8 @@ class Accepted:
             return  # whoever had the session before has learnt it already
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
-            async for _ in self._learning.learn(work, Portion((), draft.num_bytes, draft.sha256, is_last=True)):
-                pass
-        except (StoreUnavailable, Overloaded, ShuttingDown):
+            await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))
+        except (StoreUnavailable, SessionCorrupted, Overloaded, ShuttingDown):
             raise
         except (IngestionCancelled, SessionNotFound):
             pass
@@ -142,6 +150,28 @@ class Accepted:
                 raise
             outcome = Outcome(draft.ingestion, "failed", time.time(), code=error.code, message=error.message)
             await self._ledger.change(work.session_id, lambda record: history.end(record, outcome))
+
+    async def _learn_despite_faults(self, work: Work, whole: Portion) -> None:
+        """Learn it, again where the model fails: on another session's tokens, maybe, or for want of memory.
+
+        Raises StepFailed where it goes on failing at the same place.
+        """
+        what = f"the model failed on ingestion {work.draft.ingestion}"
+        retries = Retries(log, what, first=_MIN_PAUSE, most=_MAX_FAULT_PAUSE)
+        num_faults = furthest = 0
+        while True:
+            try:
+                with self._learning.admitted():
+                    async for _ in self._learning.learn(work, whole):
+                        pass
+                return
+            except StepFailed as error:
+                num_faults = num_faults + 1 if work.num_learnt <= furthest else 1
+                furthest = max(furthest, work.num_learnt)
+                if num_faults >= _MAX_FAULTS:
+                    raise
+                await retries.pause(error)
+                work.learner = None  # it has given away what the model failed on
 
     async def _may_follow(self, session_id: str, draft: Draft) -> bool:
         return draft.if_match in {None, (await self._ledger.store.get(session_id)).version}

@@ -84,19 +84,20 @@ class Answers:
 
     async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
         async with self._writers.turn(session_id):
-            record, state = await self._states.newest(session_id)
-            check_match(record, request.if_match)
-            said: list[int] = []
-            async with aclosing(self._answer(state, request, said)) as pieces:
-                async for piece in pieces:
-                    if piece.finish_reason is not None:
-                        with self._observer.working("ingest", len(said)):
-                            state = await self._engine.ingest(state, said, urgent=True)
-                        record = await self._write(record, state, said)
-                    yield replace(piece, version=record.version)
+            with self._engine.admitted():
+                record, state = await self._states.newest(session_id)
+                check_match(record, request.if_match)
+                said: list[int] = []
+                async with aclosing(self._answer(state, request, said, admitted=True)) as pieces:
+                    async for piece in pieces:
+                        if piece.finish_reason is not None:
+                            with self._observer.working("ingest", len(said)):
+                                state = await self._engine.ingest(state, said, urgent=True, admitted=True)
+                            record = await self._write(record, state, said)
+                        yield replace(piece, version=record.version)
 
     async def _answer(
-        self, state: State, request: CompletionRequest, said: list[int]
+        self, state: State, request: CompletionRequest, said: list[int], *, admitted: bool = False
     ) -> AsyncGenerator[AnswerPiece, None]:
         """Generate, and collect in `said` the tokens of prompt and answer."""
         prompt = encode((await self.prepare(request)).prompt, self._tokenizer)
@@ -110,6 +111,7 @@ class Answers:
             sampling=request.sampling,
             recall=request.memory != "off",
             echo=request.echo,
+            admitted=admitted,
         )
         sampling = request.sampling
         asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)

@@ -85,9 +85,10 @@ class Ingestions:
         try:
             async with self._writers.turn(session_id), self._leases.held(work):
                 work.known = await self._accepted.after_others(work)
-                async with aclosing(self._learn(work, document)) as events:
-                    async for event in events:
-                        yield event
+                with self._learning.admitted():
+                    async with aclosing(self._learn(work, document)) as events:
+                        async for event in events:
+                            yield event
             assert work.learnt is not None
             yield work.learnt
         except InvalidRequest:
@@ -189,9 +190,12 @@ class Ingestions:
         work.draft = draft
 
     def _leave(self, work: Work) -> None:
-        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already."""
+        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already.
+
+        Its first append may be done though `work` does not know of it: whoever is cancelled in it never hears.
+        """
         self._works.pop(work.draft.ingestion, None)
-        if work.learnt is None and work.draft.entries:
+        if work.learnt is None:
             task = asyncio.create_task(self._leases.release(work))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)

@@ -1,10 +1,13 @@
 """From a document's tokens to a session's next version: learn, checkpoint, seal; again where another came first."""
 
+import logging
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 from titans.state import State
 
@@ -19,7 +22,13 @@ from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
 from titans_server.states import States
 
+log = logging.getLogger(__name__)
+
 _STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
+
+
+class SessionCorrupted(StateCorrupted):
+    """What a document is to follow cannot be read. The document itself is as it was."""
 
 
 @dataclass
@@ -101,6 +110,10 @@ class Learning:
         """Tokens that are logged and learnt at once, more or less."""
         return _STRIDE * self._engine.largest_block
 
+    def admitted(self) -> AbstractContextManager[None]:
+        """A place for a document at the engine, for all of `learn`. Raises Overloaded."""
+        return self._engine.admitted()
+
     async def learn(self, work: Work, portion: Portion) -> AsyncGenerator[Progress, None]:
         """Learn a portion that has been logged, or the last one, which makes a version; then `work.learnt` is there.
 
@@ -114,7 +127,7 @@ class Learning:
                 while tokens := await self._next(work, learner, last=portion.is_last):
                     work.check()
                     with self._observer.working("ingest", len(tokens)):
-                        learner.state = await self._engine.ingest(learner.state, tokens)
+                        learner.state = await self._engine.ingest(learner.state, tokens, admitted=True)
                     yield self._progress(work, learner, portion)
                     await self._checkpoint(work, learner)
                 if portion.is_last:
@@ -126,12 +139,15 @@ class Learning:
     async def _begin(self, work: Work, portion: Portion) -> Learner:
         """From the newest version, or from the document's own checkpoint where that still stands on it."""
         known, work.known = work.known, None
-        record, state = await self._states.newest(work.session_id, None if work.draft.entries else known)
+        try:
+            record, state = await self._states.newest(work.session_id, None if work.draft.entries else known)
+        except StateCorrupted as error:
+            raise SessionCorrupted(error.message) from error
         draft = record.draft(work.draft.ingestion) or work.draft
         check_match(record, draft.if_match)
         since = record.head.snapshot
         if draft.snapshot is not None and draft.base == record.version:
-            loaded = await self._states.load_snapshot(draft.snapshot)
+            loaded = await self._load_checkpoint(work, record.head, draft.snapshot)
             if loaded is not None:
                 state, since = loaded, draft.snapshot
         skipped = int(state.position) - record.head.tokens
@@ -145,6 +161,18 @@ class Learning:
             queue = await self._read(work, logged)
         rest = list(portion.tokens) if portion.is_last else []  # another portion is in the log
         return Learner(record, state, since, queue[skipped:], logged, rest)
+
+    async def _load_checkpoint(self, work: Work, base: Version, snapshot: Snapshot) -> State | None:
+        """A document's checkpoint; None where it is torn or gone: no version may begin from it then."""
+        try:
+            state = await self._states.load_snapshot(snapshot)
+        except StateCorrupted as error:
+            log.warning("ingestion %s begins again: %s", work.draft.ingestion, error)
+            state = None
+        if state is None:
+            forget = partial(history.checkpoint, ingestion=work.draft.ingestion, base=base, snapshot=None)
+            await self._ledger.change(work.session_id, forget)
+        return state
 
     async def _next(self, work: Work, learner: Learner, *, last: bool) -> list[int]:
         while learner.logged and len(learner.queue) < self.stride:

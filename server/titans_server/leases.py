@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from titans_server.errors import IngestionCancelled, SessionNotFound
 from titans_server.learning import Work
@@ -34,9 +35,13 @@ class Leases:
 
     @asynccontextmanager
     async def held(self, work: Work) -> AsyncIterator[None]:
-        """Hold the draft's lease meanwhile; where it was another server's, it is taken."""
+        """Hold the draft's lease meanwhile; where it was another server's, it is taken.
+
+        Where another server takes it meanwhile, it stays there: whoever appends here finds that (VersionConflict).
+        """
         if work.draft.entries:
-            await self._renew(work)
+            edit = partial(history.take, ingestion=work.draft.ingestion, server=self.server)
+            await self._ledger.change(work.session_id, edit)
         beating = asyncio.create_task(self._beat(work))
         try:
             yield
@@ -62,12 +67,9 @@ class Leases:
         while True:
             await asyncio.sleep(_BEAT_SECONDS)
             try:
-                await self._renew(work)
+                edit = partial(history.renew, ingestion=work.draft.ingestion, server=self.server)
+                await self._ledger.change(work.session_id, edit)
             except (IngestionCancelled, SessionNotFound):
                 work.cancelled = True
             except Exception as error:  # whoever learns the document meets it too, and does more about it
                 log.warning("cannot renew the lease on ingestion %s: %r", work.draft.ingestion, error)
-
-    async def _renew(self, work: Work) -> None:
-        edit = lambda record: history.renew(record, work.draft.ingestion, self.server)  # noqa: E731
-        await self._ledger.change(work.session_id, edit)

@@ -43,6 +43,7 @@ class Lifecycle(Generic[T]):
         self._worker: Worker | None = None
         self._readers: set[asyncio.Task[Any]] = set()  # that wait for a client's bytes
         self._num_in_flight = 0
+        self._num_streams: Callable[[], int] = lambda: 0
         self.is_draining = False
         self.is_stopping = False
         self.has_failed = False
@@ -58,9 +59,9 @@ class Lifecycle(Generic[T]):
             raise ModelFailed("the thread that runs the model has ended; the server's log says why")
         return self._served
 
-    def ready(self, served: T, worker: Worker) -> None:
-        """Serve from now on."""
-        self._served, self._worker = served, worker
+    def ready(self, served: T, worker: Worker, num_streams: Callable[[], int] = lambda: 0) -> None:
+        """Serve from now on. `num_streams`: those under way, some of them without a request or any at the worker's."""
+        self._served, self._worker, self._num_streams = served, worker, num_streams
 
     @asynccontextmanager
     async def loading(self, load: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
@@ -127,7 +128,7 @@ class Lifecycle(Generic[T]):
 
     async def _idle_within(self, seconds: float, is_hurried: Callable[[], bool]) -> bool:
         until = time.monotonic() + seconds
-        while self._num_in_flight or (self._worker is not None and self._worker.num_requests):
+        while self._num_in_flight or self._num_streams() or (self._worker is not None and self._worker.num_requests):
             if time.monotonic() >= until or is_hurried():
                 return False
             await asyncio.sleep(_POLL_SECONDS)

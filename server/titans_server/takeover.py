@@ -62,12 +62,14 @@ class TakeOver:
             self._adopting.pop(session_id, None)
 
     async def _readable(self, session_id: str) -> SessionRecord | None:
-        """A session of this server's model; None where it is gone. However long that takes."""
+        """A session of this server's model; None where it is gone or no longer due. However long that takes."""
         what = f"cannot go on with session {session_id}"
         retries = Retries(log, what, first=_LOOK_SECONDS, most=_MAX_BROKEN_PAUSE)
         while True:
             try:
                 record = await self._store.get(session_id)
+                if record.due_at is None or record.due_at > time.time():
+                    return None  # another server has learnt it, or does
                 self._states.check(record)
                 return record
             except SessionNotFound:

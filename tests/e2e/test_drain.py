@@ -91,6 +91,18 @@ def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_clean(checkpoint: 
     assert asyncio.run(stored(server.store, session)).version == 0
 
 
+def test_a_drain_waits_for_a_document_whose_stream_nobody_reads(checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    with server_for(checkpoint, tmp_path, drain_seconds=60) as server:
+        session = server.http.post("/v1/sessions").json()["id"]
+        headers = PLAIN | {"Prefer": "resumable"}
+        text, path = "words " * 2_735, f"/v1/sessions/{session}/documents"  # all read while its first part is learnt
+        with connect_sse(server.http, "POST", path, content=text, headers=headers) as stream:
+            assert next(stream.iter_sse()).event == "progress"
+        server.ask_to_stop()
+        assert server.wait() == 0
+    assert asyncio.run(stored(server.store, session)).version == 1
+
+
 async def stored(url: str, session: str) -> SessionRecord:
     store = open_store(url)
     await store.open()

@@ -328,6 +328,26 @@ async def test_too_many_requests_are_refused() -> None:
     await engine.close()
 
 
+async def test_what_has_a_place_is_refused_nothing_and_places_are_as_few_as_requests() -> None:
+    engine = Engine([Runner(make_tiny())], eos_token=2, max_requests=2)
+    with engine.admitted(), engine.admitted():
+        with pytest.raises(Overloaded), engine.admitted():
+            pass
+        tasks = [asyncio.create_task(engine.ingest(engine.new_state(), tokens(50, seed=i))) for i in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await engine.ingest(engine.new_state(), tokens(5, seed=9))
+        tasks.append(asyncio.create_task(engine.ingest(engine.new_state(), tokens(5, seed=9), admitted=True)))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded), engine.admitted():
+        pass
+    engine.start()
+    await asyncio.gather(*tasks)
+    with engine.admitted():
+        pass
+    await engine.close()
+
+
 async def test_closing_ends_what_is_left(engine: Engine) -> None:
     ingesting = asyncio.create_task(engine.ingest(engine.new_state(), tokens(100_000, seed=1)))
     answering = asyncio.create_task(answer(engine, engine.new_state(), tokens(3, seed=1), count=10**6))

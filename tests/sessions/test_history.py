@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.records import a_session
-from titans_server.errors import VersionConflict
+from titans_server.errors import SessionBusy, VersionConflict
 from titans_server.sessions import history
 from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.record import Draft, Outcome, Snapshot
@@ -62,7 +62,7 @@ def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twic
     ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
     record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
     (ours,) = record.drafts
-    record = history.renew(record, "ing_1", "theirs").record
+    record = history.take(record, "ing_1", "theirs").record
     (theirs,) = record.drafts
     record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole", is_last=True)).record
     (theirs,) = record.drafts
@@ -72,3 +72,44 @@ def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twic
         history.seal(record, ours, SEPARATOR, Writing(record.head, "ours", (4, 5), 8, num_kept=8), outcome)
     record = history.seal(record, theirs, SEPARATOR, Writing(record.head, "theirs", (), 8, num_kept=8), outcome).record
     assert (record.version, record.tokens_seen, record.outcomes[-1].tokens) == (1, 5, 5)
+
+
+def test_a_portion_of_another_text_is_not_taken_for_one_that_was_appended() -> None:
+    """Ours stands still; meanwhile the client sends another text under its key, to theirs."""
+    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
+    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    (ours,) = record.drafts
+    record = history.take(record, "ing_1", "theirs").record
+    (theirs,) = record.drafts
+    record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record
+
+    assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record is record
+    with pytest.raises(VersionConflict, match="another server"):
+        history.append(record, ours, SEPARATOR, Portion((6, 7), 5, "another"))
+
+
+def test_a_lease_that_another_server_took_is_not_taken_back_by_renewing_it() -> None:
+    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
+    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    assert history.renew(record, "ing_1", "ours").record.drafts[0].lease_until > time.time()
+    record = history.take(record, "ing_1", "theirs").record
+    assert history.renew(record, "ing_1", "ours").record is record
+    assert history.renew(record, "ing_1", "ours", seconds=0).record is record
+    (theirs,) = record.drafts
+    assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole")).record.drafts[0].tokens == 5
+
+
+@pytest.mark.parametrize(("key", "accepted", "seconds"), [("", False, 60), ("key", False, 3600), ("", True, 1e9)])
+def test_a_document_that_broke_off_counts_as_long_as_somebody_may_go_on_with_it(
+    key: str, accepted: bool, seconds: float
+) -> None:
+    def left(ago: float) -> list[Draft]:
+        lease = time.time() - ago
+        return [Draft(f"ing_{i}", "gone", lease, 0.0, key=key and f"{key}{i}", accepted=accepted) for i in range(16)]
+
+    begun, portion = Draft("ing_new", "ours", 0.0, time.time()), Portion((1, 2, 3), 3, "begun")
+    with pytest.raises(SessionBusy):
+        history.append(a_session(drafts=tuple(left(seconds - 10))), begun, SEPARATOR, portion)
+    if not accepted:
+        record = history.append(a_session(drafts=tuple(left(seconds + 10))), begun, SEPARATOR, portion).record
+        assert [x.ingestion for x in record.drafts] == ["ing_new"], "their log goes with them"

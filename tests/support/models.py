@@ -10,7 +10,8 @@ from titans.architecture import AttentionLayer
 from titans.checkpoint import digest, save_memory
 from titans.config import tiny
 from titans.model import TitansModel
-from titans.tokenizer import bpe_tokenizer
+from titans.tokenizer import Tokenizer, bpe_tokenizer
+from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -78,12 +79,21 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0, *, window: int = 16) -> T
     }
     (body / "config.json").write_text(json.dumps(fields))
     save_file(_hugging_face_tensors(model), body / "model.safetensors")
-    bpe_tokenizer([*_SPECIAL, *alphabet], [], _SPECIAL).save(str(body / "tokenizer.json"))
+    _bytes_as_tokens().save(str(body / "tokenizer.json"))
     (body / "tokenizer_config.json").write_text(json.dumps({"chat_template": _CHAT}))
     for parameter in model.adapted.values():
         parameter.add_(0.1 * torch.randn_like(parameter))
     save_memory(model, digest(body), memory)
     return TinyCheckpoint(body, memory)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """The tokenizer of `write_tiny_checkpoint`: bytes."""
+    return Tokenizer(_bytes_as_tokens(), 2, 1, _CHAT)
+
+
+def _bytes_as_tokens() -> RawTokenizer:
+    return bpe_tokenizer([*_SPECIAL, *sorted(ByteLevel.alphabet())], [], _SPECIAL)
 
 
 def _hugging_face_tensors(model: TitansModel) -> dict[str, torch.Tensor]:

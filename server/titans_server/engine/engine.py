@@ -1,7 +1,8 @@
 """The engine: a worker on each device, and the asyncio side's way to them. Asyncio submits and waits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from titans.sampling import Drawn, SamplingParams
@@ -30,12 +31,14 @@ class Engine:
     ) -> None:
         """`runners`: one a device, all of one model. A session stays on the device where its state is.
 
-        `max_running`: answers decoded together, on each; `max_requests`: admitted at once, others are refused.
+        `max_running`: answers decoded together, on each; `max_requests`: admitted at once, others are refused, and so
+        many places for work of several requests, each of which has at most one under way.
         `portion_seconds`: how long reading is to hold up the answers under way, as far as it comes in portions.
         """
         self._runners = runners
         self._mailbox: Mailbox | None = None  # of the event loop that asked last
         self._max_requests = max_requests
+        self._num_places = 0  # that are taken
         self._workers = [
             Worker(
                 runner,
@@ -103,13 +106,27 @@ class Engine:
         worker = self._worker_for(state)
         return state if state.position.device == worker.device else await asyncio.to_thread(state.to, worker.device)
 
-    async def ingest(self, state: State, tokens: list[int], *, urgent: bool = False) -> State:
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place for a document, or an answer that is learnt: what it asks for inside, `admitted`, is not refused.
+
+        It does not count among others' requests while it asks for nothing: its client may be slow. Raises Overloaded.
+        """
+        self._check(max(self._num_places, self.num_requests))
+        self._num_places += 1
+        try:
+            yield
+        finally:
+            self._num_places -= 1
+
+    async def ingest(self, state: State, tokens: list[int], *, urgent: bool = False, admitted: bool = False) -> State:
         """The state after reading `tokens`. Cancelling stops it at the next block; `state` is never changed.
 
-        `urgent`: an answer waits for it, so that it goes before documents. Raises Overloaded, ShuttingDown.
+        `urgent`: an answer waits for it, so that it goes before documents. Raises Overloaded, unless `admitted`, and
+        ShuttingDown.
         """
         request = Ingestion(state, tokens, int(state.position), urgent=urgent)
-        self._submit(request)
+        self._submit(request, admitted=admitted)
         return await asyncio.wrap_future(request.done)
 
     async def generate(
@@ -121,17 +138,18 @@ class Engine:
         sampling: SamplingParams,
         recall: bool = True,
         echo: bool = False,
+        admitted: bool = False,
     ) -> AsyncGenerator[Read | Drawn | Finish, None]:
         """Tokens that follow `prompt`, then how it ended. Closing the iterator stops it within a step.
 
         The end-of-text token is not among them. `echo`: the prompt's tokens come before, and
-        the end-of-text token as one of them at the end. Raises Overloaded, ShuttingDown.
+        the end-of-text token as one of them at the end. Raises Overloaded, unless `admitted`, and ShuttingDown.
         """
         loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
         request = Generation(state, prompt, max_tokens, sampling, recall, partial(self._mailbox.send, answers), echo)
-        self._submit(request)
+        self._submit(request, admitted=admitted)
         try:
             while True:
                 answer = await answers.get()
@@ -143,9 +161,13 @@ class Engine:
         finally:
             request.cancelled = True
 
-    def _submit(self, request: Generation | Ingestion) -> None:
-        if self.num_requests >= self._max_requests:
+    def _check(self, num_taken: int) -> None:
+        if num_taken >= self._max_requests:
             raise Overloaded(f"{self._max_requests} requests are under way already")
+
+    def _submit(self, request: Generation | Ingestion, *, admitted: bool) -> None:
+        if not admitted:
+            self._check(self.num_requests)
         self._worker_for(request.state).submit(request)
 
     def _worker_for(self, state: State) -> Worker:

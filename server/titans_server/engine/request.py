@@ -9,11 +9,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from titans_server.errors import TitansError
+
 if TYPE_CHECKING:  # the scheduler, which imports this, is torch-free
     from titans.sampling import Drawn, SamplingParams
     from titans.state import State
 
 Finish = Literal["stop", "length"]
+
+
+class StepFailed(TitansError):
+    """The model failed in a step: on this request, or on another one that was computed with it."""
 
 
 @dataclass(frozen=True)

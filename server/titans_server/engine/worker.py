@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from titans.sampling import Drawn
 
-from titans_server.engine.request import Finish, Generation, Ingestion, Read
+from titans_server.engine.request import Finish, Generation, Ingestion, Read, StepFailed
 from titans_server.engine.runner import Runner
 from titans_server.engine.scheduler import Scheduler
 from titans_server.errors import ShuttingDown, TitansError
@@ -175,7 +175,7 @@ class Worker:
         except Exception:
             log.exception("a step failed")
             for request in requests:
-                self._fail(request, TitansError("the model failed on this request"))
+                self._fail(request, StepFailed("the model failed on this request"))
 
     def _ingest(self, chunks: list[tuple[Ingestion, int]]) -> int:
         self._runner.ingest(chunks)

@@ -15,7 +15,8 @@ from titans_server.sessions.record import Draft, Entries, Outcome, SessionRecord
 LEASE_SECONDS = 3.0
 KEY_REUSED = "the Idempotency-Key was used for another document"
 _KEPT_OUTCOMES = 64
-_KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of
+_KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of, where its key lets somebody go on with it
+_KEPT_KEYLESS_SECONDS = 60.0  # where nobody can: long enough for a server that stands still
 _MAX_DRAFTS = 16
 
 
@@ -57,11 +58,7 @@ def append(record: SessionRecord, draft: Draft, separator: Sequence[int], portio
         accepted=portion.is_last,
         lease_until=time.time() + LEASE_SECONDS,
     )
-    if found is not None and (found.tokens, found.num_bytes, found.accepted) == (
-        after.tokens,
-        after.num_bytes,
-        portion.is_last,
-    ):
+    if found is not None and _what_is_here(found) == _what_is_here(after):
         return Edit(record)
     _check_draft(record, draft, found)
     number, log = record.next_entry, dict[int, bytes]()
@@ -80,25 +77,22 @@ def append(record: SessionRecord, draft: Draft, separator: Sequence[int], portio
     return Edit(replace(record, drafts=drafts, next_entry=number), log)
 
 
+def take(record: SessionRecord, ingestion: str, server: str) -> Edit:
+    """Hold a draft, whoever held it before. Raises IngestionCancelled. One that is not there needs no lease."""
+    return _held(record, ingestion, server, LEASE_SECONDS)
+
+
 def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = LEASE_SECONDS) -> Edit:
-    """Hold a draft for a while longer, or take it over; 0 seconds: let go of it.
+    """Hold a draft for a while longer, where it is still the server's own; 0 seconds: let go of it.
 
     Raises IngestionCancelled. A draft that is not there needs no lease.
     """
     draft = record.draft(ingestion)
-    if draft is None:
-        outcome = record.outcome(ingestion)
-        if outcome is not None and outcome.status == "cancelled":
-            raise _cancelled(ingestion)
-        return Edit(record)
-    if not seconds and draft.server != server:
-        return Edit(record)
-    held = replace(draft, server=server, lease_until=time.time() + seconds)
-    return Edit(replace(record, drafts=_with(record.drafts, held)))
+    return Edit(record) if draft and draft.server != server else _held(record, ingestion, server, seconds)
 
 
-def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot) -> Edit:
-    """Remember the state of a draft that is half learnt. Raises Overtaken, IngestionCancelled."""
+def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot | None) -> Edit:
+    """Remember the state of a draft that is half learnt; None: no longer. Raises Overtaken, IngestionCancelled."""
     base = _standing(record, base)
     draft = record.draft(ingestion)
     if draft is None:
@@ -259,8 +253,16 @@ def _entry(record: SessionRecord, tokens: Sequence[int]) -> tuple[dict[int, byte
 
 
 def _living(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
-    limit = time.time() - _KEPT_DRAFT_SECONDS
-    return tuple(x for x in drafts if x.accepted or x.lease_until > limit)
+    now = time.time()
+    return tuple(
+        x
+        for x in drafts
+        if x.accepted or x.lease_until > now - (_KEPT_DRAFT_SECONDS if x.key else _KEPT_KEYLESS_SECONDS)
+    )
+
+
+def _what_is_here(draft: Draft) -> tuple[int, int, str, bool]:
+    return draft.tokens, draft.num_bytes, draft.sha256, draft.accepted
 
 
 def _goes_on(version: Version, older: Version) -> bool:
@@ -277,6 +279,17 @@ def _standing(record: SessionRecord, base: Version) -> Version:
     if record.head.write_id != base.write_id:
         raise Overtaken(f"session {record.id} has moved on from version {base.number}")
     return record.head
+
+
+def _held(record: SessionRecord, ingestion: str, server: str, seconds: float) -> Edit:
+    draft = record.draft(ingestion)
+    if draft is None:
+        outcome = record.outcome(ingestion)
+        if outcome is not None and outcome.status == "cancelled":
+            raise _cancelled(ingestion)
+        return Edit(record)
+    held = replace(draft, server=server, lease_until=time.time() + seconds)
+    return Edit(replace(record, drafts=_with(record.drafts, held)))
 
 
 def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> None:

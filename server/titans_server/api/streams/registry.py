@@ -34,6 +34,11 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_under_way(self) -> int:
+        """Those that have not ended."""
+        return sum(not stream.has_ended for stream in self._streams.values())
+
     def open(
         self,
         frames: AsyncGenerator[Frame, None],

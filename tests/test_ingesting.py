@@ -1,0 +1,119 @@
+"""Documents on their way in beside much else to do, and what is left of those whose client leaves."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from support.engines import service_on
+from support.models import make_tiny
+from support.records import made
+from titans.sampling import SamplingParams
+from titans.state import State
+from titans_server.engine import Engine
+from titans_server.engine.runner import Runner
+from titans_server.errors import Overloaded
+from titans_server.events import DocumentLearnt
+from titans_server.ingesting import Terms
+from titans_server.prompts import CompletionRequest
+from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.store import Commit
+
+TEXT = "The keeper kept a key under the third stone, and told nobody of it. " * 10
+SECONDS = 60.0  # on a machine that has other things to do
+
+
+class Slow(MemoryStore):
+    """Its answer to a commit takes a while."""
+
+    async def commit(self, commit: Commit) -> None:
+        await super().commit(commit)
+        await asyncio.sleep(0.05)
+
+
+async def endless() -> AsyncIterator[str]:
+    """A client that has sent something and sends no more."""
+    yield TEXT
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("key", ["", "key"])
+async def test_a_document_whose_client_leaves_during_its_first_append_is_let_go_of(engine: Engine, key: str) -> None:
+    store = Slow()
+    session = (await made(store)).id
+    service = service_on(store, engine)
+
+    async def send() -> None:
+        async for _ in service.ingest(session, endless(), Terms(key)):
+            pass
+
+    async with asyncio.timeout(SECONDS):
+        sending = asyncio.create_task(send())
+        while not (drafts := (await store.get(session)).drafts):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        while (await store.get(session)).drafts == drafts:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    after = (await store.get(session)).drafts
+    assert [x.key for x in after] == ([key] if key else [])
+    assert all(x.lease_until <= time.time() for x in after)
+    await service.close()
+
+
+@asynccontextmanager
+async def small_engine() -> AsyncIterator[Engine]:
+    """It takes one request at a time."""
+    engine = Engine([Runner(make_tiny())], eos_token=0, max_requests=1)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def full(engine: Engine) -> "asyncio.Task[State]":
+    """Give it all the work that it takes, once it takes some."""
+    while True:
+        task = asyncio.create_task(engine.ingest(engine.new_state(), list(range(3, 90)) * 10_000))
+        await asyncio.sleep(0)
+        if not task.done():
+            with pytest.raises(Overloaded):
+                await engine.ingest(engine.new_state(), [5])
+            return task
+        assert isinstance(task.exception(), Overloaded)
+        await asyncio.sleep(0.01)
+
+
+async def test_a_document_that_has_begun_goes_on_where_the_server_takes_no_more() -> None:
+    store = MemoryStore()
+    session = (await made(store)).id
+    others: list[asyncio.Task[State]] = []
+
+    async def pieces() -> AsyncIterator[str]:
+        yield TEXT * 10
+        others.append(await full(engine))
+        yield TEXT * 10
+
+    async with small_engine() as engine, asyncio.timeout(SECONDS):
+        service = service_on(store, engine)
+        events = [event async for event in service.ingest(session, pieces())]
+        assert isinstance(events[-1], DocumentLearnt)
+        assert not others[0].done()
+        others[0].cancel()
+
+
+async def test_an_answer_that_was_made_is_learnt_where_the_server_takes_no_more() -> None:
+    store = MemoryStore()
+    session = (await made(store)).id
+    request = CompletionRequest("The keeper", 50, SamplingParams(temperature=0), memory="write")
+    others: list[asyncio.Task[State]] = []
+    async with small_engine() as engine, asyncio.timeout(SECONDS):
+        async for piece in service_on(store, engine).answer(session, request):
+            if not others:
+                assert piece.finish_reason is None
+                others.append(await full(engine))
+        assert (piece.finish_reason, piece.version) == ("length", 1)
+        assert not others[0].done()
+        others[0].cancel()
