@@ -182,8 +182,10 @@ class Ingestions:
                 yield portion
 
     async def _append(self, work: Work, portion: Portion) -> None:
-        record = await self._ledger.change(
-            work.session_id, lambda record: history.append(record, work.draft, self._learning.separator, portion)
+        work.appended = record = await self._ledger.change(
+            work.session_id,
+            lambda record: history.append(record, work.draft, self._learning.separator, portion),
+            known=work.appended,
         )
         draft = record.draft(work.draft.ingestion)
         assert draft is not None

@@ -41,6 +41,7 @@ class Work:
     num_learnt: int = 0  # tokens, the separator among them
     cancelled: bool = False
     known: SessionRecord | None = None  # as it was read when the document's turn came
+    appended: SessionRecord | None = None  # as the last append left it: long, where the document is
     learner: "Learner | None" = None
     learnt: DocumentLearnt | None = None  # once it is a version
 

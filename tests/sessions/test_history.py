@@ -1,5 +1,6 @@
 """What a session's record becomes: nothing that it points at is ever gone."""
 
+import random
 import time
 from dataclasses import replace
 
@@ -113,3 +114,33 @@ def test_a_document_that_broke_off_counts_as_long_as_somebody_may_go_on_with_it(
     if not accepted:
         record = history.append(a_session(drafts=tuple(left(seconds + 10))), begun, SEPARATOR, portion).record
         assert [x.ingestion for x in record.drafts] == ["ing_new"], "their log goes with them"
+
+
+def test_what_a_record_no_longer_points_at_is_found_whatever_was_done() -> None:
+    chance, record, num_dropped = random.Random(0), a_session(), 0
+    for number in range(400):
+        before, drafts = record, record.drafts
+        match chance.choice(["append", "seal", "discard", "write", "attach", "restore"]):
+            case "append":
+                draft = chance.choice([*drafts, Draft(f"ing_{number}", "server", 1e12, 0.0, key=str(number))])
+                portion = Portion((1, 2), draft.num_bytes + 2, f"{number}")
+                if draft in drafts or len(drafts) < 4:
+                    record = history.append(record, draft, SEPARATOR, portion).record
+            case "seal" if drafts:
+                draft, outcome = chance.choice(drafts), Outcome(f"out_{number}", "done", 0.0)
+                writing = Writing(record.head, f"w{number}", (), 8, num_kept=3)
+                record = history.seal(record, draft, SEPARATOR, writing, outcome).record
+            case "discard" if drafts:
+                record = history.discard(record, chance.choice(drafts).ingestion).record
+            case "write":
+                record = history.write(record, Writing(record.head, f"w{number}", (1, 2), 8, num_kept=3)).record
+            case "attach":
+                version = chance.choice(record.versions)
+                snapshot = Snapshot(f"blob{number}", "0" * 64, 8, version.tokens)
+                record = history.attach(record, version, snapshot).record
+            case "restore":
+                number_of = chance.choice(record.versions).number
+                record = history.restore(record, number_of, f"w{number}", num_kept=3).record
+        assert record.dropped_since(before) == before.entries() - record.entries()
+        num_dropped += len(record.dropped_since(before))
+    assert num_dropped > 100

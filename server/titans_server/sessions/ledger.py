@@ -72,7 +72,7 @@ class Ledger:
 
     async def _commit(self, old: SessionRecord, new: SessionRecord, append: Mapping[int, bytes]) -> SessionRecord:
         new = replace(new, revision=old.revision + 1, write_id=secrets.token_hex(8))
-        drop = frozenset(old.entries() - new.entries())
+        drop = new.dropped_since(old)
         release = frozenset(old.snapshots().keys() - new.snapshots().keys())
         point = frozenset(new.snapshots().keys() - old.snapshots().keys())
         if append:

@@ -142,6 +142,13 @@ class SessionRecord:
         """The numbers of all the log entries that it points to."""
         return {number for part in self._parts() for number, _ in part.entries}
 
+    def dropped_since(self, older: "SessionRecord") -> frozenset[int]:
+        """The numbers of the log entries that an older record points at and this one does not."""
+        ours = [part.entries for part in self._parts()]
+        if all(any(each[: len(part.entries)] == part.entries for each in ours) for part in older._parts()):
+            return frozenset()  # as with every append: to look at each number would take longer the more there are
+        return frozenset(older.entries() - self.entries())
+
     def _parts(self) -> "list[Version | Draft]":
         return [*self.versions, *self.drafts]
 
