@@ -442,6 +442,32 @@ def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
+@pytest.mark.parametrize("options", [None, {}, {"include_obfuscation": False}])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("completions", {"prompt": "a", "max_tokens": 2}),
+        ("chat/completions", {"messages": CHAT, "max_tokens": 2}),
+        ("responses", {"input": "a", "max_output_tokens": 2}),
+    ],
+)
+def test_stream_options_that_ask_for_nothing_are_taken(
+    http: httpx.Client, path: str, asked: dict[str, Any], options: dict[str, Any] | None
+) -> None:
+    body = {"model": MODEL, "stream": True, "stream_options": options, **asked}
+    answer = http.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.rstrip().endswith("data: [DONE]")
+
+
+@pytest.mark.parametrize(("path", "asked"), [("completions", {"prompt": "a"}), ("responses", {"input": "a"})])
+def test_stream_options_that_ask_for_more_are_refused(http: httpx.Client, path: str, asked: dict[str, Any]) -> None:
+    body = {"model": MODEL, "stream": True, "stream_options": {"include_obfuscation": True}, **asked}
+    refused = http.post(f"/v1/{path}", json=body)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "stream_options")
+
+
 @pytest.mark.parametrize(
     "content",
     [
