@@ -529,6 +529,22 @@ async def test_an_answer_that_nobody_waits_for_is_stopped(server: LiveServer, cl
     await asyncio.to_thread(wait_until_there_is_room, client)
 
 
+def test_a_client_that_leaves_before_its_answer_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
+    def num_counted(status: int) -> float:
+        counted = f'http_requests_total{{method="POST",route="/v1/chat/completions",status="{status}"}} (.*)'
+        return sum(map(float, re.findall(counted, http.get("/metrics").text)))
+
+    before = {status: num_counted(status) for status in (200, 499)}
+    body = {"model": MODEL, "messages": CHAT, "max_tokens": 4_096, "logit_bias": {str(EOS): -100}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
+    deadline = time.monotonic() + 30
+    while num_counted(499) == before[499]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert num_counted(200) == before[200]
+
+
 def test_more_answers_than_there_is_room_for_fail_as_one(client: OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as refused:
         client.completions.create(**endless(9))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
+from starlette.requests import ClientDisconnect
 
 from titans_server.api.documents import DocumentReader
 from titans_server.api.preconditions import IfMatch, prefers
@@ -125,8 +126,8 @@ class Replying:
         )
         return EventStream(reader, self._streams.limits, body_read)
 
-    async def whole(self, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None) -> T | None:
-        """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+    async def whole(self, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None) -> T:
+        """The result of `work`. Raises ClientDisconnect where the client leaves before: the work is then cancelled."""
         return await unless_disconnected(self._request, work, body_read)
 
 
@@ -163,8 +164,8 @@ class Upload:
 
 async def unless_disconnected(
     request: Request, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None
-) -> T | None:
-    """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+) -> T:
+    """The result of `work`. Raises ClientDisconnect where the client leaves before: the work is then cancelled."""
 
     async def wait_for_disconnect() -> None:
         if body_read is not None:
@@ -175,7 +176,9 @@ async def unless_disconnected(
     working, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -61,7 +61,7 @@ async def delete_conversation(session_id: OwnSessionToDelete, service: Service, 
 
 
 @router.post(CONVERSATION + "/items", dependencies=[Room])
-async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json | None:
+async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json:
     """Have a conversation learn what items say; the answer comes when that is durable."""
     await reply.whole(_learn(service, session_id, body.items, reply.if_match))
     return item_list(body.items)
