@@ -4,8 +4,9 @@ import asyncio
 import inspect
 import json
 import re
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
+from titans.tokenizer import Tokenizer
 from titans_server.settings import Settings
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -407,6 +409,40 @@ async def test_a_message_that_is_not_text_is_refused(ai: Driver, messages: Any, 
     with pytest.raises(openai.BadRequestError) as caught:
         await ai.chat(messages)
     assert caught.value.param == param
+
+
+@pytest.fixture
+def rendering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads in which conversations were made tokens."""
+    threads: list[str] = []
+    encode = Tokenizer.encode_chat
+
+    def encode_chat(self: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(self, messages)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    return threads
+
+
+@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
+def test_more_empty_messages_than_tokens_are_refused_unread(
+    http: httpx.Client, rendering: list[str], path: str, param: str
+) -> None:
+    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [{"role": "user", "content": ""}] * 1_001})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "prompt_too_long", param)
+    assert not rendering
+
+
+def test_many_empty_messages_are_made_tokens_beside_the_event_loop(http: httpx.Client, rendering: list[str]) -> None:
+    messages = [{"role": "user", "content": ""}]
+    assert http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages}).status_code == 200
+    (loop,) = set(rendering)
+    rendering.clear()
+    refused = http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages * 900})
+    assert refused.json()["error"]["code"] == "prompt_too_long"
+    assert rendering and loop not in rendering
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], 5, [5, "a"], [5.5], [True], [[1], [259]], [-1], ["a"] * 33])
