@@ -435,6 +435,16 @@ def test_more_empty_messages_than_tokens_are_refused_unread(
     assert not rendering
 
 
+@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
+def test_what_follows_the_last_message_that_is_taken_is_not_looked_at(
+    http: httpx.Client, path: str, param: str
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": ""}] * 2_049
+    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [*messages, "no message"]})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+
+
 def test_many_empty_messages_are_made_tokens_beside_the_event_loop(http: httpx.Client, rendering: list[str]) -> None:
     messages = [{"role": "user", "content": ""}]
     assert http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages}).status_code == 200

@@ -11,6 +11,7 @@ from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, CompletionRequest, Prompt
 
 MAX_CHOICES = 32  # of one request: prompts times n
+MAX_MESSAGES = 2_048  # as many as OpenAI takes
 _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields that are not supported
     "audio": (),
     "background": (False,),
@@ -248,7 +249,7 @@ class Message(Body):
 class CreateChatCompletion(CreateAnswer):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
