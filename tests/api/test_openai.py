@@ -6,7 +6,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from openai import AsyncOpenAI, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans.tokenizer import Tokenizer
+from titans_server.events import AnswerPiece
+from titans_server.service import SessionService
 from titans_server.settings import Settings
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -328,6 +331,31 @@ async def test_a_session_answers_from_what_it_has_read(ai: Driver, http: httpx.C
     plain, remembering, off = (chat.choices[0].message.content for chat in chats)
     assert remembering not in {plain, off}
     assert show(http, told)["version"] == 1, "asking changes nothing"
+
+
+async def test_several_answers_are_of_one_version_whatever_is_learnt_meanwhile(
+    ai: Driver, http: httpx.Client, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, num_asked = SessionService.answer, 0
+
+    async def more() -> AsyncGenerator[str, None]:
+        yield "and then something else. " * 20
+
+    async def answer_late(self: SessionService, session_id: str, *args: Any) -> AsyncGenerator[AnswerPiece, None]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 2:
+            async with aclosing(self.ingest(session_id, more())) as events:
+                _ = [event async for event in events]
+        async with aclosing(answer(self, session_id, *args)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    before = native(http, told)["text"]
+    monkeypatch.setattr(SessionService, "answer", answer_late)
+    both = await ai.text("what now", n=2, extra_body={"session": told})
+    assert [choice.text for choice in both.choices] == [before] * 2
+    assert native(http, told)["text"] != before
 
 
 async def test_memory_write_learns_the_conversation(ai: Driver, http: httpx.Client, told: str) -> None:

@@ -24,7 +24,10 @@ async def respond(
     """The response. What a client may have got wrong is found before a stream begins."""
     session_id, prepared = await prepare(body, body.memory, reply, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
-    pieces = merged([context.service.answer(session_id, choice) for choice in choices])
+    moment = None  # the same for all of them
+    if session_id is not None and len(choices) > 1:
+        moment = await context.service.moment(session_id)
+    pieces = merged([context.service.answer(session_id, choice, moment) for choice in choices])
     answer_form = form(context.service.model, with_logprobs=body.num_logprobs is not None)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
