@@ -36,6 +36,11 @@ class CompletionRequest:
     echo: bool = False  # the answer begins with the prompt
     if_match: int | None = None  # the version that the session has to be at
 
+    @property
+    def num_told(self) -> int:
+        """Tokens that the answer has at most; the prompt has to be in tokens."""
+        return self.max_tokens + (0 if isinstance(self.prompt, Chat) or not self.echo else len(self.prompt))
+
 
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:
     """The request with its prompt in tokens. Raises InvalidRequest where it is empty, too long or not for it."""

@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -18,6 +19,8 @@ from openai import AsyncOpenAI, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans.tokenizer import Tokenizer
+from titans_server.api.openai.answers import check_scores
+from titans_server.api.openai.schemas import MAX_CHOICES, CreateCompletion
 from titans_server.events import AnswerPiece
 from titans_server.service import SessionService
 from titans_server.settings import Settings
@@ -331,6 +334,68 @@ async def test_a_session_answers_from_what_it_has_read(ai: Driver, http: httpx.C
     plain, remembering, off = (chat.choices[0].message.content for chat in chats)
     assert remembering not in {plain, off}
     assert show(http, told)["version"] == 1, "asking changes nothing"
+
+
+class Watch:
+    """How much of its thread's time a server's event loop takes between two looks at what else there is to do."""
+
+    def __init__(self, server: LiveServer) -> None:
+        self._loop = server.server.servers[0].get_loop()
+        self.longest = 0.0  # seconds
+
+    def __enter__(self) -> Self:
+        self._is_on = True
+        self._loop.call_soon_threadsafe(self._look, None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_on = False
+
+    def _look(self, before: float | None) -> None:
+        now = time.thread_time()
+        self.longest = max(self.longest, now - (now if before is None else before))
+        if self._is_on:
+            self._loop.call_later(0.001, self._look, now)
+
+
+PROMPT = "what now, and then? " * 50
+MUCH: dict[str, dict[str, Any]] = {
+    "completions": {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20},
+    "chat/completions": {"messages": CHAT, "n": 8, "max_tokens": 500, "logprobs": True, "top_logprobs": 20},
+    "responses": {
+        "input": "a",
+        "max_output_tokens": 2_000,
+        "top_logprobs": 20,
+        "include": ["message.output_text.logprobs"],
+    },
+}
+
+
+@pytest.mark.parametrize("path", MUCH)
+def test_others_are_served_while_much_is_told(server: LiveServer, http: httpx.Client, path: str) -> None:
+    with Watch(server) as watch:
+        answer = http.post(f"/v1/{path}", json={"model": MODEL, "logit_bias": {str(EOS): -100}, **MUCH[path]})
+    assert answer.status_code == 200
+    assert int(answer.headers["content-length"]) == len(answer.content) > 2_000_000
+    assert watch.longest < 0.15
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_one_object_tells_is_bounded(http: httpx.Client, stream: bool) -> None:
+    body = {"model": MODEL, "messages": CHAT, "n": 7, "logprobs": True, "top_logprobs": 20, "stream": stream}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if stream:
+            assert answer.status_code == 200
+            return
+        error = json.loads(answer.read())["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "top_logprobs")
+
+
+def test_as_much_is_told_as_an_evaluation_asks_for() -> None:
+    """lm-eval's local-completions: all of its prompts echoed, and the likeliest token at each place."""
+    body = CreateCompletion(model=MODEL, prompt=["a"], max_tokens=1, echo=True, logprobs=1)
+    (request,) = body.to_requests(4_096, "read")
+    check_scores(body, [replace(request, prompt=[5] * 4_096)] * MAX_CHOICES)
 
 
 async def test_several_answers_are_of_one_version_whatever_is_learnt_meanwhile(
