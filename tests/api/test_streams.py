@@ -20,12 +20,15 @@ from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
+from titans_server.api import deps
 from titans_server.engine import Generation
 from titans_server.engine.runner import Runner
+from titans_server.errors import StoreUnavailable
 from titans_server.service import SessionService
 from titans_server.serving import PunctualProtocol
 from titans_server.sessions.record import SessionRecord, Version
 from titans_server.settings import Settings
+from titans_server.states import States
 
 MODEL = "tiny-0"
 EOS = 2
@@ -222,6 +225,96 @@ def test_openais_client_is_told_that_its_stream_was_stopped(server: LiveServer, 
         with pytest.raises(APIError) as caught:
             list(stream)
     assert caught.value.code == "stream_stopped"
+
+
+def streamed(endpoint: str, session: str) -> dict[str, Any]:
+    """A request for a short answer of a session."""
+    if endpoint == "responses":
+        body = {"model": MODEL, "input": "a", "max_output_tokens": 2, "stream": True, "session": session}
+        return {"method": "POST", "url": "/v1/responses", "json": body}
+    request = endless(endpoint, session)
+    request["json"] |= {"max_tokens": 2} | ({} if endpoint == "native" else {"session": session})
+    return request
+
+
+ENDPOINTS = ["native", "text", "chat", "responses"]
+
+
+@pytest.mark.parametrize("headers", [{}, RESUMABLE])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_answer_that_fails_before_it_begins_is_answered_with_its_status(
+    server: LiveServer, http: httpx.Client, session: str, endpoint: str, headers: dict[str, str]
+) -> None:
+    before = len(server.context.streams)
+    refused = http.request(**streamed(endpoint, session), headers=headers | {"If-Match": '"7"'})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (412, "version_conflict")
+    assert "x-stream-id" not in refused.headers
+    assert len(server.context.streams) == before
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_fault_before_an_answer_begins_is_a_500(
+    http: httpx.Client, session: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(States, "newest", fail)
+    failed = http.request(**streamed(endpoint, session))
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_answer_that_is_long_in_beginning_fails_in_its_stream(
+    http: httpx.Client, session: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    async def fail_late(*_: Any) -> None:
+        await asyncio.to_thread(go_on.wait)
+        raise StoreUnavailable("the store is away")
+
+    monkeypatch.setattr(deps, "_BEGIN_SECONDS", 0.1)
+    monkeypatch.setattr(States, "newest", fail_late)
+    with http.stream(**streamed(endpoint, session)) as response:
+        assert response.status_code == 200
+        go_on.set()
+        *_, error, done = events(response)
+    assert (error.name, json.loads(error.data)["error"]["code"]) == ("error", "store_unavailable")
+    assert done.data == "[DONE]"
+
+
+def test_a_client_that_leaves_before_an_answer_begins_ends_it(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_ended = threading.Event()
+
+    async def wait(*_: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            has_ended.set()
+
+    monkeypatch.setattr(deps, "_BEGIN_SECONDS", 60)
+    monkeypatch.setattr(States, "newest", wait)
+    request = streamed("native", session)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + request["url"], json=request["json"], timeout=0.3)
+    assert has_ended.wait(20)
+
+
+def test_openais_client_comes_again_where_there_was_no_room(server: LiveServer, http: httpx.Client) -> None:
+    ask: dict[str, Any] = {"model": MODEL, "prompt": ["a", "b"], "stream": True, "logit_bias": {str(EOS): -100}}
+    with (
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=20) as ai,
+        ai.completions.create(**ask, max_tokens=1_000_000) as stream,
+    ):
+        next(iter(stream))
+        refused = http.post("/v1/completions", json=ask | {"max_tokens": 2})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        threading.Timer(0.5, stream.close).start()
+        assert list(ai.completions.create(**ask, max_tokens=2))
 
 
 def test_events_that_are_kept_no_more_are_told_as_lost(server: LiveServer, http: httpx.Client, session: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Response
@@ -38,7 +39,8 @@ async def respond(
     answer_form = form(context.service.model, with_logprobs=body.num_logprobs is not None)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return reply.stream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
+        told = partial(streamed, form=answer_form, num_answers_each=body.n, with_usage=with_usage)
+        return await reply.stream_answer(pieces, told)
     return await reply.whole(whole(pieces, answer_form, len(choices), body.n))
 
 

@@ -29,7 +29,7 @@ async def create_response(body: CreateResponse, reply: Reply, context: Context, 
     form = ResponseForm(body, session_id, context.service.model)
     pieces = context.service.answer(session_id, request)
     if body.stream:
-        return reply.stream(form.events(pieces), framing=ResponseFraming(form))
+        return await reply.stream_answer(pieces, form.events, ResponseFraming(form))
     return json_response(await reply.whole(form.whole(pieces)))
 
 
