@@ -20,7 +20,7 @@ from titans_server.sessions import history
 from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import SessionRecord
-from titans_server.states import States
+from titans_server.states import Moment, States
 from titans_server.stopping import AnswerText
 from titans_server.writers import Writers
 
@@ -59,11 +59,14 @@ class Answers:
         async with self._long_prompt:
             return await asyncio.to_thread(prepare, request, self._tokenizer, self._max_prompt_tokens)
 
-    async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+    async def answer(
+        self, session_id: str | None, request: CompletionRequest, moment: Moment | None = None
+    ) -> AsyncGenerator[AnswerPiece, None]:
         """An answer, in pieces; the last one says how it ended. Closing the iterator stops it.
 
-        Without a session the model answers as one of which no document was read; nothing is kept of it. Raises
-        VersionConflict where the session is not at the version that is asked for.
+        `moment`: what the session is taken to be, unless the answer is to be learnt; None: what it is now. Without a
+        session the model answers as one of which no document was read; nothing is kept of it. Raises VersionConflict
+        where the session is not at the version that is asked for.
         """
         if session_id is None:
             if request.memory == "write":
@@ -75,7 +78,7 @@ class Answers:
                     async for piece in pieces:
                         yield piece
                 return
-            record, state = await self._states.newest(session_id)
+            record, state = moment or await self._states.newest(session_id)
             check_match(record, request.if_match)
             version = record.version
         async with aclosing(self._answer(state, request, [])) as pieces:

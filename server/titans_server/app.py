@@ -76,7 +76,7 @@ def create_app(
             gatekeeper = await _gatekeeper(keys, settings)
             load = partial(_serve, settings, store=store, metrics=metrics, tracing=tracing, life=life, stack=stack)
             async with life.loading(load):
-                yield {"lifecycle": life, "gatekeeper": gatekeeper}
+                yield {"lifecycle": life, "gatekeeper": gatekeeper, "stall_seconds": settings.stream_stall_seconds}
 
     app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
     routers = (router, ingestions.router, versions.router, openai_router, responses_router, streams_router)

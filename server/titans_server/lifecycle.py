@@ -88,9 +88,10 @@ class Lifecycle(Generic[T]):
         return self.served
 
     @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """A request that a drain waits for. Raises as `check`."""
-        self.check()
+    def in_flight(self, *, to_old_work: bool = False) -> Iterator[None]:
+        """A request that a drain waits for. Raises as `check`; `to_old_work`: it may come while that is waited for."""
+        if not to_old_work or self.is_stopping:
+            self.check()
         self._num_in_flight += 1
         try:
             yield

@@ -10,6 +10,8 @@ from titans.tokenizer import Tokenizer
 
 from titans_server.errors import InvalidRequest
 
+_FRAME = 32  # characters that a template writes around a message, about: its role, and where it begins and ends
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -34,11 +36,16 @@ class CompletionRequest:
     echo: bool = False  # the answer begins with the prompt
     if_match: int | None = None  # the version that the session has to be at
 
+    @property
+    def num_told(self) -> int:
+        """Tokens that the answer has at most; the prompt has to be in tokens."""
+        return self.max_tokens + (0 if isinstance(self.prompt, Chat) or not self.echo else len(self.prompt))
+
 
 def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -> CompletionRequest:
     """The request with its prompt in tokens. Raises InvalidRequest where it is empty, too long or not for it."""
     param = _param(request.prompt)
-    at_least = num_characters(request.prompt) // tokenizer.longest
+    at_least = _least_tokens(request.prompt, tokenizer)
     if at_least > max_tokens:  # so much text would take others' time only to be refused
         raise _too_long(f"at least {at_least}", max_tokens, param)
     tokens = encode(request.prompt, tokenizer)
@@ -52,9 +59,9 @@ def prepare(request: CompletionRequest, tokenizer: Tokenizer, max_tokens: int) -
 
 
 def num_characters(prompt: Prompt) -> int:
-    """How much of it is still text: what making tokens of it takes follows from that."""
+    """How much of it is still text, about: what making tokens of it takes follows from that."""
     if isinstance(prompt, Chat):
-        return sum(len(message.get("content", "")) for message in prompt.messages)
+        return sum(_FRAME + len(message["content"]) for message in prompt.messages)
     return len(prompt) if isinstance(prompt, str) else 0
 
 
@@ -68,6 +75,13 @@ def encode(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
         raise InvalidRequest(str(error), code="no_chat_template", param=_param(prompt)) from error
     except TypeError as error:
         raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param=_param(prompt)) from error
+
+
+def _least_tokens(prompt: Prompt, tokenizer: Tokenizer) -> int:
+    """No more than it has; found without making them. A message is one at least, whatever its template writes."""
+    if isinstance(prompt, Chat):
+        return sum(max(1, len(message["content"]) // tokenizer.longest) for message in prompt.messages)
+    return num_characters(prompt) // tokenizer.longest
 
 
 def _too_long(num_tokens: str, max_tokens: int, param: str) -> InvalidRequest:

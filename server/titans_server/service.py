@@ -26,7 +26,7 @@ from titans_server.sessions.log import pack
 from titans_server.sessions.record import Parent, SessionRecord, Version
 from titans_server.sessions.store import Commit, SessionStore
 from titans_server.sessions.store import Usage as Occupied
-from titans_server.states import SnapshotPolicy, States
+from titans_server.states import Moment, SnapshotPolicy, States
 from titans_server.writers import Writers
 
 _ATTEMPTS = 5  # to fork a session whose snapshots move meanwhile
@@ -239,11 +239,17 @@ class SessionService:
             async for x in pieces:
                 yield replace(chunk, version=x.version, text=x.text, finish_reason=x.finish_reason, usage=x.usage)
 
-    async def answer(self, session_id: str | None, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
+    async def moment(self, session_id: str) -> Moment:
+        """What a session is now, for several answers that are to be of the same version."""
+        return await self._states.newest(session_id)
+
+    async def answer(
+        self, session_id: str | None, request: CompletionRequest, moment: Moment | None = None
+    ) -> AsyncGenerator[AnswerPiece, None]:
         """An answer, in pieces, of a session or of none: see `Answers.answer`."""
-        if session_id is not None:
+        if session_id is not None and moment is None:
             await self.get(session_id)
-        async with aclosing(self._answers.answer(session_id, request)) as pieces:
+        async with aclosing(self._answers.answer(session_id, request, moment)) as pieces:
             async for piece in pieces:
                 yield piece
 

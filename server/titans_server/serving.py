@@ -1,6 +1,7 @@
 """uvicorn, but for its end and for slow clients.
 
-It drains while it still listens, so that whoever asks is told so; and a connection has to make a request.
+It drains while it still listens, so that whoever asks is told so; a connection has to make a request, and to take what
+is sent to it.
 """
 
 import asyncio
@@ -21,14 +22,18 @@ HEAD_SECONDS = 30.0
 class PunctualProtocol(H11Protocol):
     """Closes a connection where no head of a request has come HEAD_SECONDS after its first byte, or from the start.
 
-    How long a body may take is for the app to say; how long a connection is kept between requests, for uvicorn.
+    And cuts one off whose request has been sent, and where nothing of what waits to be sent was taken in the app's
+    `stall_seconds`: one that is closed would else wait for good. How long a body may take is for the app to say; how
+    long a connection is kept between requests, for uvicorn.
     """
 
     _timer: asyncio.TimerHandle | None = None  # runs while a head is waited for
+    _watch: asyncio.TimerHandle | None = None  # runs while something waits to be sent
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that any byte that waits pauses whoever writes
         self._timer = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -42,7 +47,39 @@ class PunctualProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._stop_timer()
+        self._stop_watch()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().pause_writing()
+        self._watch_the_rest()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().resume_writing()
+        self._stop_watch()
+
+    def _watch_the_rest(self) -> None:
+        num_left = None if self._still_asks() else self.transport.get_write_buffer_size()
+        self._watch = self.loop.call_later(self.app_state["stall_seconds"], self._cut_off_unless_fewer, num_left)
+
+    def _cut_off_unless_fewer(self, num_left: int | None) -> None:
+        if num_left is None or self._still_asks() or self.transport.get_write_buffer_size() < num_left:
+            self._watch_the_rest()
+        else:
+            self.transport.abort()
+
+    def _still_asks(self) -> bool:
+        """Whether the client has yet to send its body's end, and may read after that."""
+        cycle = self.cycle
+        is_answered = cycle is None or cycle.response_complete or self.transport.is_closing()
+        return not is_answered and cycle.more_body
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -22,6 +22,8 @@ from titans_server.sessions.record import SessionRecord, Snapshot, Version
 
 log = logging.getLogger(__name__)
 
+Moment = tuple[SessionRecord, State]  # what a session was when it was looked at
+
 _ATTEMPTS = 5  # to read a session that others write
 _MAX_EVICTED = 16  # states that wait for their snapshots after they had to leave memory; more are let go without
 
@@ -73,7 +75,7 @@ class States:
                 f"this server runs {self._fingerprint}"
             )
 
-    async def newest(self, session_id: str, known: SessionRecord | None = None) -> tuple[SessionRecord, State]:
+    async def newest(self, session_id: str, known: SessionRecord | None = None) -> Moment:
         """A session's record and its state. Raises StateMismatch, SessionNotFound, StateCorrupted.
 
         `known`: its record as the caller has just read it, which saves reading it again.

@@ -4,10 +4,13 @@ import asyncio
 import inspect
 import json
 import re
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -15,6 +18,11 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
+from titans.tokenizer import Tokenizer
+from titans_server.api.openai.answers import check_scores
+from titans_server.api.openai.schemas import MAX_CHOICES, CreateCompletion
+from titans_server.events import AnswerPiece
+from titans_server.service import SessionService
 from titans_server.settings import Settings
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -328,6 +336,93 @@ async def test_a_session_answers_from_what_it_has_read(ai: Driver, http: httpx.C
     assert show(http, told)["version"] == 1, "asking changes nothing"
 
 
+class Watch:
+    """How much of its thread's time a server's event loop takes between two looks at what else there is to do."""
+
+    def __init__(self, server: LiveServer) -> None:
+        self._loop = server.server.servers[0].get_loop()
+        self.longest = 0.0  # seconds
+
+    def __enter__(self) -> Self:
+        self._is_on = True
+        self._loop.call_soon_threadsafe(self._look, None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_on = False
+
+    def _look(self, before: float | None) -> None:
+        now = time.thread_time()
+        self.longest = max(self.longest, now - (now if before is None else before))
+        if self._is_on:
+            self._loop.call_later(0.001, self._look, now)
+
+
+PROMPT = "what now, and then? " * 50
+MUCH: dict[str, dict[str, Any]] = {
+    "completions": {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20},
+    "chat/completions": {"messages": CHAT, "n": 8, "max_tokens": 500, "logprobs": True, "top_logprobs": 20},
+    "responses": {
+        "input": "a",
+        "max_output_tokens": 2_000,
+        "top_logprobs": 20,
+        "include": ["message.output_text.logprobs"],
+    },
+}
+
+
+@pytest.mark.parametrize("path", MUCH)
+def test_others_are_served_while_much_is_told(server: LiveServer, http: httpx.Client, path: str) -> None:
+    with Watch(server) as watch:
+        answer = http.post(f"/v1/{path}", json={"model": MODEL, "logit_bias": {str(EOS): -100}, **MUCH[path]})
+    assert answer.status_code == 200
+    assert int(answer.headers["content-length"]) == len(answer.content) > 2_000_000
+    assert watch.longest < 0.15
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_one_object_tells_is_bounded(http: httpx.Client, stream: bool) -> None:
+    body = {"model": MODEL, "messages": CHAT, "n": 7, "logprobs": True, "top_logprobs": 20, "stream": stream}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if stream:
+            assert answer.status_code == 200
+            return
+        error = json.loads(answer.read())["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "top_logprobs")
+
+
+def test_as_much_is_told_as_an_evaluation_asks_for() -> None:
+    """lm-eval's local-completions: all of its prompts echoed, and the likeliest token at each place."""
+    body = CreateCompletion(model=MODEL, prompt=["a"], max_tokens=1, echo=True, logprobs=1)
+    (request,) = body.to_requests(4_096, "read")
+    check_scores(body, [replace(request, prompt=[5] * 4_096)] * MAX_CHOICES)
+
+
+async def test_several_answers_are_of_one_version_whatever_is_learnt_meanwhile(
+    ai: Driver, http: httpx.Client, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, num_asked = SessionService.answer, 0
+
+    async def more() -> AsyncGenerator[str, None]:
+        yield "and then something else. " * 20
+
+    async def answer_late(self: SessionService, session_id: str, *args: Any) -> AsyncGenerator[AnswerPiece, None]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 2:
+            async with aclosing(self.ingest(session_id, more())) as events:
+                _ = [event async for event in events]
+        async with aclosing(answer(self, session_id, *args)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    before = native(http, told)["text"]
+    monkeypatch.setattr(SessionService, "answer", answer_late)
+    both = await ai.text("what now", n=2, extra_body={"session": told})
+    assert [choice.text for choice in both.choices] == [before] * 2
+    assert native(http, told)["text"] != before
+
+
 async def test_memory_write_learns_the_conversation(ai: Driver, http: httpx.Client, told: str) -> None:
     answer = await ai.chat(extra_body={"session": told, "memory": "write"})
     shown = show(http, told)
@@ -409,6 +504,50 @@ async def test_a_message_that_is_not_text_is_refused(ai: Driver, messages: Any, 
     assert caught.value.param == param
 
 
+@pytest.fixture
+def rendering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads in which conversations were made tokens."""
+    threads: list[str] = []
+    encode = Tokenizer.encode_chat
+
+    def encode_chat(self: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(self, messages)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    return threads
+
+
+@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
+def test_more_empty_messages_than_tokens_are_refused_unread(
+    http: httpx.Client, rendering: list[str], path: str, param: str
+) -> None:
+    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [{"role": "user", "content": ""}] * 1_001})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "prompt_too_long", param)
+    assert not rendering
+
+
+@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
+def test_what_follows_the_last_message_that_is_taken_is_not_looked_at(
+    http: httpx.Client, path: str, param: str
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": ""}] * 2_049
+    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [*messages, "no message"]})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+
+
+def test_many_empty_messages_are_made_tokens_beside_the_event_loop(http: httpx.Client, rendering: list[str]) -> None:
+    messages = [{"role": "user", "content": ""}]
+    assert http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages}).status_code == 200
+    (loop,) = set(rendering)
+    rendering.clear()
+    refused = http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages * 900})
+    assert refused.json()["error"]["code"] == "prompt_too_long"
+    assert rendering and loop not in rendering
+
+
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], 5, [5, "a"], [5.5], [True], [[1], [259]], [-1], ["a"] * 33])
 async def test_a_prompt_that_is_none_is_refused(ai: Driver, prompt: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -440,6 +579,32 @@ def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     nothing = {"tools": [], "response_format": {"type": "text"}, "store": False, "user": "me", "n": None, "audio": None}
     body = {"model": MODEL, "messages": CHAT, "max_tokens": 2, "parallel_tool_calls": True, **nothing}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_obfuscation": False}])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("completions", {"prompt": "a", "max_tokens": 2}),
+        ("chat/completions", {"messages": CHAT, "max_tokens": 2}),
+        ("responses", {"input": "a", "max_output_tokens": 2}),
+    ],
+)
+def test_stream_options_that_ask_for_nothing_are_taken(
+    http: httpx.Client, path: str, asked: dict[str, Any], options: dict[str, Any] | None
+) -> None:
+    body = {"model": MODEL, "stream": True, "stream_options": options, **asked}
+    answer = http.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.rstrip().endswith("data: [DONE]")
+
+
+@pytest.mark.parametrize(("path", "asked"), [("completions", {"prompt": "a"}), ("responses", {"input": "a"})])
+def test_stream_options_that_ask_for_more_are_refused(http: httpx.Client, path: str, asked: dict[str, Any]) -> None:
+    body = {"model": MODEL, "stream": True, "stream_options": {"include_obfuscation": True}, **asked}
+    refused = http.post(f"/v1/{path}", json=body)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "stream_options")
 
 
 @pytest.mark.parametrize(
@@ -503,14 +668,30 @@ async def test_an_answer_that_nobody_waits_for_is_stopped(server: LiveServer, cl
     await asyncio.to_thread(wait_until_there_is_room, client)
 
 
+def test_a_client_that_leaves_before_its_answer_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
+    def num_counted(status: int) -> float:
+        counted = f'http_requests_total{{method="POST",route="/v1/chat/completions",status="{status}"}} (.*)'
+        return sum(map(float, re.findall(counted, http.get("/metrics").text)))
+
+    before = {status: num_counted(status) for status in (200, 499)}
+    body = {"model": MODEL, "messages": CHAT, "max_tokens": 4_096, "logit_bias": {str(EOS): -100}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
+    deadline = time.monotonic() + 30
+    while num_counted(499) == before[499]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert num_counted(200) == before[200]
+
+
 def test_more_answers_than_there_is_room_for_fail_as_one(client: OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as refused:
         client.completions.create(**endless(9))
     assert refused.value.code == "overloaded"
     wait_until_there_is_room(client)
-    with pytest.raises(openai.APIError) as broken:
-        list(client.completions.create(**endless(9), stream=True))
-    assert broken.value.code == "overloaded"
+    with pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**endless(9), stream=True)
+    assert refused.value.code == "overloaded"
     wait_until_there_is_room(client)
 
 

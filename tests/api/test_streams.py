@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import select
 import socket
 import threading
@@ -19,10 +20,15 @@ from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
+from titans_server.api import deps
 from titans_server.engine import Generation
 from titans_server.engine.runner import Runner
+from titans_server.errors import StoreUnavailable
+from titans_server.service import SessionService
 from titans_server.serving import PunctualProtocol
+from titans_server.sessions.record import SessionRecord, Version
 from titans_server.settings import Settings
+from titans_server.states import States
 
 MODEL = "tiny-0"
 EOS = 2
@@ -221,6 +227,96 @@ def test_openais_client_is_told_that_its_stream_was_stopped(server: LiveServer, 
     assert caught.value.code == "stream_stopped"
 
 
+def streamed(endpoint: str, session: str) -> dict[str, Any]:
+    """A request for a short answer of a session."""
+    if endpoint == "responses":
+        body = {"model": MODEL, "input": "a", "max_output_tokens": 2, "stream": True, "session": session}
+        return {"method": "POST", "url": "/v1/responses", "json": body}
+    request = endless(endpoint, session)
+    request["json"] |= {"max_tokens": 2} | ({} if endpoint == "native" else {"session": session})
+    return request
+
+
+ENDPOINTS = ["native", "text", "chat", "responses"]
+
+
+@pytest.mark.parametrize("headers", [{}, RESUMABLE])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_answer_that_fails_before_it_begins_is_answered_with_its_status(
+    server: LiveServer, http: httpx.Client, session: str, endpoint: str, headers: dict[str, str]
+) -> None:
+    before = len(server.context.streams)
+    refused = http.request(**streamed(endpoint, session), headers=headers | {"If-Match": '"7"'})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (412, "version_conflict")
+    assert "x-stream-id" not in refused.headers
+    assert len(server.context.streams) == before
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_fault_before_an_answer_begins_is_a_500(
+    http: httpx.Client, session: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(States, "newest", fail)
+    failed = http.request(**streamed(endpoint, session))
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_answer_that_is_long_in_beginning_fails_in_its_stream(
+    http: httpx.Client, session: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    async def fail_late(*_: Any) -> None:
+        await asyncio.to_thread(go_on.wait)
+        raise StoreUnavailable("the store is away")
+
+    monkeypatch.setattr(deps, "_BEGIN_SECONDS", 0.1)
+    monkeypatch.setattr(States, "newest", fail_late)
+    with http.stream(**streamed(endpoint, session)) as response:
+        assert response.status_code == 200
+        go_on.set()
+        *_, error, done = events(response)
+    assert (error.name, json.loads(error.data)["error"]["code"]) == ("error", "store_unavailable")
+    assert done.data == "[DONE]"
+
+
+def test_a_client_that_leaves_before_an_answer_begins_ends_it(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_ended = threading.Event()
+
+    async def wait(*_: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            has_ended.set()
+
+    monkeypatch.setattr(deps, "_BEGIN_SECONDS", 60)
+    monkeypatch.setattr(States, "newest", wait)
+    request = streamed("native", session)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + request["url"], json=request["json"], timeout=0.3)
+    assert has_ended.wait(20)
+
+
+def test_openais_client_comes_again_where_there_was_no_room(server: LiveServer, http: httpx.Client) -> None:
+    ask: dict[str, Any] = {"model": MODEL, "prompt": ["a", "b"], "stream": True, "logit_bias": {str(EOS): -100}}
+    with (
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=20) as ai,
+        ai.completions.create(**ask, max_tokens=1_000_000) as stream,
+    ):
+        next(iter(stream))
+        refused = http.post("/v1/completions", json=ask | {"max_tokens": 2})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        threading.Timer(0.5, stream.close).start()
+        assert list(ai.completions.create(**ask, max_tokens=2))
+
+
 def test_events_that_are_kept_no_more_are_told_as_lost(server: LiveServer, http: httpx.Client, session: str) -> None:
     request = endless("text", session)
     request["json"] |= {"max_tokens": 150, "temperature": 0}
@@ -283,16 +379,77 @@ def test_a_quiet_stream_has_comments(server: LiveServer, session: str) -> None:
     assert b"data:" not in answer
 
 
-def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Client, session: str) -> None:
-    request = endless("chat", session)
-    body = json.dumps(request["json"] | {"logprobs": True, "top_logprobs": 20}).encode()
-    head = f"POST {request['url']} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+@contextlib.contextmanager
+def taking_nothing(server: LiveServer, request: dict[str, Any]) -> Iterator[socket.socket]:
+    """A connection that has asked, and reads no more than that it is answered."""
+    body = json.dumps(request["json"]).encode() if "json" in request else b""
+    head = f"{request['method']} {request['url']} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        raw.connect(("127.0.0.1", server.port))
         raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b"200 OK" in raw.recv(100)
+        yield raw
+
+
+def telling_much(session: str) -> dict[str, Any]:
+    """An answer that does not end, with much said of each of its tokens."""
+    request = endless("chat", session)
+    request["json"] |= {"logprobs": True, "top_logprobs": 20}
+    return request
+
+
+def connection_of(server: LiveServer, raw: socket.socket) -> Any:
+    """The server's side of it, None where it is closed."""
+    connections = list(server.server.server_state.connections)
+    return next((each for each in connections if getattr(each, "client", None) == raw.getsockname()), None)
+
+
+def wait_until_cut_off(server: LiveServer, raw: socket.socket) -> int:
+    """The bytes that waited in the server for it at most."""
+    most, deadline = 0, time.monotonic() + 30
+    while (connection := connection_of(server, raw)) is not None:
+        assert time.monotonic() < deadline, "what it does not take is kept for good"
+        most = max(most, connection.transport.get_write_buffer_size())
+        time.sleep(0.02)
+    return most
+
+
+def test_a_whole_answer_that_nobody_takes_is_not_kept(server: LiveServer, session: str, large_state: bytes) -> None:
+    with taking_nothing(server, {"method": "GET", "url": f"/v1/sessions/{session}/state"}) as raw:
+        assert wait_until_cut_off(server, raw) <= 1 << 20, "it is handed over as it is taken"
+
+
+def test_a_whole_answer_that_is_taken_slowly_comes_whole(
+    server: LiveServer, http: httpx.Client, session: str, large_state: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 2)
+    taken = b""
+    with http.stream("GET", f"/v1/sessions/{session}/state") as response:
+        assert int(response.headers["content-length"]) == len(large_state)
+        for piece in response.iter_bytes(2 << 20):
+            taken += piece
+            time.sleep(0.25)  # all together longer than a client that takes nothing is waited for
+    assert taken == large_state
+
+
+@pytest.fixture
+def large_state(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """More than the system's buffers take, in the place of a tiny model's."""
+    export, blob = SessionService.export_state, random.Random(0).randbytes(24 << 20)
+
+    async def export_large(self: SessionService, *args: Any) -> tuple[SessionRecord, Version, bytes]:
+        record, version, _ = await export(self, *args)
+        return record, version, blob
+
+    monkeypatch.setattr(SessionService, "export_state", export_large)
+    return blob
+
+
+def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Client, session: str) -> None:
+    with taking_nothing(server, telling_much(session)) as raw:
         wait_until_idle(http)
+        wait_until_cut_off(server, raw)
         raw.settimeout(10)
         while raw.recv(1 << 20):
             pass  # what had been sent; the end comes, though not the answer's

@@ -63,6 +63,23 @@ def test_a_drain_is_told_lets_work_finish_and_takes_no_new(checkpoint: TinyCheck
         assert server.wait() == 0
 
 
+def test_a_stream_under_way_is_picked_up_and_stopped_in_a_drain(checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    with server_for(checkpoint, tmp_path, drain_seconds=60) as server:
+        body, headers = ask(server, 4_000) | {"stream": True}, {"Prefer": "resumable"}
+        paths = []
+        for _ in range(2):
+            with connect_sse(server.http, "POST", "/v1/completions", json=body, headers=headers) as stream:
+                next(stream.iter_sse())
+                paths.append(f"/v1/streams/{stream.response.headers['x-stream-id']}")
+        server.ask_to_stop()
+        assert server.http.delete(paths[0]).status_code == 204
+        assert code(server.http.get("/v1/models")) == (503, "shutting_down")
+        with connect_sse(server.http, "GET", paths[1], headers={"Last-Event-ID": "1"}) as stream:
+            *_, last, done = (event for event in stream.iter_sse() if event.data)
+        assert (last.json()["choices"][0]["finish_reason"], done.data) == ("length", "[DONE]")
+        assert server.wait() == 0
+
+
 def test_what_does_not_end_in_time_is_told_so_and_the_exit_is_clean(checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     with server_for(checkpoint, tmp_path, drain_seconds=1) as server, ThreadPoolExecutor(2) as pool:
         session = server.http.post("/v1/sessions").json()["id"]

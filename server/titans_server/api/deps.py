@@ -1,17 +1,20 @@
 """What routes are given."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
+from starlette.requests import ClientDisconnect
 
+from titans_server.api.beginning import Beginning
 from titans_server.api.documents import DocumentReader
 from titans_server.api.preconditions import IfMatch, prefers
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
-from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted
+from titans_server.api.streams.stream import Reader
+from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted, TitansError
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
 from titans_server.sessions.record import not_found
@@ -21,6 +24,7 @@ from titans_server.tenants.gatekeeper import Caller
 
 T = TypeVar("T")
 
+_BEGIN_SECONDS = 5.0  # that a stream's head waits for its answer to begin: long enough to load a state, short of a ping
 _PIECE = 16_384  # bytes: a document is passed on in pieces no larger, so that each step stays short
 
 
@@ -119,14 +123,36 @@ class Replying:
         self, events: AsyncGenerator[Any, None], body_read: asyncio.Event | None = None, framing: Framing | None = None
     ) -> EventStream:
         """The response. `body_read`: see `EventStream`. Raises Overloaded."""
-        framing = framing or Framing()
-        reader = self._streams.open(
-            framing.frames(events), framing.farewell, owner=self.caller.owner, resumable=self._resumable
-        )
-        return EventStream(reader, self._streams.limits, body_read)
+        return EventStream(self._open(events, framing or Framing()), self._streams.limits, body_read)
 
-    async def whole(self, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None) -> T | None:
-        """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+    async def stream_answer(
+        self,
+        pieces: AsyncGenerator[T, None],
+        events: Callable[[AsyncGenerator[T, None]], AsyncGenerator[Any, None]] = lambda pieces: pieces,
+        framing: Framing | None = None,
+    ) -> EventStream:
+        """The response that tells the events of an answer's pieces.
+
+        Raises Overloaded, and what the answer fails with before its first piece, so that it is answered with a status.
+        """
+        beginning = Beginning()
+        reader = self._open(events(beginning.of(pieces)), framing or Framing())
+        try:
+            await unless_disconnected(self._request, beginning.wait(_BEGIN_SECONDS))
+        except TitansError:
+            await self._streams.drop(reader.stream)
+            raise
+        except BaseException:
+            reader.leave()
+            raise
+        return EventStream(reader, self._streams.limits)
+
+    def _open(self, events: AsyncGenerator[Any, None], framing: Framing) -> Reader:
+        owner = self.caller.owner
+        return self._streams.open(framing.frames(events), framing.farewell, owner=owner, resumable=self._resumable)
+
+    async def whole(self, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None) -> T:
+        """The result of `work`. Raises ClientDisconnect where the client leaves before: the work is then cancelled."""
         return await unless_disconnected(self._request, work, body_read)
 
 
@@ -163,8 +189,8 @@ class Upload:
 
 async def unless_disconnected(
     request: Request, work: Coroutine[Any, Any, T], body_read: asyncio.Event | None = None
-) -> T | None:
-    """The result of `work`, or None where the client leaves before: the work is then cancelled."""
+) -> T:
+    """The result of `work`. Raises ClientDisconnect where the client leaves before: the work is then cancelled."""
 
     async def wait_for_disconnect() -> None:
         if body_read is not None:
@@ -175,7 +201,9 @@ async def unless_disconnected(
     working, leaving = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
         for task in (working, leaving):
             task.cancel()

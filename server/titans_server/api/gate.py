@@ -23,6 +23,7 @@ from titans_server.tenants.gatekeeper import Caller, Gatekeeper
 from titans_server.tenants.limiter import Allowance, Limiter
 
 _STREAMED = ("/documents", "/state")  # bodies that are never held whole; the routes have limits of their own
+_OLD_WORK = "/v1/streams/"  # what is asked of these began before a drain, which waits for it
 _KEYS_SECONDS = 3.0  # to wait for the keys' store where whoever asks was let in before; less than Prometheus waits
 _MAX_WATCHERS = 16
 
@@ -64,7 +65,8 @@ class Gate:
         with ExitStack() as stack:
             try:
                 if scope["path"] not in self._always:
-                    stack.enter_context(self._lifecycle.in_flight())
+                    to_old_work = scope["path"].startswith(_OLD_WORK)
+                    stack.enter_context(self._lifecycle.in_flight(to_old_work=to_old_work))
                 caller = await self._caller(scope)
                 send = _telling(self._limiter.allowance(caller), send)  # from here on, refusals too
                 self._check_body(scope, int(Headers(scope=scope).get("Content-Length", 0)))

@@ -82,5 +82,5 @@ def _methods(request: Request) -> list[str]:
 
 
 async def _client_left(_: Request, error: Exception) -> Response:
-    log.info("the client left before its request was read")
-    return Response(status_code=499)
+    log.info("the client left before it was answered")
+    return Response(status_code=499)  # which nobody reads, but whoever counts

@@ -60,7 +60,7 @@ async def create_completion(
         await room(reply.caller, service)
     request = replace(body.to_request(), max_tokens=min(body.max_tokens, limit), if_match=reply.if_match)
     if body.stream:
-        return reply.stream(service.complete(session_id, request))
+        return await reply.stream_answer(service.complete(session_id, request))
     return await reply.whole(_complete(service, session_id, request))
 
 

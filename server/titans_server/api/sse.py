@@ -140,9 +140,9 @@ class Framing:
         return self.failure(error)
 
 
-def as_json(fields: dict[str, Any]) -> str:
+def as_json(value: Any) -> str:
     """JSON on one line."""
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _name(event: Event) -> str | None:

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from titans_server.api.deps import OwnSession, Room, RoomForAnother, Service
+from titans_server.api.large import LargeResponse
 from titans_server.api.preconditions import IfMatch, show
 from titans_server.api.routes import SESSION
 from titans_server.api.schemas import ForkSession, KeptVersion, RestoreSession, Session, VersionList
@@ -44,7 +45,7 @@ async def export_state(session_id: OwnSession, service: Service, version: int | 
         "ETag": f'"{exported.number}"',
         "Content-Disposition": f'attachment; filename="{record.id}-{exported.number}.safetensors"',
     }
-    return Response(blob, headers=headers, media_type="application/octet-stream")
+    return LargeResponse(blob, headers=headers, media_type="application/octet-stream")
 
 
 @router.put(SESSION + "/state", dependencies=[Room])

@@ -1,18 +1,24 @@
 """Several answers to one request: made together, told as they come or all at once."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
+from fastapi import Response
+
 from titans_server.api.deps import AppContext, Replying, own_session, room
-from titans_server.api.openai.convert import AnswerForm, Json, total
+from titans_server.api.large import LargeResponse
+from titans_server.api.openai.convert import AnswerForm, Json, WholeAnswer, total
 from titans_server.api.openai.schemas import Asked, CreateAnswer, Memory
 from titans_server.errors import InvalidRequest, ModelNotFound
 from titans_server.events import AnswerPiece
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
+
+MAX_SCORES = 1 << 19  # of tokens, in one object: a hundred bytes each
 
 T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number of its answer
@@ -24,11 +30,17 @@ async def respond(
     """The response. What a client may have got wrong is found before a stream begins."""
     session_id, prepared = await prepare(body, body.memory, reply, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
-    pieces = merged([context.service.answer(session_id, choice) for choice in choices])
+    if not body.stream:
+        check_scores(body, choices)
+    moment = None  # the same for all of them
+    if session_id is not None and len(choices) > 1:
+        moment = await context.service.moment(session_id)
+    pieces = merged([context.service.answer(session_id, choice, moment) for choice in choices])
     answer_form = form(context.service.model, with_logprobs=body.num_logprobs is not None)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return reply.stream(streamed(pieces, answer_form, body.n, with_usage=with_usage))
+        told = partial(streamed, form=answer_form, num_answers_each=body.n, with_usage=with_usage)
+        return await reply.stream_answer(pieces, told)
     return await reply.whole(whole(pieces, answer_form, len(choices), body.n))
 
 
@@ -48,6 +60,17 @@ async def prepare(
         await room(reply.caller, service)
     requests = body.to_requests(context.settings.max_completion_tokens, memory)
     return session_id, [await service.prepare(replace(request, if_match=reply.if_match)) for request in requests]
+
+
+def check_scores(body: Asked, choices: Sequence[CompletionRequest]) -> None:
+    """Raises InvalidRequest where more would have to be told of tokens than goes into one object."""
+    if body.num_logprobs is None:
+        return
+    num_scores = sum(choice.num_told for choice in choices) * (1 + body.num_logprobs)
+    if num_scores > MAX_SCORES:
+        param = "top_logprobs" if "top_logprobs" in type(body).model_fields else "logprobs"
+        message = f"tokens times (1 + {param}) may come to {num_scores}, at most {MAX_SCORES} are told of at once"
+        raise InvalidRequest(message, param=param)
 
 
 def check_model(service: SessionService, name: str) -> None:
@@ -71,14 +94,26 @@ def choices_of(request: CompletionRequest, num_choices: int) -> Iterator[Complet
         yield replace(request, sampling=replace(request.sampling, seed=own_seed))
 
 
-async def whole(pieces: Pieces, form: AnswerForm, num_answers: int, num_answers_each: int) -> Json:
+async def whole(pieces: Pieces, form: AnswerForm, num_answers: int, num_answers_each: int) -> Response:
     """All the answers in one object."""
-    answers: list[list[AnswerPiece]] = [[] for _ in range(num_answers)]
+    answers, are_told = [WholeAnswer(form) for _ in range(num_answers)], False
     async with aclosing(pieces) as source:
         async for index, piece in source:
-            answers[index].append(piece)
-    usages = {i: last.usage for i, (*_, last) in enumerate(answers) if last.usage is not None}
-    return form.whole([_joined(parts) for parts in answers], total(usages, num_answers_each))
+            answers[index].add(piece)
+            if piece.tokens:
+                are_told = True
+                await asyncio.sleep(0)  # an echoed prompt comes a window at a time, and others have to be served
+    usages = {i: answer.usage for i, answer in enumerate(answers) if answer.usage is not None}
+
+    def made() -> Response:
+        return json_response(form.whole(answers, total(usages, num_answers_each)))
+
+    return await asyncio.to_thread(made) if are_told else made()
+
+
+def json_response(text: str) -> Response:
+    """JSON that is ready: FastAPI would take a dict apart first, value by value."""
+    return LargeResponse(text, media_type="application/json")
 
 
 async def streamed(
@@ -128,9 +163,3 @@ async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
         await reading
     finally:
         reading.cancel()
-
-
-def _joined(parts: Iterable[AnswerPiece]) -> AnswerPiece:
-    *_, last = parts = list(parts)
-    tokens = tuple(token for part in parts for token in part.tokens)
-    return replace(last, text="".join(part.text for part in parts), tokens=tokens)

@@ -2,9 +2,11 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from titans_server.api.openai.growing import JsonList, filled
+from titans_server.api.sse import as_json
 from titans_server.events import AnswerPiece, AnswerToken, TokenScore, Usage
 from titans_server.service import ServedModel
 
@@ -27,23 +29,28 @@ class AnswerForm:
             "system_fingerprint": model.fingerprint,
         }
 
-    def whole(self, answers: Sequence[AnswerPiece], usage: Json) -> Json:
-        """The response in one piece; the answers are whole ones, by index."""
-        choices = [self._choice(i, answer) | self._message(answer.text) for i, answer in enumerate(answers)]
-        return self._head | {"object": self.whole_object, "choices": choices, "usage": usage}
+    def whole(self, answers: Sequence["WholeAnswer"], usage: Json) -> str:
+        """The response in one piece, as JSON; the answers by index."""
+        choices = [self._choice(i, x.logprobs, x.finish_reason) | self._message(x.text) for i, x in enumerate(answers)]
+        text = as_json(self._head | {"object": self.whole_object, "choices": choices, "usage": usage})
+        return filled(text, [each for answer in answers for each in answer.lists])
 
     def chunk(self, index: int, piece: AnswerPiece, *, first: bool) -> Json:
         """A piece of one answer."""
-        choice = self._choice(index, piece) | self._delta(piece.text, first=first)
+        choice = self._choice(index, self.logprobs(piece.tokens), piece.finish_reason)
+        choice |= self._delta(piece.text, first=first)
         return self._head | {"object": self.chunk_object, "choices": [choice]}
 
     def last_chunk(self, usage: Json) -> Json:
         """What `include_usage` asks for."""
         return self._head | {"object": self.chunk_object, "choices": [], "usage": usage}
 
-    def _choice(self, index: int, piece: AnswerPiece) -> Json:
-        logprobs = self._logprobs(piece.tokens) if self._with_logprobs else None
-        return {"index": index, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+    def logprobs(self, tokens: Sequence[AnswerToken]) -> Json | None:
+        """What is told of some tokens; its lists go on with the next ones."""
+        return self._logprobs(tokens) if self._with_logprobs else None
+
+    def _choice(self, index: int, logprobs: Json | None, finish_reason: str | None) -> Json:
+        return {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _message(self, text: str) -> Json:
         raise NotImplementedError
@@ -95,6 +102,41 @@ class ChatForm(AnswerForm):
             "content": [scored(t.score) | {"top_logprobs": [scored(x) for x in t.top]} for t in tokens],
             "refusal": None,
         }
+
+
+class WholeAnswer:
+    """One answer of a response in one piece."""
+
+    def __init__(self, form: AnswerForm) -> None:
+        self._form = form
+        self._texts: list[str] = []
+        self._told = {name: JsonList() for name, x in (form.logprobs(()) or {}).items() if x is not None}
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+
+    def add(self, piece: AnswerPiece) -> None:
+        """What is new of it; the last piece says how it ended."""
+        self._texts.append(piece.text)
+        for name, items in (self._form.logprobs(piece.tokens) or {}).items():
+            if items is not None:
+                self._told[name].extend(items)
+        self.finish_reason, self.usage = piece.finish_reason, piece.usage
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._texts)
+
+    @property
+    def logprobs(self) -> Json | None:
+        """What is told of its tokens, with marks in the places of lists."""
+        told = self._form.logprobs(())
+        return told and told | {name: each.mark for name, each in self._told.items()}
+
+    @property
+    def lists(self) -> Iterable[JsonList]:
+        """What the marks stand for."""
+        return self._told.values()
 
 
 def model_object(model: ServedModel) -> Json:

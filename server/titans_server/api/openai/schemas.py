@@ -11,6 +11,7 @@ from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, CompletionRequest, Prompt
 
 MAX_CHOICES = 32  # of one request: prompts times n
+MAX_MESSAGES = 2_048  # as many as OpenAI takes
 _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields that are not supported
     "audio": (),
     "background": (False,),
@@ -22,6 +23,7 @@ _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "stream_options": ({}, {"include_obfuscation": False}),
     "suffix": ("",),
     "text": ({}, {"format": {"type": "text"}}),
     "tool_choice": ("none", "auto"),
@@ -71,6 +73,19 @@ class StreamOptions(Body):
     """How to stream."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False  # not supported: events are as long as what they tell
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_supported(cls, options: Any) -> Any:
+        """Without what is null. Raises InvalidRequest where they ask for what is not supported."""
+        if not isinstance(options, dict):
+            return options
+        options = {name: x for name, x in options.items() if x is not None}
+        if options.get("include_obfuscation") is True:
+            message = "include_obfuscation is not supported"
+            raise InvalidRequest(message, code="unsupported_parameter", param="stream_options")
+        return options
 
 
 class Asked(Body):
@@ -234,7 +249,7 @@ class Message(Body):
 class CreateChatCompletion(CreateAnswer):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False

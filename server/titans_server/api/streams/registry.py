@@ -84,6 +84,11 @@ class Streams:
         else:
             await stream.stop()
 
+    async def drop(self, stream: Stream) -> None:
+        """End a stream that nobody has heard of, and forget it."""
+        await stream.stop()
+        self._forget(stream)
+
     async def close(self) -> None:
         """End all streams and forget them."""
         tasks = [stream.task for stream in self._streams.values()]

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from titans_server.api.openai.convert import Json, scored
+from titans_server.api.openai.growing import JsonList, filled
 from titans_server.api.openai.responses.schemas import CreateResponse, InputItem
 from titans_server.api.sse import Framing, as_json
 from titans_server.api.streams.ring import Frame
@@ -22,6 +23,7 @@ class ResponseForm:
 
     def __init__(self, body: CreateResponse, session_id: str | None, model: ServedModel) -> None:
         self._item_id = f"msg_{secrets.token_hex(12)}"
+        self._told = JsonList()  # of all tokens of the answer
         self._head: Json = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -45,29 +47,37 @@ class ResponseForm:
             "error": None,
         }
 
-    async def whole(self, pieces: Pieces) -> Json:
-        """The response in one piece."""
+    async def whole(self, pieces: Pieces) -> str:
+        """The response in one piece, as JSON."""
+        texts = []
         async with aclosing(pieces) as source:
-            parts = [piece async for piece in source]
-        return self._ended(parts)
+            async for last in source:
+                texts.append(last.text)
+                self._told.extend(_logprobs(last.tokens))
+        return self.json(self._ended("".join(texts), last))
+
+    def json(self, fields: Json) -> str:
+        """The response, or one of its events, as JSON."""
+        return filled(as_json(fields), [self._told])
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[Json, None]:
-        """The response as it comes; `ResponseFraming` numbers the events."""
+        """The response as it comes, for `ResponseFraming`."""
         at = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        item = self._item("", [], "in_progress")
+        item = self._item("", "in_progress")
         begun = self._response("in_progress", [])
         yield {"type": "response.created", "response": begun}
         yield {"type": "response.in_progress", "response": begun}
         yield {"type": "response.output_item.added", "output_index": 0, "item": item | {"content": []}}
         yield {"type": "response.content_part.added", **at, "part": item["content"][0]}
-        parts: list[AnswerPiece] = []
+        texts = []
         async with aclosing(pieces) as source:
-            async for piece in source:
-                parts.append(piece)
-                if piece.text or piece.tokens:
-                    told = {"delta": piece.text, "logprobs": _logprobs(piece.tokens)}
-                    yield {"type": "response.output_text.delta", **at, **told}
-        response = self._ended(parts)
+            async for last in source:
+                texts.append(last.text)
+                told = _logprobs(last.tokens)
+                self._told.extend(told)
+                if last.text or told:
+                    yield {"type": "response.output_text.delta", **at, "delta": last.text, "logprobs": told}
+        response = self._ended("".join(texts), last)
         item = response["output"][0]
         part = item["content"][0]
         yield {"type": "response.output_text.done", **at, "text": part["text"], "logprobs": part["logprobs"]}
@@ -75,35 +85,34 @@ class ResponseForm:
         yield {"type": "response.output_item.done", "output_index": 0, "item": item}
         yield {"type": f"response.{response['status']}", "response": response}
 
-    def _ended(self, parts: Sequence[AnswerPiece]) -> Json:
-        text = "".join(part.text for part in parts)
-        usage = parts[-1].usage
-        assert usage is not None
-        status = "incomplete" if parts[-1].finish_reason == "length" else "completed"
-        item = self._item(text, [token for part in parts for token in part.tokens], status)
-        return self._response(status, [item], usage)
+    def _ended(self, text: str, last: AnswerPiece) -> Json:
+        assert last.usage is not None
+        status = "incomplete" if last.finish_reason == "length" else "completed"
+        return self._response(status, [self._item(text, status)], last.usage)
 
     def _response(self, status: str, output: list[Json], usage: Usage | None = None) -> Json:
         why = {"reason": "max_output_tokens"} if status == "incomplete" else None
         told = {"status": status, "incomplete_details": why, "output": output, "usage": _usage(usage)}
         return self._head | told | ({"completed_at": int(time.time())} if status == "completed" else {})
 
-    def _item(self, text: str, tokens: Sequence[AnswerToken], status: str) -> Json:
-        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": _logprobs(tokens)}
+    def _item(self, text: str, status: str) -> Json:
+        """With what is told of the tokens so far, as its mark."""
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": self._told.mark}
         return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": [part]}
 
 
 class ResponseFraming(Framing):
     """Events under their types' names, counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: ResponseForm) -> None:
+        self._form = form
         self._num_events = 0
 
     def event(self, event: Any) -> Frame:
         """See Framing."""
         event = event | {"sequence_number": self._num_events}
         self._num_events += 1
-        return Frame(as_json(event), event["type"])
+        return Frame(self._form.json(event), event["type"])
 
     def failure(self, error: TitansError) -> Frame:
         """In the shape of a response's events, and with the body that errors have everywhere."""

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from fastapi import APIRouter
 
 from titans_server.api.deps import Context, From, OwnSession, OwnSessionToDelete, Reply, Room, RoomForAnother, Service
-from titans_server.api.openai.answers import prepare
+from titans_server.api.openai.answers import check_scores, json_response, prepare
 from titans_server.api.openai.convert import Json
 from titans_server.api.openai.responses.convert import ResponseForm, ResponseFraming, conversation_object, item_list
 from titans_server.api.openai.responses.schemas import AddItems, CreateConversation, CreateResponse, InputItem
@@ -25,11 +25,12 @@ CONVERSATION = "/v1/conversations/{session_id}"
 async def create_response(body: CreateResponse, reply: Reply, context: Context, session: SessionHeader = None) -> Any:
     """Answer; in a conversation from all that was said in it, which then remembers this, too."""
     session_id, (request,) = await prepare(body, body.memory, reply, context, session)
+    check_scores(body, [request])
     form = ResponseForm(body, session_id, context.service.model)
     pieces = context.service.answer(session_id, request)
     if body.stream:
-        return reply.stream(form.events(pieces), framing=ResponseFraming())
-    return await reply.whole(form.whole(pieces))
+        return await reply.stream_answer(pieces, form.events, ResponseFraming(form))
+    return json_response(await reply.whole(form.whole(pieces)))
 
 
 @router.post("/v1/conversations", dependencies=[RoomForAnother])
@@ -61,7 +62,7 @@ async def delete_conversation(session_id: OwnSessionToDelete, service: Service, 
 
 
 @router.post(CONVERSATION + "/items", dependencies=[Room])
-async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json | None:
+async def add_items(session_id: OwnSession, body: AddItems, service: Service, reply: Reply) -> Json:
     """Have a conversation learn what items say; the answer comes when that is durable."""
     await reply.whole(_learn(service, session_id, body.items, reply.if_match))
     return item_list(body.items)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from titans_server.api.openai.schemas import Asked, Memory
+from titans_server.api.openai.schemas import MAX_MESSAGES, Asked, Memory
 from titans_server.api.schemas import Body, Metadata
 from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, Prompt
@@ -59,7 +59,11 @@ def _known(values: Any) -> Any:
 class CreateResponse(Asked):
     """The body of POST /v1/responses."""
 
-    input: Annotated[list[InputItem], BeforeValidator(_items, str | list[InputItem]), Field(min_length=1)]
+    input: Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES),
+        BeforeValidator(_items, str | list[InputItem]),
+    ]
     instructions: str | None = None
     conversation: Annotated[Named, BeforeValidator(_named, str | Named)] | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
