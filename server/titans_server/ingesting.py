@@ -18,7 +18,7 @@ from titans_server.errors import IngestionInFlight, IngestionNotFound, InvalidRe
 from titans_server.events import DocumentLearnt, Fault, IngestionStatus, Progress
 from titans_server.learning import Learning, Work, check_match, replayed
 from titans_server.leases import Leases
-from titans_server.reading import Document, ahead
+from titans_server.reading import Document, ahead, arriving
 from titans_server.sessions import history
 from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
@@ -76,17 +76,21 @@ class Ingestions:
         next one with this key goes on from there. Otherwise it is forgotten.
         """
         record = await self._checked(session_id, terms)
-        document = Document(self._tokenizer, pieces)
         if done := record.done(terms.key):
+            document = Document(self._tokenizer, pieces)
             await document.rest()
             yield replayed(session_id, done, document.sha256)
             return
         work = self._begin(record, terms, is_async=False)
         try:
-            async with self._writers.turn(session_id), self._leases.held(work):
+            async with (
+                arriving(pieces) as arrived,
+                self._writers.turn(session_id),
+                self._leases.held(work),
+            ):
                 work.known = await self._accepted.after_others(work)
                 with self._learning.admitted():
-                    async with aclosing(self._learn(work, document)) as events:
+                    async with aclosing(self._learn(work, Document(self._tokenizer, arrived))) as events:
                         async for event in events:
                             yield event
             assert work.learnt is not None

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from titans.tokenizer import StreamEncoder, Tokenizer
@@ -13,6 +14,7 @@ from titans_server.sessions.history import Portion
 T = TypeVar("T")
 
 SEPARATOR = "\n\n"  # stands between two documents of a session
+_TAKEN_IN = 64  # pieces of a document that waits for its turn: a megabyte at most
 
 
 class Document:
@@ -74,6 +76,33 @@ class Document:
     def _count(self, data: bytes) -> None:
         self._digest.update(data)
         self.num_bytes += len(data)
+
+
+@asynccontextmanager
+async def arriving(pieces: AsyncIterator[str]) -> AsyncGenerator[AsyncGenerator[str, None], None]:
+    """The same pieces, some taken in before anybody asks: of a client that waits it is then known whether it left."""
+    held: asyncio.Queue[str | None] = asyncio.Queue(_TAKEN_IN)
+
+    async def take_in() -> None:
+        try:
+            async for piece in pieces:
+                await held.put(piece)
+        except Exception:
+            await held.put(None)
+            raise
+        await held.put(None)
+
+    async def given() -> AsyncGenerator[str, None]:
+        while (piece := await held.get()) is not None:
+            yield piece
+        await taking  # raises what broke it off
+
+    taking = asyncio.create_task(take_in())
+    try:
+        yield given()
+    finally:
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
 
 
 async def ahead(source: AsyncIterator[T]) -> AsyncGenerator[T, None]:

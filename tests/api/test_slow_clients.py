@@ -5,11 +5,12 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
 import pytest
-from support.servers import LiveServer
+from support.servers import LiveServer, Upload
 from titans_server import serving
 from titans_server.settings import Settings
 
@@ -134,3 +135,28 @@ def test_the_head_of_a_second_request_is_not_waited_for_either(hurried: LiveServ
 def test_a_body_may_take_longer_than_a_head(server: LiveServer, session: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "HEAD_SECONDS", 0.2)
     assert_stalled(*silent(server, f"POST /v1/sessions/{session}/documents HTTP/1.1\n{PLAIN}", TEXT))
+
+
+@pytest.mark.parametrize("accept", ["", "Accept: text/event-stream\r\n"], ids=["whole", "streamed"])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["all of it sent", "broken off"])
+def test_a_client_that_leaves_while_it_waits_for_its_turn_gives_up_its_place(
+    server: LiveServer, http: httpx.Client, session: str, accept: str, is_whole: bool
+) -> None:
+    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: test\r\n{PLAIN}\r\n{accept}"
+    with Upload(server, session) as upload, ThreadPoolExecutor() as threads:
+        upload.begin("a story that is told for long. " * 20)
+        with connected(server) as raw:  # the one place in the line
+            raw.sendall(f"{head}Content-Length: {len(TEXT) + (not is_whole)}\r\n\r\n".encode() + TEXT)
+            while "titans_http_requests_in_flight 3.0" not in http.get("/metrics").text:
+                time.sleep(0.02)
+            time.sleep(0.1)
+            with pytest.raises(httpx.HTTPStatusError, match="429"):
+                learn(http, session, TEXT, {})
+        waiting = threads.submit(learn, http, session, TEXT, {})
+        deadline = time.monotonic() + 30
+        while wait([waiting], timeout=0.3).done:  # refused
+            assert time.monotonic() < deadline, "who has left is still waited for"
+            waiting = threads.submit(learn, http, session, TEXT, {})
+        upload.send("and that was it.")
+        assert upload.finish()[0] == "done"
+        assert waiting.result()["version"] == 2

@@ -160,7 +160,7 @@ Reply = Annotated[Replying, Depends()]
 
 
 class Upload:
-    """A document's body as text, piece by piece; `read` is set when all of it has arrived."""
+    """A document's body as text, piece by piece; `read` is set when all of it has arrived that will."""
 
     def __init__(self, request: Request, reader: DocumentReader, max_bytes: int | None) -> None:
         self._request = request
@@ -172,11 +172,15 @@ class Upload:
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The text. Raises DocumentTooLarge, InvalidRequest, and ClientDisconnect where the client leaves."""
         num_bytes = 0
-        async for data in self._request.stream():
-            num_bytes += len(data)
-            self._check_size(num_bytes)
-            for start in range(0, len(data), _PIECE):
-                yield self._reader.feed(data[start : start + _PIECE])
+        try:
+            async for data in self._request.stream():
+                num_bytes += len(data)
+                self._check_size(num_bytes)
+                for start in range(0, len(data), _PIECE):
+                    yield self._reader.feed(data[start : start + _PIECE])
+        except ClientDisconnect:
+            self.read.set()  # whoever waits for its turn with this document need not
+            raise
         self.read.set()
         if not num_bytes:
             raise InvalidRequest("the document is empty", code="empty_document")
