@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,7 @@ def create_app(
             async with life.loading(load):
                 yield {"lifecycle": life, "gatekeeper": gatekeeper, "stall_seconds": settings.stream_stall_seconds}
 
-    app = FastAPI(title="titans-server", version="0.1.0", lifespan=lifespan)
+    app = FastAPI(title="titans-server", version=version("titans-server"), lifespan=lifespan)
     routers = (router, ingestions.router, versions.router, openai_router, responses_router, streams_router)
     for each in (*routers, health_router(life)):
         app.include_router(each)

@@ -1,10 +1,9 @@
 """Sessions in Redis, shared by any number of servers. As durable as that Redis: see `redis_client.check`."""
 
-import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -31,7 +30,6 @@ from titans_server.sessions.redis_layout import (
     used_blob,
 )
 from titans_server.sessions.store import Commit, Usage
-from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
 
@@ -51,9 +49,8 @@ class RedisStore:
     def __init__(self, url: str) -> None:
         """Raises ValueError where the URL makes no sense."""
         _, self._num_replicas = redis_client.without_replicas(url)
-        self._client = redis_client.connect(url, max_connections=_WORKERS)
-        self._uncancelled = Uncancelled()
-        self._turns = asyncio.Semaphore(_WORKERS)  # so that no operation finds all connections taken
+        self._run = redis_client.Connections(url, _WORKERS)
+        self._client = self._run.client
 
     async def open(self) -> None:
         """Connect, `check`, and take over what an older server wrote."""
@@ -122,15 +119,7 @@ class RedisStore:
 
     async def close(self) -> None:
         """Finish what has begun, then close all connections."""
-        await self._uncancelled.drain()
-        await self._client.aclose()
-
-    async def _run(self, operation: Coroutine[Any, Any, T]) -> T:
-        return await self._uncancelled(self._in_turn(operation))
-
-    async def _in_turn(self, operation: Coroutine[Any, Any, T]) -> T:
-        async with self._turns:
-            return await redis_client.translated(operation)
+        await self._run.close()
 
     async def _create(self, commit: Commit) -> None:
         record = commit.record

@@ -1,5 +1,6 @@
 """The way to a Redis: one server, one behind Sentinel, or a cluster; if it can be trusted; what its errors mean."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
 
 from titans_server.errors import StoreUnavailable
+from titans_server.sessions.uncancelled import Uncancelled
 
 T = TypeVar("T")
 
@@ -107,6 +109,29 @@ class _Watched(Redis):
         await super().aclose(close_connection_pool)
         for watcher in self.watchers:
             await watcher.aclose()
+
+
+class Connections:
+    """A Redis, and turns at it, as many at once as it has connections: no operation finds all of them taken."""
+
+    def __init__(self, url: str, count: int) -> None:
+        """Raises ValueError where the URL makes no sense."""
+        self.client = connect(url, max_connections=count)
+        self._turns = asyncio.Semaphore(count)
+        self._uncancelled = Uncancelled()
+
+    async def __call__(self, operation: Coroutine[Any, Any, T]) -> T:
+        """The operation's result, in its turn. It is carried through whoever leaves. Raises StoreUnavailable."""
+        return await self._uncancelled(self._in_turn(operation))
+
+    async def close(self) -> None:
+        """Finish what has begun, then close all connections."""
+        await self._uncancelled.drain()
+        await self.client.aclose()
+
+    async def _in_turn(self, operation: Coroutine[Any, Any, T]) -> T:
+        async with self._turns:
+            return await translated(operation)
 
 
 async def check(client: Any) -> None:

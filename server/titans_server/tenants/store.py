@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
-from titans_server.sessions.uncancelled import Uncancelled
 from titans_server.tenants.keys import Key
 
 _BUSY_SECONDS = 10.0
@@ -118,9 +117,8 @@ class RedisKeys:
 
     def __init__(self, url: str) -> None:
         """Raises ValueError where the URL makes no sense."""
-        self._client = redis_client.connect(url, max_connections=_CONNECTIONS)
-        self._turns = asyncio.Semaphore(_CONNECTIONS)  # so that no operation finds all connections taken
-        self._uncancelled = Uncancelled()
+        self._run = redis_client.Connections(url, _CONNECTIONS)
+        self._client = self._run.client
 
     async def get(self, key_id: str) -> Key | None:
         """See KeyStore."""
@@ -141,15 +139,7 @@ class RedisKeys:
 
     async def close(self) -> None:
         """See KeyStore."""
-        await self._uncancelled.drain()
-        await self._client.aclose()
-
-    async def _run(self, operation: Any) -> Any:
-        return await self._uncancelled(self._in_turn(operation))
-
-    async def _in_turn(self, operation: Any) -> Any:
-        async with self._turns:
-            return await redis_client.translated(operation)
+        await self._run.close()
 
 
 def open_keys(url: str) -> KeyStore:
