@@ -13,7 +13,7 @@ from titans.evaluation.facts import first_number, gives
 from titans.evaluation.niah import NeedleTask
 from titans.evaluation.scoring import cells
 from titans.evaluation.suite import TASKS, Part, Plan, examine, parts
-from titans.evaluation.task import EvaluationError, Question, Task
+from titans.evaluation.task import EvaluationError, Exam, Question, Task
 
 PLAN = Plan(tasks=TASKS, lengths=(2_048,), num_samples=10, questions_per_document=10)
 
@@ -24,6 +24,22 @@ def test_an_answer_gives_a_value_to_the_letter() -> None:
     assert gives(" It is called amber lake.\nYes", "amber lake")
     assert not gives(" It is called amber lakes.", "amber lake")
     assert not gives(" Nothing.\namber lake", "amber lake"), "only the first line counts"
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        (" It weighs 1,230 miles.", "230 miles"),
+        (" The part code is 123-45-AB.", "45-AB"),
+        (" APY-994-994-0B02", "APY-994"),
+        (" saffron-brown.", "saffron"),
+        (" fiddle-fiddle", "fiddle"),
+    ],
+)
+def test_what_is_longer_than_a_value_is_another(answer: str, value: str) -> None:
+    assert not gives(answer, value)
+    for right in (f" It is {value}.", f' "{value}", they say', f" {value}: so it was", value):
+        assert gives(right, value)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +154,19 @@ def test_lengths_are_written_as_people_write_them() -> None:
 
 
 def test_a_task_knows_its_own_form(tasks: dict[str, Task]) -> None:
-    assert tasks["single_1"].values_in("12 1234567, 12345678 and 7654321") == ["1234567", "7654321"]
-    assert isinstance(tasks["single_3"], NeedleTask)
-    assert tasks["single_3"].values_in("0F0E0D0C-0B0A-4908-8706-050403020100 x") == [
-        "0f0e0d0c-0b0a-4908-8706-050403020100"
-    ]
+    numbers, uuids = tasks["single_1"], tasks["single_3"]
+    assert isinstance(numbers, NeedleTask) and isinstance(uuids, NeedleTask)
+    assert numbers.values_in("12 1234567, 12345678 and 7654321") == ["1234567", "7654321"]
+    assert uuids.values_in("0F0E0D0C-0B0A-4908-8706-050403020100 x") == ["0f0e0d0c-0b0a-4908-8706-050403020100"]
+    for longer in ("9a{}", "{}7", "{}-55", "a-{}"):
+        assert not uuids.values_in(longer.format("0f0e0d0c-0b0a-4908-8706-050403020100"))
+
+
+def test_of_what_is_not_there_whatever_is_said_is_a_claim_but_that_it_is_not_known(tasks: dict[str, Task]) -> None:
+    exam = Exam("", (Question("", ("amber lake",)), Question("", ("235 Quarry Road",))))
+    for answer in (" not known.", " The owner of the mossy turret is not known.", " It is unknown.", " It isn't stated."):
+        assert not tasks["varied"].claims(answer)
+    for answer, is_stated in ((" Ann Webb.", False), (" 235 Quarry Road.", True), (" The name is amber lake.", True)):
+        assert tasks["varied"].claims(answer)
+        assert tasks["varied"].repeats(answer, exam) == is_stated
+    assert not tasks["facts"].claims(" amber lake") and tasks["facts"].claims(" 1234567")

@@ -11,7 +11,7 @@ from support.models import TinyCheckpoint
 from support.training import CONFIG, TEXT, WINDOW, load_tiny, make_trainer
 from titans.backbone import load_backbone
 from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
-from titans.evaluation.wording import ASKINGS, STATEMENTS, a_statement, an_asking
+from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statement, an_asking
 from titans.memory import MemoryState
 from titans.model import next_token_loss
 from titans.tokenizer import Tokenizer
@@ -137,6 +137,8 @@ def test_training_says_nothing_as_the_test_does() -> None:
     for statement in STATEMENTS["test"]:
         assert not any(statement.lower() in text for text in said), statement
     assert {asking.question for asking in askings}.isdisjoint(asking.question for asking in ASKINGS["test"])
+    known = {asking.lead for asking in ASKINGS["test"]} & {FULL_ANSWER, *(asking.lead for asking in askings)}
+    assert known == {"The {a} of the {t} is", "The {t}'s {a} was"}, "docs/evaluation.md names them"
     for _ in range(100):
         assert a_statement("test", rng) in STATEMENTS["test"] and an_asking("test", rng) in ASKINGS["test"]
 

@@ -30,7 +30,7 @@ from titans.evaluation.wording import (
 )
 
 NUMBER = re.compile(r"(?<!\d)\d{7}(?!\d)")  # the form of the plain facts' values
-_ANY_NUMBER = re.compile(r"(?<!\d)\d{4,}(?!\d)")
+_DECLINED = re.compile(r"(\bnot|n't) (known|stated|given|mentioned|specified)\b|\bunknown\b", re.IGNORECASE)
 NOT_KNOWN = "not known"  # the value, to a reader whom nobody has told
 NUM_THINGS = len(ADJECTIVES["test"]) * len(NOUNS["test"])  # that the test split has words for
 _NOT_RARE = 3  # times in the texts
@@ -88,11 +88,14 @@ class Fact:
 
 
 def gives(answer: str, value: str) -> bool:
-    """Whether an answer gives this value to the letter: a number must be its first, others stand in its first line."""
+    """Whether an answer gives this value to the letter: a number must be its first, others stand in its first line.
+
+    What is longer by a word, a number or a letter that is joined to it ("saffron-brown", "1,230 miles") is another value.
+    """
     if value.isdigit():
         return first_number(answer) == value
     line = answer.strip().partition("\n")[0]
-    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", line) is not None
+    return re.search(rf"(?<!\w)(?<!\w[-,.:]){re.escape(value)}(?!\w|[-,.:]\w)", line) is not None
 
 
 def first_number(text: str) -> str | None:
@@ -256,9 +259,15 @@ class FactsTask:
         right = gives(answer, question.values[0])
         return Grade(right, float(right))
 
-    def values_in(self, text: str) -> list[str]:
-        """See `Task`. Of varied facts: those that are numbers."""
-        return (_ANY_NUMBER if self.varied else NUMBER).findall(text)
+    def claims(self, answer: str) -> bool:
+        """See `Task`. A varied value may be any words: it is claimed unless the answer says that it is not known."""
+        return _DECLINED.search(answer) is None if self.varied else bool(NUMBER.findall(answer))
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """See `Task`."""
+        if self.varied:
+            return any(gives(answer, value) for question in exam.questions for value in question.values)
+        return not {*NUMBER.findall(answer)}.isdisjoint(NUMBER.findall(exam.document))
 
     def _make(self, count: int, rng: random.Random) -> list[Fact]:
         return (make_varied_facts if self.varied else make_facts)(count, rng)

@@ -31,7 +31,7 @@ _QUESTION = {
     True: "\nWhat are all the special magic {kind}s for {key} mentioned in the provided text?"
     " The special magic {kind}s for {key} mentioned in the provided text are",
 }
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_UUID = re.compile(r"(?<![\w-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?!\w|-\w)", re.IGNORECASE)
 _FORM = {"number": NUMBER, "uuid": _UUID}
 _MADE: dict[str, Callable[[random.Random], str]] = {
     "number": lambda rng: str(rng.randrange(1_000_000, 10_000_000)),
@@ -96,8 +96,16 @@ class NeedleTask:
         share = len({*self.values_in(answer)} & {*question.values}) / len(question.values)
         return Grade(share == 1, share)
 
-    def values_in(self, text: str) -> list[str]:
+    def claims(self, answer: str) -> bool:
         """See `Task`."""
+        return bool(self.values_in(answer))
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """See `Task`."""
+        return not {*self.values_in(answer)}.isdisjoint(self.values_in(exam.document))
+
+    def values_in(self, text: str) -> list[str]:
+        """All in a text that has the form of a value, in order."""
         return [value.lower() for value in _FORM[self.kind].findall(text)]
 
     def _needle(self, key: str, value: str) -> str:

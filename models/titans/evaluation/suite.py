@@ -122,7 +122,5 @@ def _graded(task: Task, exam: Exam, answers: dict[str, list[str]]) -> Iterator[d
 
 
 def _controlled(task: Task, exam: Exam, answer: str) -> dict[str, Any]:
-    """An answer about what the document never names: has it a value's form, and is it one that the document states?"""
-    found = task.values_in(answer)
-    stated = {*task.values_in(exam.document)}
-    return {"answer": answer, "value": bool(found), "planted": bool(stated & {*found})}
+    """An answer about what the document never names: does it give a value, and one that the document states?"""
+    return {"answer": answer, "value": task.claims(answer), "planted": task.repeats(answer, exam)}

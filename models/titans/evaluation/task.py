@@ -59,8 +59,11 @@ class Task(Protocol):
     def grade(self, question: Question, answer: str) -> Grade:
         """The answer, generated after the question's prompt, judged."""
 
-    def values_in(self, text: str) -> list[str]:
-        """All in a text that has the form of a value, in order."""
+    def claims(self, answer: str) -> bool:
+        """Whether an answer about what the document never names gives a value all the same."""
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """Whether such an answer gives a value that the document states of something else."""
 
 
 def most_in(num_tokens: int, cost: float, name: str) -> int:

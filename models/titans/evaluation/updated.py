@@ -41,6 +41,10 @@ class UpdatedTask:
         """See `FactsTask`."""
         return self.facts.grade(question, answer)
 
-    def values_in(self, text: str) -> list[str]:
+    def claims(self, answer: str) -> bool:
         """See `Task`."""
-        return self.facts.values_in(text)
+        return self.facts.claims(answer)
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """See `Task`."""
+        return self.facts.repeats(answer, exam)

@@ -50,9 +50,13 @@ class VerbatimTask:
             num_right += 1
         return Grade(num_right >= ENOUGH, num_right / REST)
 
-    def values_in(self, text: str) -> list[str]:
-        """None: words have no form."""
-        return []
+    def claims(self, answer: str) -> bool:
+        """See `Task`. It asks for nothing that is not there."""
+        return False
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """See `Task`."""
+        return False
 
 
 def _passage(document: str, start: int, end: str) -> tuple[int, list[re.Match[str]]]:

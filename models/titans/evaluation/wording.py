@@ -1,4 +1,5 @@
-"""Words and sentences that facts are made of. What the training and the test split list has nothing in common.
+"""Words and sentences that facts are made of. What the training and the test split list has nothing in common, but for
+two beginnings of answers, and two places that are named after what training has as things (a lantern, a quarry).
 
 In sentences {a} is what is told (an attribute), {t} the thing it is told of; the value follows a statement's beginning.
 Training's sentences are of a list, or put together from parts: a memory that has seen thousands is not told a fact by
