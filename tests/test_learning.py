@@ -5,13 +5,14 @@ import hashlib
 import time
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from support.records import made
 from titans_server import leases
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, SessionNotFound
+from titans_server.errors import IngestionCancelled, Overloaded, SessionNotFound
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
@@ -21,7 +22,7 @@ from titans_server.sessions.history import Portion
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, Entries
-from titans_server.states import SnapshotPolicy, States
+from titans_server.states import Moment, SnapshotPolicy, States
 from titans_server.telemetry.metrics import Metrics
 
 SEPARATOR = (3, 4)
@@ -166,3 +167,29 @@ async def test_a_server_that_stood_still_leaves_a_document_to_the_one_that_took_
         (taken,) = (await store.get(session)).drafts
         await asyncio.sleep(0.1)
         assert (await store.get(session)).drafts == (taken,)
+
+
+async def test_a_document_that_has_begun_waits_for_room_where_its_session_has_to_be_read_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, everything = MemoryStore(), Portion((), len(TOKENS), SHA256, is_last=True)
+    session = (await made(store)).id
+    learning, states, _ = learner_on(store, engine)
+    newest, num_refused = states.newest, 0
+
+    async def refuse_twice(*args: Any) -> Moment:
+        nonlocal num_refused
+        if num_refused < 2:
+            num_refused += 1
+            raise Overloaded("256 requests are under way already")
+        return await newest(*args)
+
+    monkeypatch.setattr(states, "newest", refuse_twice)
+    monkeypatch.setattr("titans_server.learning._PAUSE", 0.01)
+    with pytest.raises(Overloaded):
+        async for _ in learning.learn(Work(session, Draft("ing_new", "ours", 0.0, time.time())), everything):
+            pass
+    work = Work(session, await accepted(store, session, "ing_0"))
+    async for _ in learning.learn(work, everything):
+        pass
+    assert num_refused == 2 and work.learnt is not None

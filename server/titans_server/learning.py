@@ -1,5 +1,6 @@
 """From a document's tokens to a session's next version: learn, checkpoint, seal; again where another came first."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -13,7 +14,14 @@ from titans.state import State
 
 from titans_server import failpoints
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, InvalidRequest, KeyReused, StateCorrupted, VersionConflict
+from titans_server.errors import (
+    IngestionCancelled,
+    InvalidRequest,
+    KeyReused,
+    Overloaded,
+    StateCorrupted,
+    VersionConflict,
+)
 from titans_server.events import DocumentLearnt, Progress
 from titans_server.observer import Observer
 from titans_server.sessions import history
@@ -24,6 +32,7 @@ from titans_server.states import States
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 0.5  # seconds, until the engine may have room
 _STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
 
 
@@ -136,6 +145,11 @@ class Learning:
                 return
             except Overtaken:
                 work.learner = None
+            except Overloaded:  # for what another server made of the session has to be learnt before
+                if not work.draft.entries:
+                    raise
+                await asyncio.sleep(_PAUSE)
+                work.check()
 
     async def _begin(self, work: Work, portion: Portion) -> Learner:
         """From the newest version, or from the document's own checkpoint where that still stands on it."""

@@ -5,9 +5,11 @@ is sent to it.
 """
 
 import asyncio
+import fcntl
 import signal
 import socket
 import sys
+import termios
 from typing import Any
 
 import uvicorn
@@ -61,20 +63,25 @@ class PunctualProtocol(H11Protocol):
         self._stop_watch()
 
     def _watch_the_rest(self) -> None:
-        num_left = None if self._still_asks() else self.transport.get_write_buffer_size()
+        num_left = None if self._still_asks() else self._num_left()
         self._watch = self.loop.call_later(self.app_state["stall_seconds"], self._cut_off_unless_fewer, num_left)
 
     def _cut_off_unless_fewer(self, num_left: int | None) -> None:
-        if num_left is None or self._still_asks() or self.transport.get_write_buffer_size() < num_left:
+        if num_left is None or self._still_asks() or self._num_left() < num_left:
             self._watch_the_rest()
         else:
             self.transport.abort()
 
+    def _num_left(self) -> int:
+        """Bytes that the client has yet to take: the kernel holds megabytes, and takes more only in large steps."""
+        held = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int.from_bytes(held, sys.byteorder)
+
     def _still_asks(self) -> bool:
-        """Whether the client has yet to send its body's end, and may read after that."""
+        """Whether the client has yet to send the end of a body that is being read, and may read after that."""
         cycle = self.cycle
         is_answered = cycle is None or cycle.response_complete or self.transport.is_closing()
-        return not is_answered and cycle.more_body
+        return not is_answered and cycle.more_body and cycle.scope["method"] in {"POST", "PUT"}
 
     def _stop_watch(self) -> None:
         if self._watch is not None:

@@ -284,8 +284,9 @@ def test_an_answer_that_is_long_in_beginning_fails_in_its_stream(
     assert done.data == "[DONE]"
 
 
+@pytest.mark.parametrize("headers", [{}, RESUMABLE], ids=["plain", "resumable"])
 def test_a_client_that_leaves_before_an_answer_begins_ends_it(
-    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
 ) -> None:
     has_ended = threading.Event()
 
@@ -299,8 +300,8 @@ def test_a_client_that_leaves_before_an_answer_begins_ends_it(
     monkeypatch.setattr(States, "newest", wait)
     request = streamed("native", session)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + request["url"], json=request["json"], timeout=0.3)
-    assert has_ended.wait(20)
+        httpx.post(server.url + request["url"], json=request["json"], headers=headers, timeout=0.3)
+    assert has_ended.wait(20), "nobody knows of it"
 
 
 def test_openais_client_comes_again_where_there_was_no_room(server: LiveServer, http: httpx.Client) -> None:
@@ -431,6 +432,31 @@ def test_a_whole_answer_that_is_taken_slowly_comes_whole(
             taken += piece
             time.sleep(0.25)  # all together longer than a client that takes nothing is waited for
     assert taken == large_state
+
+
+def test_a_client_that_takes_a_little_all_the_time_is_not_cut_off(
+    server: LiveServer, session: str, large_state: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 1)
+    with taking_nothing(server, {"method": "GET", "url": f"/v1/sessions/{session}/state"}) as raw:
+        num_bytes, slow_until = 100, time.monotonic() + 5
+        while data := raw.recv(4_096 if time.monotonic() < slow_until else 1 << 20):
+            num_bytes += len(data)
+            if time.monotonic() < slow_until:
+                time.sleep(0.05)  # so that what the kernel holds for it lasts for minutes
+    assert num_bytes > len(large_state)
+
+
+def test_a_body_that_does_not_end_and_that_nobody_reads_keeps_no_connection(
+    server: LiveServer, session: str, large_state: bytes
+) -> None:
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        raw.connect(("127.0.0.1", server.port))
+        head = f"GET /v1/sessions/{session}/state HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode())
+        assert b"200 OK" in raw.recv(100)
+        wait_until_cut_off(server, raw)
 
 
 @pytest.fixture

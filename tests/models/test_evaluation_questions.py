@@ -164,7 +164,7 @@ def test_a_task_knows_its_own_form(tasks: dict[str, Task]) -> None:
 
 def test_of_what_is_not_there_whatever_is_said_is_a_claim_but_that_it_is_not_known(tasks: dict[str, Task]) -> None:
     exam = Exam("", (Question("", ("amber lake",)), Question("", ("235 Quarry Road",))))
-    for answer in (" not known.", " The owner of the mossy turret is not known.", " It is unknown.", " It isn't stated."):
+    for answer in (" not known.", " The owner of the mossy turret is not known.", " Unknown.", " It isn't stated."):
         assert not tasks["varied"].claims(answer)
     for answer, is_stated in ((" Ann Webb.", False), (" 235 Quarry Road.", True), (" The name is amber lake.", True)):
         assert tasks["varied"].claims(answer)

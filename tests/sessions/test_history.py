@@ -100,7 +100,7 @@ def test_a_lease_that_another_server_took_is_not_taken_back_by_renewing_it() -> 
     assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole")).record.drafts[0].tokens == 5
 
 
-@pytest.mark.parametrize(("key", "accepted", "seconds"), [("", False, 60), ("key", False, 3600), ("", True, 1e9)])
+@pytest.mark.parametrize(("key", "accepted", "seconds"), [("", False, 600), ("key", False, 3600), ("", True, 1e9)])
 def test_a_document_that_broke_off_counts_as_long_as_somebody_may_go_on_with_it(
     key: str, accepted: bool, seconds: float
 ) -> None:

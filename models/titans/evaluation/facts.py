@@ -90,7 +90,7 @@ class Fact:
 def gives(answer: str, value: str) -> bool:
     """Whether an answer gives this value to the letter: a number must be its first, others stand in its first line.
 
-    What is longer by a word, a number or a letter that is joined to it ("saffron-brown", "1,230 miles") is another value.
+    What is longer by a word, a number or a letter that is joined to it ("saffron-brown", "1,230 miles") is another one.
     """
     if value.isdigit():
         return first_number(answer) == value

@@ -14,7 +14,7 @@ from titans_server.api.preconditions import IfMatch, prefers
 from titans_server.api.sse import EventStream, Framing
 from titans_server.api.streams.registry import Streams
 from titans_server.api.streams.stream import Reader
-from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted, TitansError
+from titans_server.errors import DocumentTooLarge, InvalidRequest, QuotaExceeded, StateCorrupted
 from titans_server.lifecycle import Lifecycle
 from titans_server.service import SessionService
 from titans_server.sessions.record import not_found
@@ -139,11 +139,8 @@ class Replying:
         reader = self._open(events(beginning.of(pieces)), framing or Framing())
         try:
             await unless_disconnected(self._request, beginning.wait(_BEGIN_SECONDS))
-        except TitansError:
+        except BaseException:  # the client does not know of it, and could neither resume nor stop it
             await self._streams.drop(reader.stream)
-            raise
-        except BaseException:
-            reader.leave()
             raise
         return EventStream(reader, self._streams.limits)
 

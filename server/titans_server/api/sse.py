@@ -93,11 +93,14 @@ class EventStream(EventSourceResponse):
     async def _leave_who_takes_nothing(self) -> None:
         """Raises SendTimeoutError once a send takes too long, which ends the response.
 
-        A client whose document is being read may read when it has sent all of it.
+        That is for one that goes on sending a document which is read no further. All others the connection watches
+        (`serving.py`), and who has yet to send what is read may take nothing meanwhile.
         """
-        while True:
+        if self._body_read is None:
+            return
+        while not self._body_read.is_set():
             await asyncio.sleep(self._stall_seconds / 4)
-            if self._body_read is not None and not (self._body_read.is_set() or self._reader.stream.has_ended):
+            if not self._reader.stream.has_ended:
                 self._moved_at = time.monotonic()
             elif self._num_sending and time.monotonic() > self._moved_at + self._stall_seconds:
                 raise SendTimeoutError

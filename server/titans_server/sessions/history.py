@@ -16,7 +16,7 @@ LEASE_SECONDS = 3.0
 KEY_REUSED = "the Idempotency-Key was used for another document"
 _KEPT_OUTCOMES = 64
 _KEPT_DRAFT_SECONDS = 3600.0  # after its server was last heard of, where its key lets somebody go on with it
-_KEPT_KEYLESS_SECONDS = 60.0  # where nobody can: long enough for a server that stands still
+_KEPT_KEYLESS_SECONDS = 600.0  # where nobody can: long enough for a server that stands still, or clocks that disagree
 _MAX_DRAFTS = 16
 
 
