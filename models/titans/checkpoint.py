@@ -52,11 +52,13 @@ def load(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    adapted: bool = True,
 ) -> Loaded:
     """The model to serve: by default the shipped memory on SmolLM2-135M-Instruct.
 
     `body` is what `load_backbone` reads, `memory` what `save_memory` wrote; `device` and `dtype` (the body's and that
-    of the memories' large matrices) are by default the preferred ones. It is for inference: `titans.packed`.
+    of the memories' large matrices) are by default the preferred ones. Not `adapted`, which is for comparison: what of
+    the body was trained beside the memory is as the body has it. It is for inference: `titans.packed`.
     Raises BackboneError or CheckpointError, each saying which file and why.
     """
     body, memory = body or find_default_body(), memory or DEFAULT_MEMORY
@@ -76,6 +78,10 @@ def load(
         raise CheckpointError(f"{memory} does not describe a model: {error!r}") from error
     ready(model, device, dtype or preferred_dtype(device))
     read_memory(model, memory)
+    if not adapted:
+        own = {name: backbone.tensors[name] for name in model.adapted if name in backbone.tensors}
+        model.load_state_dict(own, strict=False)
+        model.set_sinks()
     model.requires_grad_(False)
     for module in model.memories:
         module.cast_projections(model.dtype)

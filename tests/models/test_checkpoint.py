@@ -54,6 +54,18 @@ def test_what_of_the_body_is_adapted_comes_with_the_memory_exact(tiny: TinyCheck
             assert not torch.equal(parameter, body[name]), name
 
 
+def test_for_comparison_the_body_is_as_it_was(tiny: TinyCheckpoint) -> None:
+    loaded, body = load_tiny(tiny).model, load_backbone(tiny.body).tensors
+    model = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32, adapted=False).model
+    for name, parameter in model.adapted.items():
+        assert not torch.equal(parameter, loaded.adapted[name]), name
+        if "norm" in name:
+            assert torch.equal(parameter, body[name]), name
+    sinks = {name: x.clone() for name, x in model.state_dict().items() if "persistent" in name}
+    model.set_sinks()
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in sinks.items())
+
+
 def test_a_memory_of_a_body_as_it_was_can_be_gone_on_from(tiny: TinyCheckpoint) -> None:
     model, (tensors, header) = load_tiny(tiny).model, contents(tiny.memory)
     before = {name: x.clone() for name, x in model.adapted.items()}

@@ -119,6 +119,8 @@ def test_nats_are_those_of_one_pass_over_the_whole_text(reader: LocalReader, loa
         assert found.nats[name] == pytest.approx(float(expected), rel=1e-5)
     assert len(set(found.nats.values())) == 3
     assert sum(moved) == 3 * 149
+    beside = perplexity(reader, book, 150, moved.append, body=model).nats
+    assert beside == found.nats | {"body": found.nats["off"], "body_full": found.nats["full"]}
 
 
 def test_names_that_are_met_again_have_nats_of_their_own(reader: LocalReader, loaded: Loaded) -> None:

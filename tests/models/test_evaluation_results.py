@@ -127,8 +127,10 @@ def test_the_table_is_aligned() -> None:
     found = Perplexity({"memory": 3.0, "off": 4.0}, {"memory": 1.0, "off": 2.0, "full": 0.5}, 1_234)
     every, names = table.perplexity_rows(1_048_576, found).splitlines()
     assert len(every) == len(names) == len(table.perplexity_head())
-    assert every.split() == ["all", "1,048,576", "3.000", "4.000", "-"]
-    assert names.split() == ["1,234", "of", "names", "1,048,576", "1.000", "2.000", "0.500"]
+    assert every.split() == ["all", "1,048,576", "3.000", "4.000", "-", "-", "-"]
+    assert names.split() == ["1,234", "of", "names", "1,048,576", "1.000", "2.000", "0.500", "-", "-"]
+    found = Perplexity({"memory": 3.0, "off": 4.0, "full": 2.0, "body": 5.0, "body_full": 2.5}, {}, 0)
+    assert table.perplexity_rows(8, found).split() == ["all", "8", "3.000", "4.000", "2.000", "5.000", "2.500"]
     assert table.perplexity_rows(8, Perplexity({"memory": 3.0, "off": 4.0}, {}, 0)).count("\n") == 0
 
 

@@ -24,6 +24,7 @@ from titans.evaluation.scoring import cells
 from titans.evaluation.server import ServerReader
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
 from titans.evaluation.task import EvaluationError
+from titans.model import TitansModel
 
 BOOK = Path(__file__).parents[3] / "examples" / "sherlock-holmes.txt"
 PERPLEXITY = "perplexity"
@@ -129,7 +130,8 @@ def _measure(args: argparse.Namespace, reader: Reader) -> None:
         _recall(plan, todo, reader, results)
     if PERPLEXITY in args.tasks:
         assert isinstance(reader, LocalReader), "run() has seen to it"
-        _predict(plan, reader, book, results)
+        body = load(args.body, args.memory, adapted=False).model if reader.titans.config.adapted else None
+        _predict(plan, reader, book, results, body)
     if args.plot is not None:
         keys = [part.key for part in todo]
         plot.plot(results.cells(keys), [results.documents[key] for key in keys], args.plot)
@@ -167,12 +169,12 @@ def _mover(bar: "tqdm[NoReturn]") -> Report:
     return move
 
 
-def _predict(plan: Plan, reader: LocalReader, book: Haystack, results: Results) -> None:
+def _predict(plan: Plan, reader: LocalReader, book: Haystack, results: Results, body: TitansModel | None) -> None:
     tqdm.write(f"\n{table.perplexity_head()}")
     for tokens in plan.lengths:
         if tokens not in results.perplexity:
             with tqdm(unit="token", unit_scale=True, desc=f"predicting {tokens:,}") as bar:
-                results.add_perplexity(tokens, perplexity(reader, book, tokens, bar.update))
+                results.add_perplexity(tokens, perplexity(reader, book, tokens, bar.update, body))
         tqdm.write(table.perplexity_rows(tokens, results.perplexity[tokens]))
 
 

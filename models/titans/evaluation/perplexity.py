@@ -1,4 +1,7 @@
-"""Nats per token of a long text read as one stream: with the memory, without it, and with full attention instead."""
+"""Nats per token of a long text read as one stream: with the memory, without it, and with full attention instead.
+
+And by the body as it was before a memory's training adapted some of its norms, by window and by full attention.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,17 +23,19 @@ LONGEST_IN_FULL = 8_192  # tokens that full attention is given: its cost grows w
 
 
 class Perplexity(NamedTuple):
-    """Nats per token, by condition: memory, off, and full up to 8K."""
+    """Nats per token, by condition: memory, off, and full up to 8K; body and body_full where one was given."""
 
     nats: dict[str, float]  # of all tokens
     names: dict[str, float]  # of those of names that were said before, but not within the window; none: empty
     num_names: int  # how many tokens these are
 
 
-def perplexity(reader: LocalReader, book: Haystack, num_tokens: int, advance: Advance) -> Perplexity:
-    """Of the book's first `num_tokens` tokens.
+def perplexity(
+    reader: LocalReader, book: Haystack, num_tokens: int, advance: Advance, body: TitansModel | None = None
+) -> Perplexity:
+    """Of the book's first `num_tokens` tokens. `body`: the same model, its body as it was (`load`, not `adapted`).
 
-    The tokens of the first window do not count: all three see the same of them. Raises EvaluationError.
+    The tokens of the first window do not count: all see the same of them. Raises EvaluationError.
     """
     model, window = reader.titans, reader.titans.config.window
     text = book.text[: int(1.2 * num_tokens * book.characters_per_token)]  # tokens are estimated: a few more
@@ -43,9 +48,13 @@ def perplexity(reader: LocalReader, book: Haystack, num_tokens: int, advance: Ad
         "memory": (model, model.open(model.new_state(), write=True)),
         "off": (model, model.open(model.new_state(), recall=False)),
     }
+    if body is not None:
+        streams["body"] = (body, body.open(body.new_state(), recall=False))
     if num_tokens <= LONGEST_IN_FULL:
-        wide = widen(model, window_for(num_tokens))
-        streams["full"] = (wide, wide.open(wide.new_state(), recall=False))
+        for name, each in {"full": model, "body_full": body}.items():
+            if each is not None:
+                wide = widen(each, window_for(num_tokens))
+                streams[name] = (wide, wide.open(wide.new_state(), recall=False))
     losses = {name: _losses(*way, tokens_1T, window, advance) for name, way in streams.items()}
     places = met_again(tokens_1T[0].tolist(), reader.tokenizer, window)  # so all of them are after the first window
     names = {name: float(each[[place - window - 1 for place in places]].mean()) for name, each in losses.items()}

@@ -34,7 +34,10 @@ def row(cell: Cell) -> str:
 
 def perplexity_head() -> str:
     """Of the other table: nats per token."""
-    return f"{'nats per token':<16}{'tokens':>10}{'memory':>9}{'memory off':>12}{'full attention':>16}"
+    return (
+        f"{'nats per token':<16}{'tokens':>10}{'memory':>9}{'memory off':>12}{'full attention':>16}"
+        f"{'the body':>10}{'its full attention':>20}"
+    )
 
 
 def perplexity_rows(tokens: int, found: Perplexity) -> str:
@@ -46,8 +49,9 @@ def perplexity_rows(tokens: int, found: Perplexity) -> str:
 
 
 def _nats(what: str, tokens: int, nats: dict[str, float]) -> str:
-    memory, off, full = (f"{nats[name]:.3f}" if name in nats else "-" for name in ("memory", "off", "full"))
-    return f"{what:<16}{tokens:>10,}{memory:>9}{off:>12}{full:>16}"
+    conditions = ("memory", "off", "full", "body", "body_full")
+    memory, off, full, body, body_full = (f"{nats[name]:.3f}" if name in nats else "-" for name in conditions)
+    return f"{what:<16}{tokens:>10,}{memory:>9}{off:>12}{full:>16}{body:>10}{body_full:>20}"
 
 
 def _right(tally: Tally | None) -> str:
