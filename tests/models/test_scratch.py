@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(architecture: Architecture, tmp_
     (tmp_path / "cut").mkdir()
     cut = ScratchTrainer(replace(config, num_steps=2), tmp_path / "cut")
     cut._share = lambda step: ScratchTrainer._share(whole, step)  # type: ignore[method-assign]
-    cut.schedule.scheduler.lr_lambdas = [whole._share] * 2
+    cut.schedule.lr_lambdas = [whole._share] * 2
     cut.train()
     resumed = ScratchTrainer(config, tmp_path / "cut", checkpointing=True)
     assert resumed.train() == scores
@@ -103,11 +103,17 @@ def test_a_run_has_a_step(steps: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    train = ["-m", "titans.training.scratch", "lmm", "--steps", "2", "--run", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "--", "titans.training.scratch", "lmm", "--steps", "2", "--run", str(tmp_path)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }  # `accelerate launch` would start one
     done = subprocess.run([*launch, *train], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lmm, all") == 1
-    log = json.loads((tmp_path / "lmm-recall-all-0" / "log.json").read_text())
+    folder = tmp_path / "lmm-recall-all-0"
+    log = json.loads((folder / "log.json").read_text())
     assert [row["step"] for row in log["history"]] == [1, 2]
+    schedule = torch.load(folder / "trainer.pt", weights_only=True)["schedule"]
+    assert schedule["last_epoch"] == 2, "the rate is of the step, however many processes take it"

@@ -55,8 +55,9 @@ class ScratchTrainer:
         other = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": other, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(Reader(model), optimizer, schedule)
+        # Not prepared: a prepared schedule steps once for each process, but every process takes all of the steps.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
+        self.model, self.optimizer = self.accelerator.prepare(Reader(model), optimizer)
         self.history: list[dict[str, Any]] = []
 
     def train(self) -> Scores:
