@@ -45,15 +45,11 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would go on, or be finished, and its weights would bear the names of the new ones."""
-    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
-    monkeypatch.setattr(training, "load_pool", lambda _: None)
-    trained: list[Path] = []
-    monkeypatch.setattr(training, "plot", lambda log, _: trained.append(log))
-    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
-    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
-    text = tmp_path / "text"
+    trained = run_nothing(monkeypatch)
+    text, test_text = tmp_path / "text", tmp_path / "test"
     text.write_text("a")
-    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    test_text.write_text("a")
+    rest = ["--test-text", str(test_text), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
     for change, name in ((["--layer", "1"], "layer"), (["--layer", "2", "--seed", "1"], "config")):
@@ -62,7 +58,64 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     text.write_text("b")
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
     assert "another texts" in capsys.readouterr().err
+    text.write_text("a")
+    test_text.write_text("b")
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
+    assert "another test_text" in capsys.readouterr().err
     assert len(trained) == 2
+
+
+def run_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Let runs make an empty pool and train nothing. Returns where those that end have their logs."""
+    ended: list[Path] = []
+    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
+    monkeypatch.setattr(training, "load_pool", lambda _: None)
+    monkeypatch.setattr(training, "plot", lambda log, _: ended.append(log))
+    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
+    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
+    return ended
+
+
+@pytest.mark.parametrize("pool_is_there", [False, True])
+def test_a_run_that_was_killed_early_has_its_folder_all_the_same(
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pool_is_there: bool,
+) -> None:
+    run_nothing(monkeypatch)
+
+    def killed(*given: Path) -> None:
+        if pool_is_there:
+            given[-1].touch()
+        raise KeyboardInterrupt
+
+    train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_pool", killed)
+        assert cli.main([*train, "--layer", "2"]) == 130
+    assert cli.main([*train, "--layer", "1"]) == 1
+    assert "another layer" in capsys.readouterr().err
+    assert cli.main([*train, "--layer", "2"]) == 0
+
+
+@pytest.mark.parametrize("settings", [None, "", '{"layer": 2', "[2]", "2"])
+def test_a_folder_that_does_not_tell_what_its_run_is_of_is_refused(
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str | None,
+) -> None:
+    run_nothing(monkeypatch)
+    (tmp_path / "pool.pt").touch()
+    if settings is not None:
+        (tmp_path / "run.json").write_text(settings)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path)]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 1
+    error = f"{tmp_path}/run.json does not tell what the run is of: name another folder with --run"
+    assert capsys.readouterr().err == f"titans: train: {error}\n"
 
 
 def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:
