@@ -11,10 +11,12 @@ from support.training import TEXT
 from titans import backbone
 from titans.backbone import load_backbone
 from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
+from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
 from titans.training.score import Scorer
 from titans_client import cli
+from torch import Tensor
 
 
 def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +100,25 @@ def test_a_run_that_was_killed_early_has_its_folder_all_the_same(
     assert cli.main([*train, "--layer", "1"]) == 1
     assert "another layer" in capsys.readouterr().err
     assert cli.main([*train, "--layer", "2"]) == 0
+
+
+def test_a_run_that_finds_its_pool_draws_what_the_one_that_made_it_drew(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A readout's first weights and the values that keys are taught with are drawn by torch."""
+    run_nothing(monkeypatch)
+    begun: list[list[Tensor]] = []
+
+    def begin(model: TitansModel, *_: object, scorer: Scorer, **rest: object) -> Scorer:
+        begun.append([*memory_tensors(model).values(), torch.rand(4)])
+        return scorer
+
+    monkeypatch.setattr(training, "Trainer", begin)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    for _ in range(2):
+        assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 0
+    for first, second in zip(*begun, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("settings", [None, "", '{"layer": 2', "[2]", "2"])

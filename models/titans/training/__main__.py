@@ -69,14 +69,13 @@ def _train(args: argparse.Namespace) -> None:
         raise BackboneError(f"the body has the layers 0 to {backbone.config.num_layers - 1}")
     ours = {"body": digest(body), "layer": args.layer, "config": asdict(config)}
     claim_run(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)})
-    torch.manual_seed(config.seed)
-    whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
-    model = build(backbone, whole)
-    device = preferred_device()
-    ready(model, device, preferred_dtype(device))
-    path = args.run / "pool.pt"
+    device, path = preferred_device(), args.run / "pool.pt"
     if not path.exists():
         save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
+    torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
+    whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
+    model = build(backbone, whole)
+    ready(model, device, preferred_dtype(device))
     pool = load_pool(path)
     scorer = Scorer(backbone.tokenizer, args.test_text)
     Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
