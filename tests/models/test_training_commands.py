@@ -11,9 +11,11 @@ from support.training import TEXT
 from titans import backbone
 from titans.backbone import load_backbone
 from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
+from titans.config import TitansConfig
 from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
+from titans.training.config import MEMORY
 from titans.training.score import Scorer
 from titans_client import cli
 from torch import Tensor
@@ -31,6 +33,29 @@ def test_weights_that_are_none_are_refused_before_any_work(tmp_path: Path, capsy
     assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *start]) == 1
     assert "not a memory checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = run_nothing(monkeypatch)
+    body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
+    memory = replace(MEMORY, write_threshold=0.0)  # which may be any
+    shape = TitansConfig(body.config, memory, memory_layers=(2,), readout=True)
+    files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
+    train = ["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer"]
+    for config, of_body, layer, error in (
+        (shape, "another", "2", "another body"),
+        (shape, digest(tiny.body), "1", "another shape"),
+        (replace(shape, readout=False), digest(tiny.body), "2", "another shape"),
+    ):
+        save_memory(build(body, config), of_body, start)
+        assert cli.main([*train, layer]) == 1
+        assert error in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    save_memory(build(body, shape), digest(tiny.body), start)
+    assert cli.main([*train, "2"]) == 0
+    assert ended == [tmp_path / "run" / "log.json"]
 
 
 def test_a_layer_that_the_body_has_not_is_told(

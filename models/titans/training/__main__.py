@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
-from titans.checkpoint import CheckpointError, build, digest, preferred_device, preferred_dtype, read_header, ready
+from titans.checkpoint import CheckpointError, build, check_fit, digest, preferred_device, preferred_dtype, ready
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel
 from titans.packed import pack
@@ -61,24 +61,26 @@ def _train(args: argparse.Namespace) -> None:
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
-        read_header(args.start)  # before minutes of work
         config = config.answering() if args.answers else config.going_on()
     config = config.scaled(args.share)
     backbone = load_backbone(body)
     if not 0 <= args.layer < backbone.config.num_layers:
         raise BackboneError(f"the body has the layers 0 to {backbone.config.num_layers - 1}")
-    ours = {"body": digest(body), "layer": args.layer, "config": asdict(config)}
+    whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
+    body_digest = digest(body)
+    if args.start is not None:
+        check_fit(args.start, whole, body, body_digest)  # before minutes of work
+    ours = {"body": body_digest, "layer": args.layer, "config": asdict(config)}
     claim_run(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)})
     device, path = preferred_device(), args.run / "pool.pt"
     if not path.exists():
         save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
     torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
-    whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
     model = build(backbone, whole)
     ready(model, device, preferred_dtype(device))
     pool = load_pool(path)
     scorer = Scorer(backbone.tokenizer, args.test_text)
-    Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
+    Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
     plot(args.run / "log.json", args.run / "training.png")
 
 
