@@ -77,7 +77,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
 ) -> None:
     """It would go on with the old ones, under the name of the new."""
     scores = {name: dict.fromkeys(LENGTHS, 1.0) for name in ("memory on", "memory off")}
-    monkeypatch.setattr(ScratchTrainer, "train", lambda _: scores)
+    monkeypatch.setattr(ScratchTrainer, "train", lambda run: run._save(scores) or scores)
     asked = ["scratch", "mac", "--run", str(tmp_path)]
     folder = tmp_path / "mac-recall-all-0"
     assert cli.main([*asked, "--steps", "2"]) == 0

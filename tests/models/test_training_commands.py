@@ -16,6 +16,7 @@ from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
 from titans.training.config import MEMORY
+from titans.training.pool import save_pool
 from titans.training.score import Scorer
 from titans_client import cli
 from torch import Tensor
@@ -103,19 +104,13 @@ def run_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return ended
 
 
-@pytest.mark.parametrize("pool_is_there", [False, True])
-def test_a_run_that_was_killed_early_has_its_folder_all_the_same(
-    tiny: TinyCheckpoint,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    pool_is_there: bool,
+def test_a_run_that_was_killed_has_its_folder_as_soon_as_there_is_a_pool(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_nothing(monkeypatch)
 
     def killed(*given: Path) -> None:
-        if pool_is_there:
-            given[-1].touch()
+        given[-1].touch()
         raise KeyboardInterrupt
 
     train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
@@ -144,6 +139,20 @@ def test_a_run_that_finds_its_pool_draws_what_the_one_that_made_it_drew(
         assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 0
     for first, second in zip(*begun, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_run_whose_texts_were_too_short_leaves_its_folder_to_one_of_longer_texts(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = run_nothing(monkeypatch)
+    (tmp_path / "short").write_text("short")
+    rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_pool", save_pool)
+        assert cli.main(["train", str(tmp_path / "short"), *rest]) == 1
+    assert "give more or longer texts" in capsys.readouterr().err
+    assert cli.main(["train", str(TEXT), *rest]) == 0
+    assert len(ended) == 1
 
 
 @pytest.mark.parametrize("settings", [None, "", '{"layer": 2', "[2]", "2"])

@@ -11,9 +11,12 @@ _MADE = "*.pt"  # what a run goes on from
 
 
 def check_run(run: Path, ours: dict[str, Any]) -> None:
-    """Raises ValueError where the folder `run` has a run of other settings, or one that does not tell its own."""
+    """Raises ValueError where the folder `run` has a run of other settings, or one that does not tell its own.
+
+    One that ended before it made anything leaves its folder to any: its texts may have been too short.
+    """
     path = run / _NAME
-    if not path.exists() and not any(run.glob(_MADE)):
+    if not any(run.glob(_MADE)):
         return
     try:
         theirs = dict(json.loads(path.read_text(encoding="utf-8")))
