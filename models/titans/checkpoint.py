@@ -134,10 +134,7 @@ def read_memory(model: TitansModel, path: Path) -> None:
     Raises CheckpointError where they are not such a model's.
     """
     config, _ = read_header(path)
-    threshold = model.config.memory.write_threshold
-    memory = replace(config.memory, write_threshold=threshold)
-    if replace(config, adapted=model.config.adapted, memory=memory) != model.config:
-        raise CheckpointError(f"{path} is for a model of another shape")
+    _check_shape(path, config, model.config)
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = memory_tensors(model).keys() - (() if config.adapted else model.adapted.keys())
@@ -147,6 +144,24 @@ def read_memory(model: TitansModel, path: Path) -> None:
         model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not have the shapes that its header describes: {error}") from error
+
+
+def check_fit(path: Path, config: TitansConfig, body: Path, body_digest: str) -> None:
+    """Raises CheckpointError for a memory that was trained on another body, or is for a model of another shape.
+
+    For before there is a model: no tensor is read. `config`: the model's; `body_digest`: what `digest` says of `body`.
+    """
+    of_memory, of_body = read_header(path)
+    if of_body != body_digest:
+        raise CheckpointError(f"{path} was trained on another body than {body}")
+    _check_shape(path, of_memory, config)
+    check_memory(path)
+
+
+def _check_shape(path: Path, of_memory: TitansConfig, config: TitansConfig) -> None:
+    memory = replace(of_memory.memory, write_threshold=config.memory.write_threshold)
+    if replace(of_memory, adapted=config.adapted, memory=memory) != config:
+        raise CheckpointError(f"{path} is for a model of another shape")
 
 
 def check_memory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ def test_results_go_on_where_they_ended(tmp_path: Path) -> None:
     assert (row["task"], row["memory"]["asked"], row["memory"]["right"], row["off"]["right"]) == ("facts", 2, 1, 0)
     assert [cell.num_documents for cell in second.cells([("facts", 100, 1), ("facts", 100, 7)])] == [1]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_are_durable_before_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file before it takes its place, its folder after that: else a power failure may undo what was said."""
+    path, synced = tmp_path / "results.json", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, path.exists())))
+    Results(path, {"seed": 0}).add([graded("facts", 100, 0, [True])])
+    assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:

@@ -11,10 +11,15 @@ from support.training import TEXT
 from titans import backbone
 from titans.backbone import load_backbone
 from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
+from titans.config import TitansConfig
+from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
+from titans.training.config import MEMORY
+from titans.training.pool import save_pool
 from titans.training.score import Scorer
 from titans_client import cli
+from torch import Tensor
 
 
 def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +36,29 @@ def test_weights_that_are_none_are_refused_before_any_work(tmp_path: Path, capsy
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = run_nothing(monkeypatch)
+    body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
+    memory = replace(MEMORY, write_threshold=0.0)  # which may be any
+    shape = TitansConfig(body.config, memory, memory_layers=(2,), readout=True)
+    files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
+    train = ["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer"]
+    for config, of_body, layer, error in (
+        (shape, "another", "2", "another body"),
+        (shape, digest(tiny.body), "1", "another shape"),
+        (replace(shape, readout=False), digest(tiny.body), "2", "another shape"),
+    ):
+        save_memory(build(body, config), of_body, start)
+        assert cli.main([*train, layer]) == 1
+        assert error in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    save_memory(build(body, shape), digest(tiny.body), start)
+    assert cli.main([*train, "2"]) == 0
+    assert ended == [tmp_path / "run" / "log.json"]
+
+
 def test_a_layer_that_the_body_has_not_is_told(
     tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,15 +73,11 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would go on, or be finished, and its weights would bear the names of the new ones."""
-    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
-    monkeypatch.setattr(training, "load_pool", lambda _: None)
-    trained: list[Path] = []
-    monkeypatch.setattr(training, "plot", lambda log, _: trained.append(log))
-    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
-    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
-    text = tmp_path / "text"
+    trained = run_nothing(monkeypatch)
+    text, test_text = tmp_path / "text", tmp_path / "test"
     text.write_text("a")
-    rest = ["--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    test_text.write_text("a")
+    rest = ["--test-text", str(test_text), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
     for change, name in ((["--layer", "1"], "layer"), (["--layer", "2", "--seed", "1"], "config")):
@@ -62,7 +86,91 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     text.write_text("b")
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
     assert "another texts" in capsys.readouterr().err
+    text.write_text("a")
+    test_text.write_text("b")
+    assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
+    assert "another test_text" in capsys.readouterr().err
     assert len(trained) == 2
+
+
+def run_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Let runs make an empty pool and train nothing. Returns where those that end have their logs."""
+    ended: list[Path] = []
+    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
+    monkeypatch.setattr(training, "load_pool", lambda _: None)
+    monkeypatch.setattr(training, "plot", lambda log, _: ended.append(log))
+    monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
+    monkeypatch.setattr(Scorer, "train", lambda *_: None, raising=False)
+    return ended
+
+
+def test_a_run_that_was_killed_has_its_folder_as_soon_as_there_is_a_pool(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_nothing(monkeypatch)
+
+    def killed(*given: Path) -> None:
+        given[-1].touch()
+        raise KeyboardInterrupt
+
+    train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_pool", killed)
+        assert cli.main([*train, "--layer", "2"]) == 130
+    assert cli.main([*train, "--layer", "1"]) == 1
+    assert "another layer" in capsys.readouterr().err
+    assert cli.main([*train, "--layer", "2"]) == 0
+
+
+def test_a_run_that_finds_its_pool_draws_what_the_one_that_made_it_drew(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A readout's first weights and the values that keys are taught with are drawn by torch."""
+    run_nothing(monkeypatch)
+    begun: list[list[Tensor]] = []
+
+    def begin(model: TitansModel, *_: object, scorer: Scorer, **rest: object) -> Scorer:
+        begun.append([*memory_tensors(model).values(), torch.rand(4)])
+        return scorer
+
+    monkeypatch.setattr(training, "Trainer", begin)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    for _ in range(2):
+        assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 0
+    for first, second in zip(*begun, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_run_whose_texts_were_too_short_leaves_its_folder_to_one_of_longer_texts(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = run_nothing(monkeypatch)
+    (tmp_path / "short").write_text("short")
+    rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_pool", save_pool)
+        assert cli.main(["train", str(tmp_path / "short"), *rest]) == 1
+    assert "give more or longer texts" in capsys.readouterr().err
+    assert cli.main(["train", str(TEXT), *rest]) == 0
+    assert len(ended) == 1
+
+
+@pytest.mark.parametrize("settings", [None, "", '{"layer": 2', "[2]", "2"])
+def test_a_folder_that_does_not_tell_what_its_run_is_of_is_refused(
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str | None,
+) -> None:
+    run_nothing(monkeypatch)
+    (tmp_path / "pool.pt").touch()
+    if settings is not None:
+        (tmp_path / "run.json").write_text(settings)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path)]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 1
+    error = f"{tmp_path}/run.json does not tell what the run is of: name another folder with --run"
+    assert capsys.readouterr().err == f"titans: train: {error}\n"
 
 
 def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Results on disk: one JSON file, written whole after every document, from which a run goes on."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.scoring import Cell, cells
 from titans.evaluation.task import EvaluationError
+from titans.files import write_whole
 
 Key = tuple[str, int, int]  # task, tokens, index of a document
 
@@ -59,12 +59,7 @@ class Results:
             "perplexity": [{"tokens": tokens} | found._asdict() for tokens, found in self.perplexity.items()],
             "documents": list(self.documents.values()),
         }
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
+        write_whole(self.path, json.dumps(content, indent=1))
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:

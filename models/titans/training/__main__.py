@@ -2,16 +2,14 @@
 
 import argparse
 import hashlib
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
-from titans.checkpoint import CheckpointError, build, digest, preferred_device, preferred_dtype, read_header, ready
+from titans.checkpoint import CheckpointError, build, check_fit, digest, preferred_device, preferred_dtype, ready
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel
 from titans.packed import pack
@@ -20,8 +18,7 @@ from titans.training.loop import Trainer
 from titans.training.plot import plot
 from titans.training.pool import load_pool, save_pool
 from titans.training.score import Scorer
-
-_SETTINGS = "run.json"  # what the run in a folder is of
+from titans.training.settings import claim_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,43 +61,37 @@ def _train(args: argparse.Namespace) -> None:
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
-        read_header(args.start)  # before minutes of work
         config = config.answering() if args.answers else config.going_on()
     config = config.scaled(args.share)
     backbone = load_backbone(body)
     if not 0 <= args.layer < backbone.config.num_layers:
         raise BackboneError(f"the body has the layers 0 to {backbone.config.num_layers - 1}")
-    ours = {"body": digest(body), "texts": _texts(args), "layer": args.layer, "config": asdict(config)}
-    _check_run(args.run, ours)
-    args.run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
     whole = TitansConfig(backbone.config, config.memory, memory_layers=(args.layer,), readout=True, adapted=True)
-    model = build(backbone, whole)
-    device = preferred_device()
-    ready(model, device, preferred_dtype(device))
-    path = args.run / "pool.pt"
+    body_digest = digest(body)
+    if args.start is not None:
+        check_fit(args.start, whole, body, body_digest)  # before minutes of work
+    ours = {"body": body_digest, "layer": args.layer, "config": asdict(config)}
+    claim_run(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)})
+    device, path = preferred_device(), args.run / "pool.pt"
     if not path.exists():
         save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
-        (args.run / _SETTINGS).write_text(json.dumps(ours, indent=1) + "\n")
+    torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
+    model = build(backbone, whole)
+    ready(model, device, preferred_dtype(device))
     pool = load_pool(path)
     scorer = Scorer(backbone.tokenizer, args.test_text)
-    Trainer(model, digest(body), pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
+    Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
     plot(args.run / "log.json", args.run / "training.png")
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
     """What is in the files that a run begins with, as digests: the texts and, where there are any, weights."""
     start = [] if args.start is None else [args.start]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*args.texts, *start)]
+    return [_digest(path) for path in (*args.texts, *start)]
 
 
-def _check_run(run: Path, ours: dict[str, Any]) -> None:
-    """Raises ValueError where the folder has a run of other settings, which would go on as if it were of these."""
-    path = run / _SETTINGS
-    theirs = json.loads(path.read_text()) if path.exists() else {}
-    for name, value in theirs.items():
-        if value != json.loads(json.dumps(ours))[name]:
-            raise ValueError(f"{run} has a run of another {name}: name another folder with --run")
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _reader(backbone: Backbone, layer: int, device: torch.device) -> TitansModel:

@@ -1,6 +1,7 @@
 """`titans scratch`: a small model of any architecture from nothing, on a task that only a memory can do."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
@@ -8,7 +9,8 @@ from typing import get_args
 from titans.config import Architecture
 from titans.training.scratch.config import PAPER, ScratchConfig, ablations
 from titans.training.scratch.tasks import TASKS
-from titans.training.scratch.trainer import LENGTHS, Scores, ScratchTrainer
+from titans.training.scratch.trainer import LENGTHS, Scores, ScratchTrainer, settings
+from titans.training.settings import check_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,16 +35,27 @@ def steps(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Train, score, print the table."""
     config = ScratchConfig(architecture=args.architecture, task=args.task, seed=args.seed, num_steps=args.steps)
+    variants = ablations(config) if args.ablations else {"all": config}
+    folders = {name: args.run / folder_of(config, name) for name in variants}
+    try:
+        for name, variant in variants.items():  # all, before minutes of work on the first
+            check_run(folders[name], settings(variant, args.mixed_precision))
+    except ValueError as error:
+        sys.stderr.write(f"titans: scratch: {error}\n")
+        return 1
     rows = []
-    for name, variant in (ablations(config) if args.ablations else {"all": config}).items():
-        folder = args.run / f"{args.architecture}-{args.task}-{name.replace(',', '').replace(' ', '-')}-{args.seed}"
-        folder.mkdir(parents=True, exist_ok=True)
+    for name, variant in variants.items():
         trainer = ScratchTrainer(
-            variant, folder, checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
+            variant, folders[name], checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
         )
         rows.append((name, trainer.train()))
     trainer.accelerator.print(table(args.architecture, rows))
     return 0
+
+
+def folder_of(config: ScratchConfig, name: str) -> str:
+    """The name of the folder of a run, by the name of what is left out."""
+    return f"{config.architecture}-{config.task}-{name.replace(',', '').replace(' ', '-')}-{config.seed}"
 
 
 def table(architecture: str, rows: Iterable[tuple[str, Scores]]) -> str:

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from titans.files import write_whole
 from titans.model import TitansModel, next_token_loss
 from titans.training.scratch.config import ScratchConfig
 from titans.training.scratch.tasks import TASKS
+from titans.training.settings import check_run, claim_run
 
 _SAVE_EVERY = 100  # steps
 _SCORED_BATCHES = 8
@@ -45,8 +47,11 @@ class ScratchTrainer:
     def __init__(
         self, config: ScratchConfig, run: Path, *, checkpointing: bool = False, mixed_precision: str = "no"
     ) -> None:
+        """Goes on with what the folder `run` has. Raises ValueError where that is a run of other settings."""
         self.config, self.run = config, run
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        claim = claim_run if self.accelerator.is_main_process else check_run
+        claim(run, settings(config, mixed_precision))
         torch.manual_seed(config.seed)
         model = TitansModel(config.model())
         initialize(model)
@@ -55,8 +60,9 @@ class ScratchTrainer:
         other = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": other, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(Reader(model), optimizer, schedule)
+        # Not prepared: a prepared schedule steps once for each process, but every process takes all of the steps.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share)
+        self.model, self.optimizer = self.accelerator.prepare(Reader(model), optimizer)
         self.history: list[dict[str, Any]] = []
 
     def train(self) -> Scores:
@@ -108,7 +114,7 @@ class ScratchTrainer:
         torch.save(fields, part)
         part.replace(self.run / "trainer.pt")
         log = {"config": asdict(self.config), "scores": scores, "history": self.history}
-        (self.run / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+        write_whole(self.run / "log.json", json.dumps(log, indent=1) + "\n")
 
     def _resume(self) -> None:
         path = self.run / "trainer.pt"
@@ -118,6 +124,11 @@ class ScratchTrainer:
             self.optimizer.load_state_dict(fields["optimizer"])
             self.schedule.load_state_dict(fields["schedule"])
             self.history = fields["history"]
+
+
+def settings(config: ScratchConfig, mixed_precision: str) -> dict[str, Any]:
+    """What a run is of, for its folder: with others it would be another run."""
+    return asdict(config) | {"mixed_precision": mixed_precision}
 
 
 @torch.no_grad()
