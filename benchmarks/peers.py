@@ -11,6 +11,8 @@ from titans.backbone import find_default_body
 from titans.checkpoint import preferred_device
 from transformers import AutoModelForCausalLM, GgufConfig
 
+BATCH = 512  # rows that llama.cpp reads at once
+
 
 class Peer(Protocol):
     """A model with full attention."""
@@ -98,29 +100,23 @@ class LlamaCppSlots:
         self._model = llama_cpp.Llama(str(find_default_body()), n_ctx=8, verbose=False)  # for its weights
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = slots * -(-context // 256) * 256, slots, False
-        settings.n_batch = settings.n_ubatch = 512
+        settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model.model, settings)
-        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._places = [0] * slots
 
-    def read(self, slot: int, tokens: list[int]) -> None:
-        """Tokens of a slot, none of which is scored."""
-        for start in range(0, len(tokens), 512):
-            self._run([(slot, token, False) for token in tokens[start : start + 512]])
+    def read(self, slot: int, tokens: list[int]) -> int:
+        """What most likely follows these tokens of a slot."""
+        return self._run([(slot, token, i == len(tokens)) for i, token in enumerate(tokens, 1)])[slot]
 
     def say(self, prompt: list[int], count: int) -> float:
-        """Seconds for `count` tokens of every slot after the same prompt in each."""
+        """Seconds for `count` tokens of every slot after the same prompt in each, which is read in them as well."""
         started = time.perf_counter()
         slots = range(len(self._places))
-        for i, token in enumerate(prompt, 1):
-            self._run([(slot, token, i == len(prompt)) for slot in slots])
-        size = self._model.n_vocab()
-        for i in range(count):
-            rows = [self._cpp.llama_get_logits_ith(self._context, slot) for slot in slots]
-            chosen = [int(np.ctypeslib.as_array(row, (size,)).argmax()) for row in rows]
-            if i + 1 < count:
-                self._run([(slot, token, True) for slot, token in zip(slots, chosen, strict=True)])
+        said = self._run([(slot, token, i == len(prompt)) for slot in slots for i, token in enumerate(prompt, 1)])
+        for _ in range(count - 1):
+            said = self._run([(slot, token, True) for slot, token in said.items()])
         return time.perf_counter() - started
 
     def close(self) -> None:
@@ -128,7 +124,14 @@ class LlamaCppSlots:
         self._cpp.llama_batch_free(self._batch)
         self._cpp.llama_free(self._context)
 
-    def _run(self, rows: list[tuple[int, int, bool]]) -> None:
+    def _run(self, rows: list[tuple[int, int, bool]]) -> dict[int, int]:
+        """Read tokens, each with its slot and whether it is scored. By slot, what most likely follows what is."""
+        said = dict[int, int]()
+        for start in range(0, len(rows), BATCH):
+            said |= self._run_batch(rows[start : start + BATCH])
+        return said
+
+    def _run_batch(self, rows: list[tuple[int, int, bool]]) -> dict[int, int]:
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (slot, token, is_scored) in enumerate(rows):
@@ -137,6 +140,11 @@ class LlamaCppSlots:
             self._places[slot] += 1
         if self._cpp.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp could not decode a batch")
+        return {slot: self._likeliest(i) for i, (slot, _, is_scored) in enumerate(rows) if is_scored}
+
+    def _likeliest(self, row: int) -> int:
+        scores = self._cpp.llama_get_logits_ith(self._context, row)
+        return int(np.ctypeslib.as_array(scores, (self._model.n_vocab(),)).argmax())
 
 
 def has_llama_cpp() -> bool:
