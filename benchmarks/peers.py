@@ -60,23 +60,18 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp as built on this machine, as many threads as torch has, flash attention off as is its default."""
+    """llama.cpp with one slot."""
 
     name = "llama.cpp"
 
     def __init__(self, context: int) -> None:
-        from llama_cpp import Llama  # noqa: PLC0415 — it is built from source, which not every machine can
-
-        threads = torch.get_num_threads()
-        self._model = Llama(
-            str(find_default_body()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self._slots = LlamaCppSlots(1, context)
 
     def read(self, tokens: list[int]) -> float:
         """See Peer."""
-        self._model.reset()
+        self._slots.forget()
         started = time.perf_counter()
-        self._model.eval(tokens)
+        self._next = self._slots.read(0, tokens)
         return time.perf_counter() - started
 
     def say(self, count: int) -> list[float]:
@@ -84,17 +79,21 @@ class LlamaCpp:
         times = []
         for _ in range(count):
             started = time.perf_counter()
-            self._model.eval([self._model.sample(temp=0.0)])
+            self._next = self._slots.read(0, [self._next])
             times.append(time.perf_counter() - started)
         return times
 
 
 class LlamaCppSlots:
-    """llama.cpp with so many slots: what its server does for as many clients, in process."""
+    """llama.cpp with so many slots: what its server does for as many clients, in process.
+
+    As built on this machine, with as many threads as torch has and flash attention where it can: llama.cpp's own
+    default, where llama-cpp-python's `Llama` has it always or, as its default is, never.
+    """
 
     def __init__(self, slots: int, context: int) -> None:
         """`context`: tokens of each."""
-        import llama_cpp  # noqa: PLC0415 — see above
+        import llama_cpp  # noqa: PLC0415 — it is built from source, which not every machine can
 
         self._cpp, threads = llama_cpp, torch.get_num_threads()
         self._model = llama_cpp.Llama(str(find_default_body()), n_ctx=8, verbose=False)  # for its weights
@@ -118,6 +117,11 @@ class LlamaCppSlots:
         for _ in range(count - 1):
             said = self._run([(slot, token, True) for slot, token in said.items()])
         return time.perf_counter() - started
+
+    def forget(self) -> None:
+        """Begin every slot anew."""
+        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), False)
+        self._places = [0] * len(self._places)
 
     def close(self) -> None:
         """Let go of its keys and values."""
