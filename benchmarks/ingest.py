@@ -26,6 +26,8 @@ def main() -> None:
     print(f"{'tokens':>8} {'ours, tokens/s':>15}" + "".join(f"{x.name:>15} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
         learn(client, book.text(512))
+        for other in others:
+            other.read(book.tokens(min(512, args.peers_up_to)))
         for length in args.lengths:
             rates = defaultdict[str, list[float]](list)
             for _ in range(args.repeats):

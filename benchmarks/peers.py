@@ -11,6 +11,8 @@ from titans.backbone import find_default_body
 from titans.checkpoint import preferred_device
 from transformers import AutoModelForCausalLM, GgufConfig
 
+BATCH = 512  # rows that llama.cpp reads at once
+
 
 class Peer(Protocol):
     """A model with full attention."""
@@ -58,23 +60,18 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp as built on this machine, as many threads as torch has, flash attention off as is its default."""
+    """llama.cpp with one slot."""
 
     name = "llama.cpp"
 
     def __init__(self, context: int) -> None:
-        from llama_cpp import Llama  # noqa: PLC0415 — it is built from source, which not every machine can
-
-        threads = torch.get_num_threads()
-        self._model = Llama(
-            str(find_default_body()), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self._slots = LlamaCppSlots(1, context)
 
     def read(self, tokens: list[int]) -> float:
         """See Peer."""
-        self._model.reset()
+        self._slots.forget()
         started = time.perf_counter()
-        self._model.eval(tokens)
+        self._next = self._slots.read(0, tokens)
         return time.perf_counter() - started
 
     def say(self, count: int) -> list[float]:
@@ -82,53 +79,63 @@ class LlamaCpp:
         times = []
         for _ in range(count):
             started = time.perf_counter()
-            self._model.eval([self._model.sample(temp=0.0)])
+            self._next = self._slots.read(0, [self._next])
             times.append(time.perf_counter() - started)
         return times
 
 
 class LlamaCppSlots:
-    """llama.cpp with so many slots: what its server does for as many clients, in process."""
+    """llama.cpp with so many slots: what its server does for as many clients, in process.
+
+    As built on this machine, with as many threads as torch has and flash attention where it can: llama.cpp's own
+    default, where llama-cpp-python's `Llama` has it always or, as its default is, never.
+    """
 
     def __init__(self, slots: int, context: int) -> None:
         """`context`: tokens of each."""
-        import llama_cpp  # noqa: PLC0415 — see above
+        import llama_cpp  # noqa: PLC0415 — it is built from source, which not every machine can
 
         self._cpp, threads = llama_cpp, torch.get_num_threads()
         self._model = llama_cpp.Llama(str(find_default_body()), n_ctx=8, verbose=False)  # for its weights
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = slots * -(-context // 256) * 256, slots, False
-        settings.n_batch = settings.n_ubatch = 512
+        settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model.model, settings)
-        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._places = [0] * slots
 
-    def read(self, slot: int, tokens: list[int]) -> None:
-        """Tokens of a slot, none of which is scored."""
-        for start in range(0, len(tokens), 512):
-            self._run([(slot, token, False) for token in tokens[start : start + 512]])
+    def read(self, slot: int, tokens: list[int]) -> int:
+        """What most likely follows these tokens of a slot."""
+        return self._run([(slot, token, i == len(tokens)) for i, token in enumerate(tokens, 1)])[slot]
 
     def say(self, prompt: list[int], count: int) -> float:
-        """Seconds for `count` tokens of every slot after the same prompt in each."""
+        """Seconds for `count` tokens of every slot after the same prompt in each, which is read in them as well."""
         started = time.perf_counter()
         slots = range(len(self._places))
-        for i, token in enumerate(prompt, 1):
-            self._run([(slot, token, i == len(prompt)) for slot in slots])
-        size = self._model.n_vocab()
-        for i in range(count):
-            rows = [self._cpp.llama_get_logits_ith(self._context, slot) for slot in slots]
-            chosen = [int(np.ctypeslib.as_array(row, (size,)).argmax()) for row in rows]
-            if i + 1 < count:
-                self._run([(slot, token, True) for slot, token in zip(slots, chosen, strict=True)])
+        said = self._run([(slot, token, i == len(prompt)) for slot in slots for i, token in enumerate(prompt, 1)])
+        for _ in range(count - 1):
+            said = self._run([(slot, token, True) for slot, token in said.items()])
         return time.perf_counter() - started
+
+    def forget(self) -> None:
+        """Begin every slot anew."""
+        self._cpp.llama_memory_clear(self._cpp.llama_get_memory(self._context), False)
+        self._places = [0] * len(self._places)
 
     def close(self) -> None:
         """Let go of its keys and values."""
         self._cpp.llama_batch_free(self._batch)
         self._cpp.llama_free(self._context)
 
-    def _run(self, rows: list[tuple[int, int, bool]]) -> None:
+    def _run(self, rows: list[tuple[int, int, bool]]) -> dict[int, int]:
+        """Read tokens, each with its slot and whether it is scored. By slot, what most likely follows what is."""
+        said = dict[int, int]()
+        for start in range(0, len(rows), BATCH):
+            said |= self._run_batch(rows[start : start + BATCH])
+        return said
+
+    def _run_batch(self, rows: list[tuple[int, int, bool]]) -> dict[int, int]:
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (slot, token, is_scored) in enumerate(rows):
@@ -137,6 +144,11 @@ class LlamaCppSlots:
             self._places[slot] += 1
         if self._cpp.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp could not decode a batch")
+        return {slot: self._likeliest(i) for i, (slot, _, is_scored) in enumerate(rows) if is_scored}
+
+    def _likeliest(self, row: int) -> int:
+        scores = self._cpp.llama_get_logits_ith(self._context, row)
+        return int(np.ctypeslib.as_array(scores, (self._model.n_vocab(),)).argmax())
 
 
 def has_llama_cpp() -> bool:

@@ -160,7 +160,7 @@ class EventReader(Generic[M]):
 
     def wait_after(self, error: TitansError) -> float | None:
         """Seconds to wait before going on; None: the error is the caller's. Raises where the stream is lost."""
-        if self._path is None or self.has_ended or isinstance(error, APITimeoutError | APIResponseError):
+        if self._path is None or self.has_ended or isinstance(error, APIResponseError) or _is_silence(error):
             return None
         if isinstance(error, APIStatusError) and error.code in {"stream_not_found", "events_lost"}:
             self._path = None
@@ -434,3 +434,8 @@ def _completion_body(prompt: str, options: CompletionOptions) -> dict[str, Any]:
 
 def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def _is_silence(error: TitansError) -> bool:
+    """Whether the server was reached and said nothing for too long; one not reached in time may be tried again."""
+    return isinstance(error, APITimeoutError) and not isinstance(error.__cause__, httpx.ConnectTimeout)

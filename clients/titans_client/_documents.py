@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import stat
+import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -63,13 +64,43 @@ async def opened_async(document: AsyncDocumentSource | None) -> AsyncIterator[As
         yield AsyncBody(_checked_async(document))
         return
     if isinstance(document, Path):
-        file = await asyncio.to_thread(document.open, "rb")
+        file = _FileInThread(await asyncio.to_thread(document.open, "rb"))
         try:
             yield _in_thread(_body_of_file(file))
         finally:
             file.close()
     else:
         yield _in_thread(_body(document))
+
+
+class _FileInThread:
+    """A file that a thread reads and the event loop closes, which waits for no read: one of a pipe may never end.
+
+    The file's own lock would have it wait.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._reading = threading.Lock()
+        self._is_wanted = True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            with self._reading:
+                return self._file.read(size)
+        finally:
+            if not self._is_wanted:
+                self._file.close()
+
+    def close(self) -> None:
+        """Close the file, or leave that to the read that is under way."""
+        self._is_wanted = False
+        if self._reading.acquire(blocking=False):
+            self._file.close()
+            self._reading.release()
 
 
 def _body(document: AsyncDocumentSource | None) -> Body:
@@ -88,7 +119,7 @@ def _body(document: AsyncDocumentSource | None) -> Body:
             raise TypeError(f"a document cannot be read from a {type(document).__name__}")
 
 
-def _body_of_file(file: BinaryIO) -> Body:
+def _body_of_file(file: BinaryIO | _FileInThread) -> Body:
     """A regular file is sent as long as it is now, so that the server can refuse it by its size."""
     info = os.fstat(file.fileno())
     if not stat.S_ISREG(info.st_mode) or info.st_size == 0:  # a pipe; or one of those in /proc

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
+MAX_IDLE = 20  # connections kept for what comes next
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,21 @@ class Settings:
         return cls(base_url, api_key, timeout, work_timeout, max_retries)
 
     def client_arguments(self) -> dict[str, Any]:
-        """What `httpx.Client` and `httpx.AsyncClient` are made with."""
+        """What `httpx.Client` and `httpx.AsyncClient` are made with.
+
+        There are as many connections as requests. A stream has its own until it ends, and httpx's default is a hundred:
+        what comes then would wait for one, as if the server were silent.
+        """
         headers = {"User-Agent": "titans-client", "Accept": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        return {"base_url": self.base_url, "headers": headers, "timeout": httpx.Timeout(self.timeout)}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE)
+        return {
+            "base_url": self.base_url,
+            "headers": headers,
+            "timeout": httpx.Timeout(self.timeout),
+            "limits": limits,
+        }
 
     def timeout_for(self, *, work: bool) -> httpx.Timeout:
         """Work holds up both ways: the server reads a document no faster than it learns it."""

@@ -1,6 +1,9 @@
 """Every form of a document, and that none is read whole before it is sent."""
 
+import asyncio
 import io
+import os
+import select
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from titans_client import Client
+from titans_client import AsyncClient, Client
 
 TEXT = bytes(range(32, 127)) * 4096  # about 380 KiB: several pieces
 
@@ -169,6 +172,39 @@ async def test_the_asynchronous_client_reads_files_in_a_thread(tmp_path: Path, d
 
     await driver.use(Upload(), lambda c: c.ingest("s", Where(b"x")))
     assert (threading.get_ident() in threads) == (driver.kind == "sync")
+
+
+class KeptPath(type(Path())):  # type: ignore[misc]
+    """Remembers its files."""
+
+    files: list[io.BufferedReader]
+
+    def open(self, *args: Any) -> Any:
+        file = super().open(*args)
+        self.files.append(file)
+        return file
+
+
+async def test_the_asynchronous_client_leaves_a_pipe_into_which_nobody_writes(tmp_path: Path) -> None:
+    path = KeptPath(tmp_path / "pipe")
+    path.files = []
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR)
+    rescue = threading.Timer(5, os.close, [pipe])
+    rescue.start()
+    os.write(pipe, b"beginning")
+    async with AsyncClient(transport=Upload()) as client:
+        sending = asyncio.create_task(client.ingest("s", path))
+        while select.select([pipe], [], [], 0)[0]:  # noqa: ASYNC110 — until it is read, and more is waited for
+            await asyncio.sleep(0.01)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+    assert rescue.is_alive()
+    rescue.cancel()
+    os.close(pipe)
+    while not path.files[0].closed:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
 
 
 def test_the_server_has_the_beginning_before_the_end_is_made(contract: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from titans_client import APIConnectionError, InternalServerError, VersionConflictError
+from titans_client import APIConnectionError, APITimeoutError, InternalServerError, VersionConflictError
 
 CHUNK = '{"id": "cmpl_1", "object": "completion.chunk", "session": "ses_1", "version": 1, "model": "m", "text": "%s"}'
 CUT = httpx.ReadError("cut")
@@ -95,6 +95,20 @@ async def test_a_server_that_does_not_come_back_is_given_up(driver: Any, script:
     with pytest.raises(APIConnectionError):
         await driver.collect(server.handle, ask, max_retries=2)
     assert [method for method, *_ in server.asked] == ["POST", "GET", "GET", "DELETE"]
+
+
+async def test_a_server_that_takes_no_connection_in_time_is_asked_again(driver: Any, script: Any) -> None:
+    server = script([event(1), CUT], httpx.ConnectTimeout("late"), [event(2), END])
+    assert len(await driver.collect(server.handle, ask)) == 2
+    assert server.asked == [FIRST, *[("GET", REST, "1")] * 2]
+
+
+@pytest.mark.parametrize("silence", [[[event(1), httpx.ReadTimeout("")]], [[event(1), CUT], httpx.ReadTimeout("")]])
+async def test_silence_is_told_at_once(driver: Any, script: Any, silence: Any) -> None:
+    server = script(*silence)
+    with pytest.raises(APITimeoutError):
+        await driver.collect(server.handle, ask)
+    assert len(server.asked) == len(silence) + 1  # and the stream is stopped
 
 
 async def test_each_event_that_comes_renews_the_patience(driver: Any, script: Any) -> None:

@@ -270,6 +270,18 @@ def test_the_server_notices_that_a_reader_has_gone(contract: Any) -> None:
         assert contract.client_left.wait(10)
 
 
+async def test_a_stream_waits_for_none_of_those_that_are_open(driver: Any, contract: Any, wire: Any) -> None:
+    contract.sessions["ses_1"] = wire["session"]
+
+    async def hold_many(client: Any) -> None:
+        streams = [ask(client) for _ in range(101)]
+        assert {(await driver.first(stream)).text for stream in streams} == {" 48"}
+        for stream in streams:
+            await driver.close(stream)
+
+    await driver.use(None, hold_many, base_url=contract.url, work_timeout=10)
+
+
 def test_a_stream_read_to_its_end_gives_the_connection_back(contract: Any) -> None:
     with Client(contract.url) as client:
         session = client.sessions.create()
