@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     print_machine()
     print(f"{1e3 * products(load().model, 1):.1f} ms a token of products alone")
-    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + args.tokens + 8)
+    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + args.tokens + 8, answering=True)
     print(f"{'tokens':>9} {'ours, ms':>9} {'first':>7}" + "".join(f"{x.name:>14} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
         sessions = {length: learn(client, book.text(length))[0] for length in args.lengths}

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print_machine()
-    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + 8)
+    book, others = Book(), peers(args.peers_up_to and args.peers_up_to + 8, answering=False)
     print(f"{'tokens':>8} {'ours, tokens/s':>15}" + "".join(f"{x.name:>15} {'ratio':>7}" for x in others))
     with server() as url, Client(url) as client:
         learn(client, book.text(512))

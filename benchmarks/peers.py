@@ -64,8 +64,8 @@ class LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, context: int) -> None:
-        self._slots = LlamaCppSlots(1, context)
+    def __init__(self, context: int, *, flash: bool) -> None:
+        self._slots = LlamaCppSlots(1, context, flash=flash)
 
     def read(self, tokens: list[int]) -> float:
         """See Peer."""
@@ -87,12 +87,11 @@ class LlamaCpp:
 class LlamaCppSlots:
     """llama.cpp with so many slots: what its server does for as many clients, in process.
 
-    As built on this machine, with as many threads as torch has and flash attention where it can: llama.cpp's own
-    default, where llama-cpp-python's `Llama` has it always or, as its default is, never.
+    As built on this machine, with as many threads as torch has.
     """
 
-    def __init__(self, slots: int, context: int) -> None:
-        """`context`: tokens of each."""
+    def __init__(self, slots: int, context: int, *, flash: bool) -> None:
+        """`context`: tokens of each. `flash`: with flash attention, which on CPUs reads sooner and answers later."""
         import llama_cpp  # noqa: PLC0415 — it is built from source, which not every machine can
 
         self._cpp, threads = llama_cpp, torch.get_num_threads()
@@ -101,6 +100,8 @@ class LlamaCppSlots:
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = slots * -(-context // 256) * 256, slots, False
         settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = threads
+        kinds = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        settings.flash_attn_type = kinds[flash]
         self._context = llama_cpp.llama_init_from_model(self._model.model, settings)
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._places = [0] * slots
@@ -156,8 +157,11 @@ def has_llama_cpp() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def peers(context: int) -> list[Peer]:
-    """Those that are installed; `context`: the most tokens that they will hold, and where it is 0 none is wanted."""
+def peers(context: int, *, answering: bool) -> list[Peer]:
+    """Those that are installed, each as is best for it where it answers, or reads.
+
+    `context`: the most tokens that they will hold, and where it is 0 none is wanted.
+    """
     if not context:
         return []
-    return [Transformers(), *([LlamaCpp(context)] if has_llama_cpp() else [])]
+    return [Transformers(), *([LlamaCpp(context, flash=not answering)] if has_llama_cpp() else [])]
