@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # needs an extra
 
 log = logging.getLogger(__name__)
 
+_VERSION = version("titans-server")
+
 _NO_KEY = (
     "other machines may reach this server, and it has no API key: set TITANS_API_KEY, or make one with `titans keys "
     "create`; or set TITANS_ALLOW_ANONYMOUS=true where something in front of it asks people who they are"
@@ -79,7 +81,7 @@ def create_app(
             async with life.loading(load):
                 yield {"lifecycle": life, "gatekeeper": gatekeeper, "stall_seconds": settings.stream_stall_seconds}
 
-    app = FastAPI(title="titans-server", version=version("titans-server"), lifespan=lifespan)
+    app = FastAPI(title="titans-server", version=_VERSION, lifespan=lifespan)
     routers = (router, ingestions.router, versions.router, openai_router, responses_router, streams_router)
     for each in (*routers, health_router(life)):
         app.include_router(each)

@@ -298,5 +298,5 @@ def test_cancelled_streams_leave_no_task_no_slot_and_no_descriptor(server: LiveS
     wait_for(lambda: not len(context.streams), 60)
     wait_for(lambda: server.num_tasks() <= tasks)
     wait_for(lambda: num_descriptors() <= descriptors + 1)
-    assert "titans_num_requests_running 0.0" in http.get("/metrics").text
+    wait_for(lambda: "titans_num_requests_running 0.0" in http.get("/metrics").text)  # the compute thread's next step
     assert is_served(http)
