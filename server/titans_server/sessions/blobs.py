@@ -11,6 +11,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from titans.files import sync_folder
+
 _log = logging.getLogger(__name__)
 _SUFFIX = ".state"
 _PARTIAL = ".partial"  # after the suffix, until the file is whole
@@ -25,7 +27,7 @@ class BlobFolder:
     def open(self) -> None:
         """Make the folder if need be, to stay."""
         self._path.mkdir(parents=True, exist_ok=True)
-        _sync(self._path.parent)
+        sync_folder(self._path.parent)
 
     def write(self, session_id: str, blob: bytes) -> str:
         """Keep a blob, durably. Returns its name: readable, new, and inside the folder whatever the id is."""
@@ -38,7 +40,7 @@ class BlobFolder:
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(self._path / name)
-            _sync(self._path)
+            sync_folder(self._path)
         except BaseException:
             self.remove(partial.name)
             self.remove(name)
@@ -72,12 +74,3 @@ class BlobFolder:
                     if path.stat().st_mtime < limit:
                         names.add(path.name)
         return names
-
-
-def _sync(folder: Path) -> None:
-    """Make the folder's entries durable: a rename alone may not survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
