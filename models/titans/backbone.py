@@ -200,6 +200,8 @@ def _read_tokenizer(path: Path, num_known: int) -> RawTokenizer:
         raw = RawTokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path.name}: {error}") from error
+    raw.no_truncation()  # as its training may have left it: a document would end after so many tokens
+    raw.no_padding()
     if not isinstance(raw.decoder, decoders.ByteLevel):  # of others, a token's text depends on those before it
         raise ValueError(f"{path.name} is not a byte-level BPE")
     control = {i for i, token in raw.get_added_tokens_decoder().items() if token.special}  # no text has them

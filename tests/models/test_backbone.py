@@ -196,6 +196,17 @@ def test_a_tokenizer_that_is_not_of_bytes_is_refused(tmp_path: Path) -> None:
         load_backbone(path)
 
 
+def test_a_tokenizer_that_cuts_and_fills_up_texts_does_so_no_more(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path).body
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.enable_truncation(8)  # as it was in training, and so it is saved
+    raw.enable_padding(length=16)
+    raw.save(str(path / "tokenizer.json"))
+    tokenizer, text = load_backbone(path).tokenizer, "The code is 4819203."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("ab")) == 2
+
+
 def test_a_token_that_the_body_has_no_row_for_is_none_of_its_tokens(tmp_path: Path) -> None:
     path = write_tiny_checkpoint(tmp_path).body
     raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
