@@ -144,6 +144,9 @@ _GGUF_NAMES = {
     "mlp_norm": "ffn_norm.weight",
 }
 
+# The pre-tokenizers, by llama.cpp's names, that cut a text as `bpe_tokenizer` does.
+_GGUF_WORDS = "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"
+
 
 def _from_hugging_face(folder: Path) -> Backbone:
     fields = json.loads((folder / "config.json").read_text())
@@ -238,7 +241,10 @@ def _from_gguf(path: Path) -> Backbone:
         eos_token=metadata["tokenizer.ggml.eos_token_id"],
     )
 
+    read: set[str] = set()
+
     def get(name: str) -> Tensor:
+        read.add(name)
         weight = file.tensors[name].dequantize()
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             weight = _half_split(weight, num_heads if "attn_q" in name else num_kv_heads)
@@ -246,10 +252,15 @@ def _from_gguf(path: Path) -> Backbone:
 
     if metadata["tokenizer.ggml.model"] != "gpt2":
         raise ValueError(f"tokenizer {metadata['tokenizer.ggml.model']!r}, expected a byte-level BPE")
+    if (words := metadata.get("tokenizer.ggml.pre", _GGUF_WORDS[0])) not in _GGUF_WORDS:
+        raise ValueError(f"a tokenizer of words as {words!r} has them: load the body from a Hugging Face directory")
     special = list(_control_tokens(tokens, metadata["tokenizer.ggml.token_type"]))
     raw = bpe_tokenizer(tokens, metadata["tokenizer.ggml.merges"], special)
     tokenizer = Tokenizer(raw, config.eos_token, config.bos_token, metadata.get("tokenizer.chat_template"))
-    return Backbone(config, _fuse(get, config, _GGUF_NAMES), tokenizer)
+    tensors = _fuse(get, config, _GGUF_NAMES)
+    if left := sorted(file.tensors.keys() - read):  # such as biases, or rope_freqs.weight: Llama 3.1's rotary scaling
+        raise ValueError(f"a model without these tensors would not be the same: {', '.join(left[:8])}")
+    return Backbone(config, tensors, tokenizer)
 
 
 def _control_tokens(tokens: list[str], types: list[int]) -> Iterator[str]:

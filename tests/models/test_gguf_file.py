@@ -18,8 +18,19 @@ Edit = Callable[[bytes], bytes]
 LIE = (1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
 
-def write(path: Path, *, alignment: int | None = None, big: bool = False, fields: dict[str, int] | None = None) -> Path:
-    """A small Llama of one layer, quantized in several ways, whose metadata are of all kinds; `fields` change them."""
+def write(
+    path: Path,
+    *,
+    alignment: int | None = None,
+    big: bool = False,
+    fields: dict[str, int] | None = None,
+    words: str | None = None,
+    more: str | None = None,
+) -> Path:
+    """A small Llama of one layer, quantized in several ways, whose metadata are of all kinds; `fields` change them.
+
+    `words`: its pre-tokenizer. `more`: a vector that it has besides.
+    """
     endianness = gguf.GGUFEndian.BIG if big else gguf.GGUFEndian.LITTLE
     writer, rng = gguf.GGUFWriter(path, "llama", endianess=endianness), np.random.default_rng(0)
     if alignment is not None:
@@ -35,6 +46,8 @@ def write(path: Path, *, alignment: int | None = None, big: bool = False, fields
     for name, value in (own | (fields or {})).items():
         writer.add_uint32(f"llama.{name}", value)
     writer.add_tokenizer_model("gpt2")
+    if words is not None:
+        writer.add_tokenizer_pre(words)
     writer.add_token_list(["<|end|>", "a", "ü", "aü"])
     writer.add_token_types([3, 1, 1, 1])
     writer.add_token_merges(["a ü"])
@@ -50,6 +63,8 @@ def write(path: Path, *, alignment: int | None = None, big: bool = False, fields
         stored_as = "F32" if len(shape) == 1 else ("Q4_1", "Q8_0", "F16", "BF16", "Q4_0")[i % 5]
         quantization = gguf.GGMLQuantizationType[stored_as]
         writer.add_tensor(f"{name}.weight", gguf.quantize(weight, quantization), raw_dtype=quantization)
+    if more is not None:
+        writer.add_tensor(more, np.ones(16, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -186,6 +201,25 @@ def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
 def test_sizes_that_its_tensors_do_not_have_are_refused(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(BackboneError):
         load_backbone(write(tmp_path / "odd.gguf", fields={name: value}))
+
+
+@pytest.mark.parametrize("words", ["llama-bpe", "gpt-2", "tekken"])
+def test_a_tokenizer_that_cuts_a_text_otherwise_is_refused(tmp_path: Path, words: str) -> None:
+    """Its tokens would be others than those that the body was trained on."""
+    with pytest.raises(BackboneError, match=words):
+        load_backbone(write(tmp_path / "odd.gguf", words=words))
+
+
+@pytest.mark.parametrize("words", ["smollm", "refact"])
+def test_a_tokenizer_that_cuts_a_text_as_smollm_does_is_taken(tmp_path: Path, words: str) -> None:
+    assert load_backbone(write(tmp_path / "small.gguf", words=words)).tokenizer.encode("aa") == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias"])
+def test_a_tensor_that_would_be_left_out_is_refused(tmp_path: Path, name: str) -> None:
+    """Llama 3.1 says so, and not in its metadata, that its rotary angles are scaled."""
+    with pytest.raises(BackboneError, match=name):
+        load_backbone(write(tmp_path / "odd.gguf", more=name))
 
 
 def test_a_first_token_that_is_none_is_refused(tmp_path: Path, whole: bytes) -> None:
