@@ -137,6 +137,21 @@ def test_a_template_may_use_what_hugging_face_gives_it(tokenizer: Tokenizer) -> 
 
 
 @pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "<b>"),
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "<b>é"),
+        ("{% if tools is not none or documents is not none %}tools{% endif %}!", "!"),
+        ("{{ messages[0].content | tojson }}{{ messages[1].content | tojson }}", '"<b>""é"'),
+        ("{{ strftime_now('%d')[:0] }}!", "!"),
+    ],
+)
+def test_a_template_that_hugging_face_takes_says_the_same(tokenizer: Tokenizer, template: str, says: str) -> None:
+    messages = [{"role": "user", "content": content} for content in ("<b>", "é")]
+    assert tokenizer.decode(chatting(tokenizer, template).encode_chat(messages)) == says
+
+
+@pytest.mark.parametrize(
     "template",
     [
         None,
