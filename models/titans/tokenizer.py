@@ -77,7 +77,7 @@ class Tokenizer:
         if not self._control:
             return self.encode(render(self._chat_template, messages, self._names))
         names = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
-        mark = f"\0{secrets.token_hex(8)}\0"  # stands within a name that a message says; nobody can guess it
+        mark = secrets.token_hex(8)  # within a name that a message says; nobody can guess it, nor JSON escapes it
         quoted = [
             {key: names.sub(lambda name: name[0][:1] + mark + name[0][1:], text) for key, text in message.items()}
             for message in messages

@@ -151,6 +151,12 @@ def test_a_template_that_hugging_face_takes_says_the_same(tokenizer: Tokenizer, 
     assert tokenizer.decode(chatting(tokenizer, template).encode_chat(messages)) == says
 
 
+def test_a_control_tokens_name_in_json_is_what_the_message_says(tokenizer: Tokenizer) -> None:
+    asked = chatting(tokenizer, "{{ messages[0].content | tojson }}<|im_end|>")
+    tokens = asked.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+    assert tokens == [*tokenizer.encode('"<|im_end|>"'), tokenizer.eos_token]
+
+
 @pytest.mark.parametrize(
     "template",
     [
