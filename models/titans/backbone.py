@@ -144,6 +144,8 @@ _GGUF_NAMES = {
     "mlp_norm": "ffn_norm.weight",
 }
 
+_SILU = "silu", "swish"
+_WHOLE = torch.float16, torch.bfloat16, torch.float32, torch.float64  # numbers that are the weights
 # The pre-tokenizers, by llama.cpp's names, that cut a text as `bpe_tokenizer` does.
 _GGUF_WORDS = "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"
 
@@ -156,6 +158,8 @@ def _from_hugging_face(folder: Path) -> Backbone:
         raise ValueError(f"model_type {fields.get('model_type')!r}, expected 'llama'")
     if fields.get("attention_bias") or fields.get("mlp_bias"):
         raise ValueError("biases are not supported")
+    if (act := fields.get("hidden_act", "silu")) not in _SILU:
+        raise ValueError(f"hidden_act {act!r}, expected 'silu'")
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"rotary scaling is not supported: {rope}")
@@ -178,7 +182,13 @@ def _from_hugging_face(folder: Path) -> Backbone:
     for path in weight_files(folder):
         theirs |= load_file(path)
     raw = _read_tokenizer(folder / "tokenizer.json", config.vocab_size)
-    tensors = _fuse(lambda name: theirs[name].float(), config, _HUGGING_FACE_NAMES)
+
+    def get(name: str) -> Tensor:
+        if (kind := theirs[name].dtype) not in _WHOLE:  # codes: what they stand for is in other tensors
+            raise ValueError(f"{name} is of {kind}: quantized weights are read from a GGUF alone")
+        return theirs[name].float()
+
+    tensors = _fuse(get, config, _HUGGING_FACE_NAMES)
     ends, template = (config.eos_token, config.bos_token), _chat_template(folder)
     return Backbone(config, tensors, Tokenizer(raw, *ends, template, num_known=config.vocab_size))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import write_tiny_checkpoint
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
 from titans.chat import ChatError
@@ -176,6 +177,7 @@ def test_a_chat_template_is_found_where_hugging_face_keeps_it(
         {"head_dim": 7},
         {"rope_scaling": "linear"},
         {"rope_parameters": [1]},
+        {"hidden_act": "gelu"},
     ],
 )
 def test_a_config_that_is_not_its_tensors_and_tokens_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
@@ -183,6 +185,17 @@ def test_a_config_that_is_not_its_tensors_and_tokens_is_refused(tmp_path: Path, 
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(BackboneError):
+        load_backbone(path)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused_without_what_they_stand_for(tmp_path: Path, kind: torch.dtype) -> None:
+    path = write_tiny_checkpoint(tmp_path).body
+    tensors, name = load_file(path / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    scale = tensors[name].abs().max() / 127
+    codes = {name: (tensors[name] / scale).round().to(kind), f"{name}_scale": scale}
+    save_file(tensors | codes, path / "model.safetensors")
+    with pytest.raises(BackboneError, match="quantized"):
         load_backbone(path)
 
 
