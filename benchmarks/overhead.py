@@ -27,7 +27,7 @@ async def through_http(url: str, sessions: list[str], count: int) -> float:
 
 async def in_process(runner: Runner, states: list[State], prompt: list[int], count: int) -> float:
     """Tokens a second."""
-    engine = Engine([runner], eos_token=2)
+    engine = Engine([runner], ends={2})
     engine.start()
 
     async def one(state: State) -> int:

@@ -65,7 +65,7 @@ async def test_a_document_whose_client_leaves_during_its_first_append_is_let_go_
 @asynccontextmanager
 async def small_engine() -> AsyncIterator[Engine]:
     """It takes one request at a time."""
-    engine = Engine([Runner(make_tiny())], eos_token=0, max_requests=1)
+    engine = Engine([Runner(make_tiny())], ends={0}, max_requests=1)
     engine.start()
     try:
         yield engine

@@ -164,6 +164,7 @@ def _from_hugging_face(folder: Path) -> Backbone:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"rotary scaling is not supported: {rope}")
     bos, eos = fields["bos_token_id"], fields["eos_token_id"]
+    eos, *also_ends = eos if isinstance(eos, list) else [eos]
     config = BackboneConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
@@ -176,7 +177,7 @@ def _from_hugging_face(folder: Path) -> Backbone:
         norm_eps=fields["rms_norm_eps"],
         tie_embeddings=fields.get("tie_word_embeddings", False),
         bos_token=bos,
-        eos_token=eos[0] if isinstance(eos, list) else eos,
+        eos_token=eos,
     )
     theirs: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -190,7 +191,8 @@ def _from_hugging_face(folder: Path) -> Backbone:
 
     tensors = _fuse(get, config, _HUGGING_FACE_NAMES)
     ends, template = (config.eos_token, config.bos_token), _chat_template(folder)
-    return Backbone(config, tensors, Tokenizer(raw, *ends, template, num_known=config.vocab_size))
+    tokenizer = Tokenizer(raw, *ends, template, num_known=config.vocab_size, also_ends=also_ends)
+    return Backbone(config, tensors, tokenizer)
 
 
 def _chat_template(folder: Path) -> str | None:

@@ -3,7 +3,7 @@
 import codecs
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -35,11 +35,12 @@ class Tokenizer:
         chat_template: str | None = None,
         *,
         num_known: int | None = None,
+        also_ends: Collection[int] = (),
     ) -> None:
         """`raw` is taken over and changed: it sees no control tokens in text.
 
         `eos_token`: the id that ends a text. `bos_token`: the one that chat templates may begin with. `num_known`:
-        tokens that the body knows, where that may be fewer.
+        tokens that the body knows, where that may be fewer. `also_ends`: further ids that end what the body says.
         """
         self._raw = raw
         self._bytes: dict[int, bytes] = {}  # of tokens that have been asked for
@@ -50,6 +51,7 @@ class Tokenizer:
         ends = {"bos_token": bos_token, "eos_token": eos_token}
         self._names = {name: raw.id_to_token(token) or "" for name, token in ends.items() if token is not None}
         self.eos_token = eos_token
+        self.ends = frozenset((eos_token, *also_ends))
         self.vocab_size = min(raw.get_vocab_size(), num_known or raw.get_vocab_size())  # control tokens too
         self.longest = max(map(len, raw.get_vocab()), default=1)  # characters of a text that a token may stand for
 

@@ -115,7 +115,7 @@ async def _serve(
     runners = [Runner(each.model) for each in (loaded, *others)]
     engine = Engine(
         runners,
-        eos_token=loaded.tokenizer.eos_token,
+        ends=loaded.tokenizer.ends,
         max_running=settings.max_running,
         max_requests=settings.max_requests,
         portion_seconds=settings.portion_seconds,

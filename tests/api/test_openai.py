@@ -18,6 +18,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
+from titans.backbone import load_backbone
 from titans.tokenizer import Tokenizer
 from titans_server.api.openai.answers import check_scores
 from titans_server.api.openai.schemas import MAX_CHOICES, CreateCompletion
@@ -707,6 +708,23 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path, settings: Setti
             client.chat.completions.create(model="tiny-1", messages=[{"role": "user", "content": "a"}])
         assert (caught.value.code, caught.value.param) == ("no_chat_template", "messages")
         assert client.completions.create(model="tiny-1", prompt="a", max_tokens=2).usage
+
+
+def test_an_answer_ends_at_any_of_the_tokens_that_its_body_ends_with(tmp_path: Path, settings: Settings) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path, 1)
+    config = checkpoint.body / "config.json"
+    letter = load_backbone(checkpoint.body).tokenizer.encode("o")[0]
+    own = {"body": checkpoint.body, "memory": checkpoint.memory, "store": "memory://"}
+    said = []
+    for ends in ([2], [2, letter]):  # as bodies have them that end a text otherwise than a turn
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": ends}))
+        with (
+            LiveServer(settings.model_copy(update=own | {"port": free_port()})) as server,
+            OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            chosen: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "logit_bias": {str(letter): 100}}
+            said.append(client.completions.create(model="tiny-1", prompt="a", **chosen).choices[0])
+    assert [(choice.text, choice.finish_reason) for choice in said] == [("ooo", "length"), ("", "stop")]
 
 
 def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:

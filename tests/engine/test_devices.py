@@ -53,7 +53,7 @@ async def read_and_answer(engine: Engine, seed: int) -> list[Drawn | str]:
 
 @asynccontextmanager
 async def started(*runners: Runner) -> AsyncIterator[Engine]:
-    engine = Engine(runners, eos_token=2, max_requests=8)
+    engine = Engine(runners, ends={2}, max_requests=8)
     engine.start()
     try:
         yield engine
@@ -77,14 +77,14 @@ async def test_sessions_on_two_devices_are_each_as_alone() -> None:
 
 async def test_a_state_is_placed_once_and_stays() -> None:
     cpu, one, two = Runner(make_tiny()), Elsewhere(make_tiny()), Elsewhere(make_tiny())
-    engine = Engine([one, two], eos_token=2)
+    engine = Engine([one, two], ends={2})
     state = engine.new_state()
     assert state.position.device == torch.device("cpu"), "nobody's yet"
     placed = await engine.place(state)
     assert {x.device for x in placed.parts().values()} == {torch.device("meta")}
     assert await engine.place(placed) is placed
-    assert await Engine([one, cpu], eos_token=2).place(state) is state, "it is on one of them"
-    assert await Engine([cpu], eos_token=2).place(state) is state
+    assert await Engine([one, cpu], ends={2}).place(state) is state, "it is on one of them"
+    assert await Engine([cpu], ends={2}).place(state) is state
 
 
 def test_a_server_on_two_devices(tmp_path: Path) -> None:

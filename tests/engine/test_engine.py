@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0)
 
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
-    engine = Engine([Runner(make_tiny())], eos_token=2, max_running=4, max_requests=32)
+    engine = Engine([Runner(make_tiny())], ends={2}, max_running=4, max_requests=32)
     engine.start()
     yield engine
     await engine.close()
@@ -66,7 +66,7 @@ async def test_sessions_at_once_are_each_as_alone(engine: Engine) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 async def test_sessions_at_once_on_a_gpu_are_each_as_alone_on_a_cpu(engine: Engine) -> None:
-    other = Engine([Runner(make_tiny().cuda())], eos_token=2, max_running=4, max_requests=32)
+    other = Engine([Runner(make_tiny().cuda())], ends={2}, max_running=4, max_requests=32)
     other.start()
     documents = [tokens(n, seed=n) for n in (100, 3, 57, 16, 31)]
     alone = [await engine.ingest(engine.new_state(), d) for d in documents]
@@ -107,7 +107,7 @@ class Held(Runner):
 
 async def test_prompts_that_wait_together_are_read_in_one_call_and_told_as_alone() -> None:
     runner = Held(make_tiny())
-    engine = Engine([runner], eos_token=2, max_running=8)
+    engine = Engine([runner], ends={2}, max_running=8)
     engine.start()
     runner.may_go_on.set()
     states = [await engine.ingest(engine.new_state(), tokens(20 * n, seed=n)) for n in range(1, 5)]
@@ -317,7 +317,7 @@ async def test_an_answer_is_made_to_its_end_though_nobody_takes_it_yet(engine: E
 
 
 async def test_too_many_requests_are_refused() -> None:
-    engine = Engine([Runner(make_tiny())], eos_token=2, max_requests=2)
+    engine = Engine([Runner(make_tiny())], ends={2}, max_requests=2)
     tasks = [asyncio.create_task(engine.ingest(engine.new_state(), tokens(50, seed=i))) for i in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
@@ -329,7 +329,7 @@ async def test_too_many_requests_are_refused() -> None:
 
 
 async def test_what_has_a_place_is_refused_nothing_and_places_are_as_few_as_requests() -> None:
-    engine = Engine([Runner(make_tiny())], eos_token=2, max_requests=2)
+    engine = Engine([Runner(make_tiny())], ends={2}, max_requests=2)
     with engine.admitted(), engine.admitted():
         with pytest.raises(Overloaded), engine.admitted():
             pass
@@ -396,7 +396,7 @@ class Diary(Observer):
 
 async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_portion_of_documents() -> None:
     diary = Diary()
-    engine = Engine([Runner(make_tiny())], eos_token=2, observer=diary)
+    engine = Engine([Runner(make_tiny())], ends={2}, observer=diary)
     engine.start()
     async with aclosing(engine.generate(engine.new_state(), [5], max_tokens=10**6, sampling=GREEDY)) as stream:
         await anext(stream)
@@ -435,7 +435,7 @@ class Surprised(Observer):
 
 async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
     observer, read = Surprised(), tokens(40, seed=1)
-    engine = Engine([Runner(make_tiny())], eos_token=2, observer=observer)
+    engine = Engine([Runner(make_tiny())], ends={2}, observer=observer)
     engine.start()
     before = engine.new_state()
     after = await engine.ingest(before, read)
@@ -450,7 +450,7 @@ async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
 async def test_a_session_is_opened_between_the_tokens_of_others() -> None:
     """A layer a step where no step has time for two; and what is said does not change by it."""
     diary = Diary()
-    engine = Engine([Runner(make_tiny())], eos_token=2, observer=diary, portion_seconds=1e-6)
+    engine = Engine([Runner(make_tiny())], ends={2}, observer=diary, portion_seconds=1e-6)
     engine.start()
     state = await engine.ingest(engine.new_state(), tokens(60, seed=1))
     other = await engine.ingest(engine.new_state(), tokens(60, seed=1))

@@ -17,7 +17,7 @@ from titans_server.states import SnapshotPolicy, States
 @asynccontextmanager
 async def running_engine() -> AsyncIterator[Engine]:
     """An engine whose thread runs meanwhile."""
-    engine = Engine([Runner(make_tiny())], eos_token=0)
+    engine = Engine([Runner(make_tiny())], ends={0})
     engine.start()
     try:
         yield engine

@@ -33,7 +33,7 @@ def generate(
             if i not in texts:
                 answers[i].append(token)
                 text, found, _ = tokenizer.decode(answers[i]).partition(stop)
-                if found or token == tokenizer.eos_token or len(answers[i]) == max_tokens:
+                if found or token in tokenizer.ends or len(answers[i]) == max_tokens:
                     texts[i] = text
         if len(texts) == len(rows):
             return [texts[i] for i in range(len(rows))]

@@ -1,7 +1,7 @@
 """The engine: a worker on each device, and the asyncio side's way to them. Asyncio submits and waits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,7 +23,7 @@ class Engine:
         self,
         runners: Sequence[Runner],
         *,
-        eos_token: int,
+        ends: Collection[int],
         max_running: int = 64,
         max_requests: int = 256,
         portion_seconds: float = 0.1,
@@ -31,6 +31,7 @@ class Engine:
     ) -> None:
         """`runners`: one a device, all of one model. A session stays on the device where its state is.
 
+        `ends`: the end-of-text tokens, any of which ends an answer.
         `max_running`: answers decoded together, on each; `max_requests`: admitted at once, others are refused, and so
         many places for work of several requests, each of which has at most one under way.
         `portion_seconds`: how long reading is to hold up the answers under way, as far as it comes in portions.
@@ -42,7 +43,7 @@ class Engine:
         self._workers = [
             Worker(
                 runner,
-                eos_token=eos_token,
+                ends=ends,
                 max_running=max_running,
                 portion_seconds=portion_seconds,
                 observer=observer or Observer(),

@@ -7,7 +7,7 @@ work at hand is done, or when not even a fault can be dealt with; whoever is lef
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -28,13 +28,13 @@ class Worker:
     """Requests in, each of which is answered in its own way."""
 
     def __init__(
-        self, runner: Runner, *, eos_token: int, max_running: int, portion_seconds: float, observer: Observer
+        self, runner: Runner, *, ends: Collection[int], max_running: int, portion_seconds: float, observer: Observer
     ) -> None:
         """As `Engine` has them."""
         self.num_chosen = 0  # over others; asyncio's to count
         self._runner = runner
         self._observer = observer
-        self._eos_token = eos_token
+        self._ends = ends
         runner.make_room(max_running)
         self._scheduler = Scheduler(
             window=runner.window,
@@ -210,7 +210,7 @@ class Worker:
 
     def _record(self, request: Generation, drawn: Drawn) -> None:
         request.num_generated += 1
-        if drawn.token == self._eos_token:
+        if drawn.token in self._ends:
             if request.echo:
                 request.emit(Read(drawn))
             self._finish(request, "stop")
