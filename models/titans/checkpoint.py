@@ -31,7 +31,7 @@ class Loaded:
     model: TitansModel  # in evaluation mode, without gradients
     tokenizer: Tokenizer
     fingerprint: str  # changes with the body, the memory or the config: a state belongs to one fingerprint
-    name: str  # of the body's file or folder, without a suffix
+    name: str  # of the body's folder, or of its file without the suffix
 
 
 def preferred_dtype(device: torch.device) -> torch.dtype:
@@ -88,7 +88,8 @@ def load(
     if model.readout is not None:
         model.readout.to(model.dtype)
     pack(model, backbone.tensors)
-    return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), body.stem)
+    name = body.absolute().name if body.is_dir() else body.stem  # a folder's name may have dots: SmolLM2-1.7B
+    return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), name)
 
 
 def build(backbone: Backbone, config: TitansConfig) -> TitansModel:

@@ -91,6 +91,13 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
+def test_a_model_has_the_whole_name_of_its_folder(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.body.rename(tiny.body.parent / "tiny-1.7B-v0.2")
+    assert load(folder, tiny.memory).name == "tiny-1.7B-v0.2"
+    monkeypatch.chdir(folder)
+    assert load(Path(), tiny.memory).name == "tiny-1.7B-v0.2"
+
+
 def test_another_memory_is_another_fingerprint(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
     assert load_tiny(other).fingerprint != load_tiny(tiny).fingerprint
