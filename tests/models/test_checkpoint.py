@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,12 @@ def test_a_model_has_the_whole_name_of_its_folder(tiny: TinyCheckpoint, monkeypa
     assert load(folder, tiny.memory).name == "tiny-1.7B-v0.2"
     monkeypatch.chdir(folder)
     assert load(Path(), tiny.memory).name == "tiny-1.7B-v0.2"
+
+
+def test_a_memory_may_lie_in_its_bodys_folder(tiny: TinyCheckpoint) -> None:
+    before = load_tiny(tiny).fingerprint
+    inside = replace(tiny, memory=tiny.memory.rename(tiny.body / tiny.memory.name))
+    assert load_tiny(inside).fingerprint == before
 
 
 def test_another_memory_is_another_fingerprint(tiny: TinyCheckpoint, tmp_path: Path) -> None:
