@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import time
 from contextlib import aclosing
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from support.records import made
 from titans_server import leases
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, Overloaded, SessionNotFound
+from titans_server.errors import IngestionCancelled, Overloaded, SessionNotFound, VersionConflict
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
@@ -108,6 +110,33 @@ async def test_a_document_whose_checkpoint_is_torn_or_gone_is_learnt_from_its_be
         pass
     record, state = await learner_on(store, engine)[1].newest(session)  # as a server that has just started reads it
     assert (record.version, int(state.position)) == (1, len(TOKENS))
+
+
+async def test_what_a_failover_lost_of_a_document_is_in_no_checkpoint_of_it(engine: Engine) -> None:
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    learning, states, _ = learner_on(store, engine)
+
+    async def append(draft: Draft, portion: Portion) -> Draft:
+        edit = partial(history.append, draft=draft, separator=SEPARATOR, portion=portion)
+        return (await ledger.change(session, edit)).drafts[-1]
+
+    async def learn(work: Work, portion: Portion) -> None:
+        async for _ in learning.learn(work, portion):
+            pass
+
+    first, rest = Portion(TOKENS[:900], 900, "begun"), Portion(TOKENS[900:3_000], 3_000, "whole")
+    work = Work(session, await append(Draft("ing_0", "ours", 0.0, time.time(), key="key"), first))
+    await learn(work, first)
+    kept = deepcopy(store._sessions[session])
+    work.draft = await append(work.draft, rest)
+    store._sessions[session] = kept
+    with pytest.raises(VersionConflict):
+        await learn(work, rest)
+    (draft,) = (await store.get(session)).drafts  # the client sends the document again
+    await learn(Work(session, draft), replace(rest, is_last=True))
+    record, state = await states.newest(session)
+    assert (record.tokens_seen, int(state.position)) == (3_000, 3_000)
 
 
 async def test_a_document_that_another_server_was_faster_than_is_learnt_again_and_counted_as_a_conflict(

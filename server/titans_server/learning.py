@@ -162,7 +162,7 @@ class Learning:
         check_match(record, draft.if_match)
         since = record.head.snapshot
         if draft.snapshot is not None and draft.base == record.version:
-            loaded = await self._load_checkpoint(work, record.head, draft.snapshot)
+            loaded = await self._load_checkpoint(work.session_id, record.head, draft, draft.snapshot)
             if loaded is not None:
                 state, since = loaded, draft.snapshot
         skipped = int(state.position) - record.head.tokens
@@ -177,16 +177,16 @@ class Learning:
         rest = list(portion.tokens) if portion.is_last else []  # another portion is in the log
         return Learner(record, state, since, queue[skipped:], logged, rest)
 
-    async def _load_checkpoint(self, work: Work, base: Version, snapshot: Snapshot) -> State | None:
+    async def _load_checkpoint(self, session_id: str, base: Version, draft: Draft, snapshot: Snapshot) -> State | None:
         """A document's checkpoint; None where it is torn or gone: no version may begin from it then."""
         try:
             state = await self._states.load_snapshot(snapshot)
         except StateCorrupted as error:
-            log.warning("ingestion %s begins again: %s", work.draft.ingestion, error)
+            log.warning("ingestion %s begins again: %s", draft.ingestion, error)
             state = None
         if state is None:
-            forget = partial(history.checkpoint, ingestion=work.draft.ingestion, base=base, snapshot=None)
-            await self._ledger.change(work.session_id, forget)
+            forget = partial(history.checkpoint, draft=draft, base=base, snapshot=None)
+            await self._ledger.change(session_id, forget)
         return state
 
     async def _next(self, work: Work, learner: Learner, *, last: bool) -> list[int]:
@@ -221,7 +221,7 @@ class Learning:
         snapshot = await self._states.store(work.session_id, learner.state)
         await self._ledger.change(
             work.session_id,
-            lambda record: history.checkpoint(record, work.draft.ingestion, learner.base, snapshot),
+            lambda record: history.checkpoint(record, work.draft, learner.base, snapshot),
         )
         learner.since = snapshot
 
