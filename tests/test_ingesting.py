@@ -13,7 +13,7 @@ from titans.sampling import SamplingParams
 from titans.state import State
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
-from titans_server.errors import Overloaded
+from titans_server.errors import IngestionCancelled, Overloaded
 from titans_server.events import DocumentLearnt
 from titans_server.ingesting import Terms
 from titans_server.prompts import CompletionRequest
@@ -59,6 +59,32 @@ async def test_a_document_whose_client_leaves_during_its_first_append_is_let_go_
     after = (await store.get(session)).drafts
     assert [x.key for x in after] == ([key] if key else [])
     assert all(x.lease_until <= time.time() for x in after)
+    await service.close()
+
+
+async def test_a_document_that_goes_on_and_is_cancelled_says_so(engine: Engine) -> None:
+    store = MemoryStore()
+    session = (await made(store)).id
+    service = service_on(store, engine)
+
+    async def pieces(*, are_all: bool) -> AsyncIterator[str]:
+        for _ in range(20):
+            yield TEXT[:80]
+        if not are_all:
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        async for _ in service.ingest(session, pieces(are_all=False), Terms("key")):
+            pass
+    (draft,) = (await store.get(session)).drafts
+    assert len(draft.entries) > 10
+    events = service.ingest(session, pieces(are_all=True), Terms("key"))
+    async with asyncio.timeout(SECONDS):
+        await anext(events)
+        await service.cancel_ingestion(draft.ingestion)
+        with pytest.raises(IngestionCancelled):
+            async for _ in events:
+                pass
     await service.close()
 
 

@@ -202,7 +202,9 @@ class Learning:
         try:
             tokens = await self._ledger.read(work.session_id, (logged[0],))
         except StateCorrupted:
-            await self._ledger.store.get(work.session_id)  # raises where that is why: it was deleted meanwhile
+            record = await self._ledger.store.get(work.session_id)  # raises where it was deleted meanwhile
+            work.cancelled |= record.draft(work.draft.ingestion) is None  # maybe on another server
+            work.check()
             raise
         logged.popleft()
         return tokens
