@@ -14,7 +14,7 @@ import torch
 from support.records import made
 from titans_server import leases
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, Overloaded, SessionNotFound, VersionConflict
+from titans_server.errors import IngestionCancelled, KeyReused, Overloaded, SessionNotFound, VersionConflict
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
@@ -154,6 +154,25 @@ async def test_a_document_that_another_server_was_faster_than_is_learnt_again_an
     assert (await store.get(session)).tokens_seen == 2 * len(TOKENS) + len(SEPARATOR)
     assert metrics.registry.get_sample_value("titans_commit_conflicts_total") == 1
     assert metrics.registry.get_sample_value("titans_work_failures_total", {"work": "commit"}) is None
+
+
+async def test_a_document_whose_key_has_another_one_learnt_meanwhile_is_not_said_to_be_learnt(engine: Engine) -> None:
+    """Ours stands still; meanwhile the client sends theirs another text that begins the same, under the same key."""
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    first = Portion(TOKENS[:900], 900, "begun")
+    append = partial(history.append, draft=Draft("ing_0", "ours", 0.0, 0.0, "key"), separator=SEPARATOR, portion=first)
+    (draft,) = (await ledger.change(session, append)).drafts
+    ours, theirs = Work(session, draft), Work(session, replace(draft, server="theirs"))
+    learning, _, _ = learner_on(store, engine)
+    async for _ in learning.learn(ours, first):
+        pass
+    async for _ in learner_on(store, engine)[0].learn(theirs, Portion((7, 8), 902, "another", is_last=True)):
+        pass
+    with pytest.raises(KeyReused):
+        async for _ in learning.learn(ours, Portion((5, 6), 902, "whole", is_last=True)):
+            pass
+    assert theirs.learnt is not None and ours.learnt is None
 
 
 async def test_what_learns_a_document_stops_once_its_session_is_deleted(

@@ -261,9 +261,7 @@ def check_match(record: SessionRecord, version: int | None) -> None:
 
 def replayed(session_id: str, outcome: Outcome, sha256: str) -> DocumentLearnt:
     """What was said when a document was learnt. Raises KeyReused where that was another document."""
-    if outcome.sha256 != sha256:
-        raise KeyReused(history.KEY_REUSED)
-    return _learnt(session_id, outcome, is_replay=True)
+    return _learnt(session_id, outcome, sha256, is_replay=True)
 
 
 def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
@@ -272,11 +270,13 @@ def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
     if first is not None and first.ingestion != draft.ingestion:
         return replayed(record.id, first, sha256)
     if own is not None and own.status == "done":
-        return _learnt(record.id, own, is_replay=False)
+        return _learnt(record.id, own, sha256, is_replay=False)
     raise IngestionCancelled(f"ingestion {draft.ingestion} was cancelled")
 
 
-def _learnt(session_id: str, outcome: Outcome, *, is_replay: bool) -> DocumentLearnt:
+def _learnt(session_id: str, outcome: Outcome, sha256: str, *, is_replay: bool) -> DocumentLearnt:
+    if outcome.sha256 != sha256:  # maybe learnt by another server, which was sent another end of it
+        raise KeyReused(history.KEY_REUSED)
     return DocumentLearnt(
         session_id,
         outcome.version,
