@@ -233,7 +233,7 @@ async def test_a_document_that_has_begun_waits_for_room_where_its_session_has_to
         return await newest(*args)
 
     monkeypatch.setattr(states, "newest", refuse_twice)
-    monkeypatch.setattr("titans_server.learning._PAUSE", 0.01)
+    monkeypatch.setattr("titans_server.learning._MIN_PAUSE", 0.01)
     with pytest.raises(Overloaded):
         async for _ in learning.learn(Work(session, Draft("ing_new", "ours", 0.0, time.time())), everything):
             pass

@@ -1,6 +1,5 @@
 """From a document's tokens to a session's next version: learn, checkpoint, seal; again where another came first."""
 
-import asyncio
 import logging
 import secrets
 import time
@@ -24,6 +23,7 @@ from titans_server.errors import (
 )
 from titans_server.events import DocumentLearnt, Progress
 from titans_server.observer import Observer
+from titans_server.retries import Retries
 from titans_server.sessions import history
 from titans_server.sessions.history import Overtaken, Portion, Writing
 from titans_server.sessions.ledger import Ledger
@@ -32,7 +32,7 @@ from titans_server.states import States
 
 log = logging.getLogger(__name__)
 
-_PAUSE = 0.5  # seconds, until the engine may have room
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds, until the engine may have room
 _STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
 
 
@@ -131,6 +131,7 @@ class Learning:
         """
         if work.learner is not None:
             work.learner.rest += portion.tokens
+        retries = Retries(log, f"ingestion {work.draft.ingestion} waits", first=_MIN_PAUSE, most=_MAX_PAUSE)
         while True:
             try:
                 learner = work.learner = work.learner or await self._begin(work, portion)
@@ -145,10 +146,10 @@ class Learning:
                 return
             except Overtaken:
                 work.learner = None
-            except Overloaded:  # for what another server made of the session has to be learnt before
+            except Overloaded as error:  # for what another server made of the session has to be learnt before
                 if not work.draft.entries:
                     raise
-                await asyncio.sleep(_PAUSE)
+                await retries.pause(error)
                 work.check()
 
     async def _begin(self, work: Work, portion: Portion) -> Learner:
