@@ -182,6 +182,27 @@ async def test_a_document_that_another_server_took_over_between_two_tries_is_lef
         await learnt(store, [session])  # once the other one's lease has run out
 
 
+async def test_a_document_whose_end_a_failover_lost_is_not_learnt_without_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its server has taken it in whole, and said so, and has not learnt it yet."""
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.5)
+    store = Faulty()
+    session = await left_behind(store)
+    kept = store._sessions[session]
+    (draft,) = kept.record.drafts
+    store.faults = ["log"]
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while not told(caplog, f"ingestion ing_{session} waits"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        begun = replace(draft, num_bytes=draft.num_bytes - 1, sha256="begun", accepted=False)
+        kept.record = replace(kept.record, drafts=(begun,))
+        while not told(caplog, f"ingestion ing_{session} is left"):
+            assert not kept.record.outcomes, "a part of a document is a version"
+            await asyncio.sleep(0.01)
+    assert [x.accepted for x in kept.record.drafts] == [False]
+
+
 @pytest.mark.parametrize("if_match", [None, 0])
 async def test_a_document_whose_commit_loses_every_race_is_tried_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, if_match: int | None

@@ -138,6 +138,9 @@ class Accepted:
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
         if draft is None:
             return  # whoever had the session before has learnt it already
+        if not draft.accepted:
+            log.warning("ingestion %s is left to be sent again: the store has lost its end", draft.ingestion)
+            return
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
             await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))
