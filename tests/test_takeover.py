@@ -335,6 +335,22 @@ async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another
     assert record.version == 1
 
 
+async def test_an_accepted_document_behind_one_that_broke_off_is_not_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 2.0)
+    store = Faulty()
+    session = await left_behind(store)
+    kept = store._sessions[session]
+    broken_off = Draft("ing_broken_off", "ours", time.time() - 1, time.time() - 1, key="key")
+    kept.record = replace(kept.record, drafts=(broken_off, *kept.record.drafts))
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    assert (record.version, record.drafts) == (1, (broken_off,))
+
+
 async def test_another_models_session_is_left_to_that_models_server(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:

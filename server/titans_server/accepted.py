@@ -84,13 +84,13 @@ class Accepted:
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
             record = await self._ledger.store.get(work.session_id)
-            earlier = [x for x in _before(record, work.draft.ingestion) if x.accepted or not x.is_async]
-            theirs = [x for x in earlier if self._leases.is_elsewhere(x)]
-            ours = [x for x in earlier if x.accepted and x not in theirs]
-            if not theirs and not ours:
+            earlier = _before(record, work.draft.ingestion)
+            elsewhere = [x for x in earlier if self._leases.is_elsewhere(x)]
+            first = next((x for x in earlier if x.accepted or (x in elsewhere and not x.is_async)), None)
+            if first is None:
                 return record
-            if ours and ours[0] == earlier[0]:
-                mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
+            if first not in elsewhere:
+                mine = self._works.setdefault(first.ingestion, self._taken(record.id, first))
                 began = time.monotonic()
                 try:
                     with suppress(IngestionCancelled):  # that one was, not ours
