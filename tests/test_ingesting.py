@@ -13,11 +13,12 @@ from titans.sampling import SamplingParams
 from titans.state import State
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
-from titans_server.errors import Overloaded
+from titans_server.errors import IngestionCancelled, Overloaded, StoreUnavailable
 from titans_server.events import DocumentLearnt
 from titans_server.ingesting import Terms
 from titans_server.prompts import CompletionRequest
 from titans_server.sessions.memory import MemoryStore
+from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.store import Commit
 
 TEXT = "The keeper kept a key under the third stone, and told nobody of it. " * 10
@@ -59,6 +60,65 @@ async def test_a_document_whose_client_leaves_during_its_first_append_is_let_go_
     after = (await store.get(session)).drafts
     assert [x.key for x in after] == ([key] if key else [])
     assert all(x.lease_until <= time.time() for x in after)
+    await service.close()
+
+
+class Leaving(MemoryStore):
+    """When it has taken in the end of a document it cannot be reached, for a while."""
+
+    is_away = was_away = False
+
+    async def commit(self, commit: Commit) -> None:
+        await super().commit(commit)
+        if not self.was_away:
+            self.is_away = self.was_away = any(x.accepted for x in commit.record.drafts)
+
+    async def get(self, session_id: str) -> SessionRecord:
+        if self.is_away:
+            raise StoreUnavailable("the store cannot be reached")
+        return await super().get(session_id)
+
+
+async def test_that_a_document_was_accepted_is_told_whatever_becomes_of_the_store(engine: Engine) -> None:
+    store = Leaving()
+    session = (await made(store)).id
+    service = service_on(store, engine)
+
+    async def pieces() -> AsyncIterator[str]:
+        yield TEXT
+
+    told = await service.accept(session, pieces(), Terms())
+    assert (told.status, told.committed_bytes) == ("learning", len(TEXT))
+    store.is_away = False
+    async with asyncio.timeout(SECONDS):
+        while (await service.ingestion(told.id)).status != "done":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await service.close()
+
+
+async def test_a_document_that_goes_on_and_is_cancelled_says_so(engine: Engine) -> None:
+    store = MemoryStore()
+    session = (await made(store)).id
+    service = service_on(store, engine)
+
+    async def pieces(*, are_all: bool) -> AsyncIterator[str]:
+        for _ in range(20):
+            yield TEXT[:80]
+        if not are_all:
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        async for _ in service.ingest(session, pieces(are_all=False), Terms("key")):
+            pass
+    (draft,) = (await store.get(session)).drafts
+    assert len(draft.entries) > 10
+    events = service.ingest(session, pieces(are_all=True), Terms("key"))
+    async with asyncio.timeout(SECONDS):
+        await anext(events)
+        await service.cancel_ingestion(draft.ingestion)
+        with pytest.raises(IngestionCancelled):
+            async for _ in events:
+                pass
     await service.close()
 
 

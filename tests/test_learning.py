@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import time
 from contextlib import aclosing
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from support.records import made
 from titans_server import leases
 from titans_server.engine import Engine
-from titans_server.errors import IngestionCancelled, Overloaded, SessionNotFound
+from titans_server.errors import IngestionCancelled, KeyReused, Overloaded, SessionNotFound, VersionConflict
 from titans_server.learning import Learning, Work
 from titans_server.leases import Leases
 from titans_server.observer import Observer
@@ -110,6 +112,33 @@ async def test_a_document_whose_checkpoint_is_torn_or_gone_is_learnt_from_its_be
     assert (record.version, int(state.position)) == (1, len(TOKENS))
 
 
+async def test_what_a_failover_lost_of_a_document_is_in_no_checkpoint_of_it(engine: Engine) -> None:
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    learning, states, _ = learner_on(store, engine)
+
+    async def append(draft: Draft, portion: Portion) -> Draft:
+        edit = partial(history.append, draft=draft, separator=SEPARATOR, portion=portion)
+        return (await ledger.change(session, edit)).drafts[-1]
+
+    async def learn(work: Work, portion: Portion) -> None:
+        async for _ in learning.learn(work, portion):
+            pass
+
+    first, rest = Portion(TOKENS[:900], 900, "begun"), Portion(TOKENS[900:3_000], 3_000, "whole")
+    work = Work(session, await append(Draft("ing_0", "ours", 0.0, time.time(), key="key"), first))
+    await learn(work, first)
+    kept = deepcopy(store._sessions[session])
+    work.draft = await append(work.draft, rest)
+    store._sessions[session] = kept
+    with pytest.raises(VersionConflict):
+        await learn(work, rest)
+    (draft,) = (await store.get(session)).drafts  # the client sends the document again
+    await learn(Work(session, draft), replace(rest, is_last=True))
+    record, state = await states.newest(session)
+    assert (record.tokens_seen, int(state.position)) == (3_000, 3_000)
+
+
 async def test_a_document_that_another_server_was_faster_than_is_learnt_again_and_counted_as_a_conflict(
     engine: Engine,
 ) -> None:
@@ -125,6 +154,25 @@ async def test_a_document_that_another_server_was_faster_than_is_learnt_again_an
     assert (await store.get(session)).tokens_seen == 2 * len(TOKENS) + len(SEPARATOR)
     assert metrics.registry.get_sample_value("titans_commit_conflicts_total") == 1
     assert metrics.registry.get_sample_value("titans_work_failures_total", {"work": "commit"}) is None
+
+
+async def test_a_document_whose_key_has_another_one_learnt_meanwhile_is_not_said_to_be_learnt(engine: Engine) -> None:
+    """Ours stands still; meanwhile the client sends theirs another text that begins the same, under the same key."""
+    store = MemoryStore()
+    session, ledger = (await made(store)).id, Ledger(store)
+    first = Portion(TOKENS[:900], 900, "begun")
+    append = partial(history.append, draft=Draft("ing_0", "ours", 0.0, 0.0, "key"), separator=SEPARATOR, portion=first)
+    (draft,) = (await ledger.change(session, append)).drafts
+    ours, theirs = Work(session, draft), Work(session, replace(draft, server="theirs"))
+    learning, _, _ = learner_on(store, engine)
+    async for _ in learning.learn(ours, first):
+        pass
+    async for _ in learner_on(store, engine)[0].learn(theirs, Portion((7, 8), 902, "another", is_last=True)):
+        pass
+    with pytest.raises(KeyReused):
+        async for _ in learning.learn(ours, Portion((5, 6), 902, "whole", is_last=True)):
+            pass
+    assert theirs.learnt is not None and ours.learnt is None
 
 
 async def test_what_learns_a_document_stops_once_its_session_is_deleted(
@@ -185,7 +233,7 @@ async def test_a_document_that_has_begun_waits_for_room_where_its_session_has_to
         return await newest(*args)
 
     monkeypatch.setattr(states, "newest", refuse_twice)
-    monkeypatch.setattr("titans_server.learning._PAUSE", 0.01)
+    monkeypatch.setattr("titans_server.learning._MIN_PAUSE", 0.01)
     with pytest.raises(Overloaded):
         async for _ in learning.learn(Work(session, Draft("ing_new", "ours", 0.0, time.time())), everything):
             pass

@@ -182,6 +182,27 @@ async def test_a_document_that_another_server_took_over_between_two_tries_is_lef
         await learnt(store, [session])  # once the other one's lease has run out
 
 
+async def test_a_document_whose_end_a_failover_lost_is_not_learnt_without_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its server has taken it in whole, and said so, and has not learnt it yet."""
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.5)
+    store = Faulty()
+    session = await left_behind(store)
+    kept = store._sessions[session]
+    (draft,) = kept.record.drafts
+    store.faults = ["log"]
+    async with server_on(store, engine), asyncio.timeout(SECONDS):
+        while not told(caplog, f"ingestion ing_{session} waits"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        begun = replace(draft, num_bytes=draft.num_bytes - 1, sha256="begun", accepted=False)
+        kept.record = replace(kept.record, drafts=(begun,))
+        while not told(caplog, f"ingestion ing_{session} is left"):
+            assert not kept.record.outcomes, "a part of a document is a version"
+            await asyncio.sleep(0.01)
+    assert [x.accepted for x in kept.record.drafts] == [False]
+
+
 @pytest.mark.parametrize("if_match", [None, 0])
 async def test_a_document_whose_commit_loses_every_race_is_tried_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, if_match: int | None
@@ -312,6 +333,22 @@ async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another
     behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
     record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
     assert record.version == 1
+
+
+async def test_an_accepted_document_behind_one_that_broke_off_is_not_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 2.0)
+    store = Faulty()
+    session = await left_behind(store)
+    kept = store._sessions[session]
+    broken_off = Draft("ing_broken_off", "ours", time.time() - 1, time.time() - 1, key="key")
+    kept.record = replace(kept.record, drafts=(broken_off, *kept.record.drafts))
+    ledger, states = Ledger(store), states_on(store, engine)
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    assert (record.version, record.drafts) == (1, (broken_off,))
 
 
 async def test_another_models_session_is_left_to_that_models_server(

@@ -84,13 +84,13 @@ class Accepted:
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
             record = await self._ledger.store.get(work.session_id)
-            earlier = [x for x in _before(record, work.draft.ingestion) if x.accepted or not x.is_async]
-            theirs = [x for x in earlier if self._leases.is_elsewhere(x)]
-            ours = [x for x in earlier if x.accepted and x not in theirs]
-            if not theirs and not ours:
+            earlier = _before(record, work.draft.ingestion)
+            elsewhere = [x for x in earlier if self._leases.is_elsewhere(x)]
+            first = next((x for x in earlier if x.accepted or (x in elsewhere and not x.is_async)), None)
+            if first is None:
                 return record
-            if ours and ours[0] == earlier[0]:
-                mine = self._works.setdefault(ours[0].ingestion, self._taken(record.id, ours[0]))
+            if first not in elsewhere:
+                mine = self._works.setdefault(first.ingestion, self._taken(record.id, first))
                 began = time.monotonic()
                 try:
                     with suppress(IngestionCancelled):  # that one was, not ours
@@ -138,6 +138,9 @@ class Accepted:
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
         if draft is None:
             return  # whoever had the session before has learnt it already
+        if not draft.accepted:
+            log.warning("ingestion %s is left to be sent again: the store has lost its end", draft.ingestion)
+            return
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
             await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))

@@ -124,7 +124,8 @@ class Ingestions:
             if not work.draft.accepted:
                 self._leave(work)
         self._accepted.begin(work)
-        return self._status(await self._ledger.store.get(session_id), work.draft.ingestion)
+        assert work.appended is not None
+        return self._status(work.appended, work.draft.ingestion)
 
     async def status(self, ingestion: str) -> IngestionStatus:
         """How far a document has come. Raises IngestionNotFound."""

@@ -1,6 +1,5 @@
 """From a document's tokens to a session's next version: learn, checkpoint, seal; again where another came first."""
 
-import asyncio
 import logging
 import secrets
 import time
@@ -24,6 +23,7 @@ from titans_server.errors import (
 )
 from titans_server.events import DocumentLearnt, Progress
 from titans_server.observer import Observer
+from titans_server.retries import Retries
 from titans_server.sessions import history
 from titans_server.sessions.history import Overtaken, Portion, Writing
 from titans_server.sessions.ledger import Ledger
@@ -32,7 +32,7 @@ from titans_server.states import States
 
 log = logging.getLogger(__name__)
 
-_PAUSE = 0.5  # seconds, until the engine may have room
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds, until the engine may have room
 _STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
 
 
@@ -131,6 +131,7 @@ class Learning:
         """
         if work.learner is not None:
             work.learner.rest += portion.tokens
+        retries = Retries(log, f"ingestion {work.draft.ingestion} waits", first=_MIN_PAUSE, most=_MAX_PAUSE)
         while True:
             try:
                 learner = work.learner = work.learner or await self._begin(work, portion)
@@ -145,10 +146,10 @@ class Learning:
                 return
             except Overtaken:
                 work.learner = None
-            except Overloaded:  # for what another server made of the session has to be learnt before
+            except Overloaded as error:  # for what another server made of the session has to be learnt before
                 if not work.draft.entries:
                     raise
-                await asyncio.sleep(_PAUSE)
+                await retries.pause(error)
                 work.check()
 
     async def _begin(self, work: Work, portion: Portion) -> Learner:
@@ -162,7 +163,7 @@ class Learning:
         check_match(record, draft.if_match)
         since = record.head.snapshot
         if draft.snapshot is not None and draft.base == record.version:
-            loaded = await self._load_checkpoint(work, record.head, draft.snapshot)
+            loaded = await self._load_checkpoint(work.session_id, record.head, draft, draft.snapshot)
             if loaded is not None:
                 state, since = loaded, draft.snapshot
         skipped = int(state.position) - record.head.tokens
@@ -177,16 +178,16 @@ class Learning:
         rest = list(portion.tokens) if portion.is_last else []  # another portion is in the log
         return Learner(record, state, since, queue[skipped:], logged, rest)
 
-    async def _load_checkpoint(self, work: Work, base: Version, snapshot: Snapshot) -> State | None:
+    async def _load_checkpoint(self, session_id: str, base: Version, draft: Draft, snapshot: Snapshot) -> State | None:
         """A document's checkpoint; None where it is torn or gone: no version may begin from it then."""
         try:
             state = await self._states.load_snapshot(snapshot)
         except StateCorrupted as error:
-            log.warning("ingestion %s begins again: %s", work.draft.ingestion, error)
+            log.warning("ingestion %s begins again: %s", draft.ingestion, error)
             state = None
         if state is None:
-            forget = partial(history.checkpoint, ingestion=work.draft.ingestion, base=base, snapshot=None)
-            await self._ledger.change(work.session_id, forget)
+            forget = partial(history.checkpoint, draft=draft, base=base, snapshot=None)
+            await self._ledger.change(session_id, forget)
         return state
 
     async def _next(self, work: Work, learner: Learner, *, last: bool) -> list[int]:
@@ -202,7 +203,9 @@ class Learning:
         try:
             tokens = await self._ledger.read(work.session_id, (logged[0],))
         except StateCorrupted:
-            await self._ledger.store.get(work.session_id)  # raises where that is why: it was deleted meanwhile
+            record = await self._ledger.store.get(work.session_id)  # raises where it was deleted meanwhile
+            work.cancelled |= record.draft(work.draft.ingestion) is None  # maybe on another server
+            work.check()
             raise
         logged.popleft()
         return tokens
@@ -221,7 +224,7 @@ class Learning:
         snapshot = await self._states.store(work.session_id, learner.state)
         await self._ledger.change(
             work.session_id,
-            lambda record: history.checkpoint(record, work.draft.ingestion, learner.base, snapshot),
+            lambda record: history.checkpoint(record, work.draft, learner.base, snapshot),
         )
         learner.since = snapshot
 
@@ -259,9 +262,7 @@ def check_match(record: SessionRecord, version: int | None) -> None:
 
 def replayed(session_id: str, outcome: Outcome, sha256: str) -> DocumentLearnt:
     """What was said when a document was learnt. Raises KeyReused where that was another document."""
-    if outcome.sha256 != sha256:
-        raise KeyReused(history.KEY_REUSED)
-    return _learnt(session_id, outcome, is_replay=True)
+    return _learnt(session_id, outcome, sha256, is_replay=True)
 
 
 def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
@@ -270,11 +271,13 @@ def _result(record: SessionRecord, draft: Draft, sha256: str) -> DocumentLearnt:
     if first is not None and first.ingestion != draft.ingestion:
         return replayed(record.id, first, sha256)
     if own is not None and own.status == "done":
-        return _learnt(record.id, own, is_replay=False)
+        return _learnt(record.id, own, sha256, is_replay=False)
     raise IngestionCancelled(f"ingestion {draft.ingestion} was cancelled")
 
 
-def _learnt(session_id: str, outcome: Outcome, *, is_replay: bool) -> DocumentLearnt:
+def _learnt(session_id: str, outcome: Outcome, sha256: str, *, is_replay: bool) -> DocumentLearnt:
+    if outcome.sha256 != sha256:  # maybe learnt by another server, which was sent another end of it
+        raise KeyReused(history.KEY_REUSED)
     return DocumentLearnt(
         session_id,
         outcome.version,

@@ -1,4 +1,4 @@
-"""What is tried in the background until it succeeds: the pauses between the tries, and what the log says of each."""
+"""What is tried until it succeeds: the pauses between the tries, and what the log says of each."""
 
 import asyncio
 import logging

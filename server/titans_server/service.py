@@ -30,6 +30,7 @@ from titans_server.states import Moment, SnapshotPolicy, States
 from titans_server.writers import Writers
 
 _ATTEMPTS = 5  # to fork a session whose snapshots move meanwhile
+_MAX_TOKENS = 1 << 62  # of a state that is imported: the model fails where it counts past 64 bits
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ class SessionService:
             )
         except StateCorrupted as error:
             raise InvalidState(error.message) from error
-        if int(state.position) < 0:
-            raise InvalidState("the state has read fewer tokens than none")
+        if not 0 <= int(state.position) < _MAX_TOKENS:
+            raise InvalidState(f"the state has read {int(state.position)} tokens, which is not possible")
         write_id = secrets.token_hex(8)
 
         def edit(record: SessionRecord) -> history.Edit:

@@ -289,6 +289,7 @@ def test_a_file_that_is_no_state_of_this_model_is_not_imported(world: World) -> 
         "infinite": forged(state, own, **{name: torch.full_like(numbers, torch.inf)}),
         "of another shape": forged(state, own, **{name: torch.zeros(1, 2, 3)}),
         "read fewer than none": forged(state, own, position=torch.full_like(load(state)["position"], -1)),
+        "read all that 64 bits count": forged(state, own, position=torch.full_like(load(state)["position"], 2**63 - 1)),
     }
     for what, file in refused.items():
         assert code(http.put(path, content=file)) == (422, "invalid_state"), what

@@ -9,7 +9,7 @@ from support.records import a_session
 from titans_server.errors import SessionBusy, VersionConflict
 from titans_server.sessions import history
 from titans_server.sessions.history import Portion, Writing
-from titans_server.sessions.record import Draft, Outcome, Snapshot
+from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot
 
 SEPARATOR = (10, 10)
 
@@ -58,13 +58,19 @@ def test_a_snapshot_of_a_version_serves_those_that_go_on_from_it_and_no_other() 
     assert (record.head.snapshot, record.head.entries) == (newer, ())
 
 
-def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twice() -> None:
-    """Ours stands still before its last commit; meanwhile the client sends it to theirs, to be learnt later."""
+def taken_over() -> tuple[SessionRecord, Draft, Draft]:
+    """A session with a document that one server began and another took over, and what each knows of it."""
     ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
     record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
     (ours,) = record.drafts
     record = history.take(record, "ing_1", "theirs").record
     (theirs,) = record.drafts
+    return record, ours, theirs
+
+
+def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twice() -> None:
+    """Ours stands still before its last commit; meanwhile the client sends it to theirs, to be learnt later."""
+    record, ours, theirs = taken_over()
     record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "whole", is_last=True)).record
     (theirs,) = record.drafts
 
@@ -77,11 +83,7 @@ def test_the_end_of_a_document_that_another_server_took_over_is_not_written_twic
 
 def test_a_portion_of_another_text_is_not_taken_for_one_that_was_appended() -> None:
     """Ours stands still; meanwhile the client sends another text under its key, to theirs."""
-    ours = Draft("ing_1", "ours", 0.0, time.time(), key="key")
-    record = history.append(a_session(), ours, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
-    (ours,) = record.drafts
-    record = history.take(record, "ing_1", "theirs").record
-    (theirs,) = record.drafts
+    record, ours, theirs = taken_over()
     record = history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record
 
     assert history.append(record, theirs, SEPARATOR, Portion((4, 5), 5, "one text")).record is record

@@ -91,13 +91,17 @@ def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = L
     return Edit(record) if draft and draft.server != server else _held(record, ingestion, server, seconds)
 
 
-def checkpoint(record: SessionRecord, ingestion: str, base: Version, snapshot: Snapshot | None) -> Edit:
-    """Remember the state of a draft that is half learnt; None: no longer. Raises Overtaken, IngestionCancelled."""
+def checkpoint(record: SessionRecord, draft: Draft, base: Version, snapshot: Snapshot | None) -> Edit:
+    """Remember the state of a draft that is half learnt; None: no longer. `draft` is as its writer knows it.
+
+    Raises Overtaken, IngestionCancelled, VersionConflict where the log has not what the writer has learnt of it.
+    """
     base = _standing(record, base)
-    draft = record.draft(ingestion)
-    if draft is None:
-        raise _cancelled(ingestion)
-    kept = replace(draft, snapshot=snapshot, base=base.number, lease_until=time.time() + LEASE_SECONDS)
+    found = record.draft(draft.ingestion)
+    if found is None:
+        raise _cancelled(draft.ingestion)
+    _check_log(draft, found)
+    kept = replace(found, snapshot=snapshot, base=base.number, lease_until=time.time() + LEASE_SECONDS)
     return Edit(replace(record, drafts=_with(record.drafts, kept)))
 
 
@@ -126,8 +130,8 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
     """A version that has read a whole document: what of it is in the draft, and `writing.tokens`.
 
     `outcome` lacks what only the version tells. No version is made where the document has an outcome already, by its
-    id or by its key. Raises Overtaken, IngestionCancelled where the draft is gone, VersionConflict where another server
-    has appended to it.
+    id or by its key. Raises Overtaken, IngestionCancelled where the draft is gone, VersionConflict where the log has
+    not what its writer has learnt of it.
     """
     if record.outcome(draft.ingestion) is not None:
         return discard(record, draft.ingestion)
@@ -137,8 +141,8 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
         return Edit(record if found is None else _ended(rest, _second(outcome, first)))
     if found is None and draft.entries:
         raise _cancelled(draft.ingestion)
-    if found is not None and found.tokens != draft.tokens:
-        raise _goes_on_elsewhere(draft)
+    if found is not None:
+        _check_log(draft, found)
     base = _standing(record, writing.base)
     ours = found.entries if found else ()
     num_tokens = (found.tokens if found else 0) + len(writing.tokens)
@@ -297,6 +301,12 @@ def _check_draft(record: SessionRecord, draft: Draft, found: Draft | None) -> No
         if draft.entries or record.outcome(draft.ingestion) is not None:
             raise _cancelled(draft.ingestion)
     elif (found.tokens, found.server) != (draft.tokens, draft.server):
+        raise _goes_on_elsewhere(draft)
+
+
+def _check_log(draft: Draft, found: Draft) -> None:
+    """Raise unless the log has of a document what its writer thinks: others append, and a failover loses appends."""
+    if (found.tokens, found.sha256) != (draft.tokens, draft.sha256):
         raise _goes_on_elsewhere(draft)
 
 
