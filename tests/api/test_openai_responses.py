@@ -202,6 +202,14 @@ def test_items_with_half_a_surrogate_pair_are_refused(http: httpx.Client, path: 
     assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
 
 
+@pytest.mark.parametrize("kind", [[], {}, ["input_text"], 1])
+def test_a_part_whose_type_is_no_name_is_refused(http: httpx.Client, kind: Any) -> None:
+    item = {"role": "user", "content": [{"type": kind, "text": "a"}]}
+    for path, body in (("responses", {"model": MODEL, "input": [item]}), ("conversations", {"items": [item]})):
+        refused = http.post(f"/v1/{path}", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_unknown_conversation_is_not_found(ai: Driver, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
