@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,22 @@ def test_a_conversation_whose_items_cannot_be_learnt_is_not_there(http: httpx.Cl
     refused = http.post("/v1/conversations", json={"items": [{"role": "user", "content": ""}]})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "empty_document")
     assert http.post("/v1/conversations").status_code == 200, "a body may be left out"
+
+
+def test_a_conversation_whose_client_leaves_before_it_is_told_of_it_is_not_there(
+    server: LiveServer, http: httpx.Client
+) -> None:
+    def ids() -> set[str]:
+        return {each["id"] for each in http.get("/v1/sessions?limit=100").json()["data"]}
+
+    before = ids()
+    items = [{"role": "user", "content": "words " * 100_000}]  # which take longer than is waited for here
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/conversations", json={"items": items}, timeout=1)
+    deadline = time.monotonic() + 10
+    while ids() != before:
+        assert time.monotonic() < deadline, "it is learnt for nobody"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/{}/items"])
