@@ -17,7 +17,7 @@ import httpx
 import pytest
 from openai import APIError, OpenAI
 from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, free_port
+from support.servers import LiveServer, Upload, free_port
 from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
 from titans_server.api import deps
@@ -525,6 +525,21 @@ def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_w
         while data := raw.recv(1 << 16):
             said += data
     assert b"event: done" in said
+
+
+def test_a_document_whose_stream_another_reader_takes_is_read_to_its_end(
+    server: LiveServer, http: httpx.Client, session: str
+) -> None:
+    with Upload(server, session, prefer="resumable") as upload:
+        upload.begin("words " * 500)
+        with http.stream("GET", f"/v1/streams/{upload.stream_id}") as taken:
+            told = events(taken)
+            assert next(told).name == "progress"
+            time.sleep(0.5)
+            upload.send("more words " * 500)
+            upload.end()
+            assert [event.name for event in told][-2:] == ["done", "message"]
+    assert http.get(f"/v1/sessions/{session}").json()["version"] == 1
 
 
 def test_a_client_that_only_sends_what_is_read_no_further_is_left(

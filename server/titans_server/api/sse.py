@@ -46,7 +46,7 @@ class EventStream(EventSourceResponse):
         if reader.stream.is_resumable:
             headers["Preference-Applied"] = "resumable"
         super().__init__(
-            reader.events(),
+            reader.events() if body_read is None else self._events_of_document(body_read),
             headers=headers,
             ping=limits.ping_seconds,
             ping_message_factory=Ping,
@@ -71,6 +71,19 @@ class EventStream(EventSourceResponse):
             log.info("a reader that took nothing for too long was left")
         finally:
             self._reader.leave()
+
+    async def _events_of_document(self, body_read: asyncio.Event) -> AsyncGenerator[bytes, None]:
+        """What the reader takes; then no end before the body's: of a request that is answered no more is read.
+
+        Whoever sends a document is not cut off by another who looks at how far it has come.
+        """
+        async for event in self._reader.events():
+            yield event
+        reading = asyncio.create_task(body_read.wait())
+        try:
+            await asyncio.wait({reading, self._reader.stream.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reading.cancel()
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
         """Send, however long it takes.
