@@ -190,10 +190,12 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_gives_up_its_place(
             time.sleep(0.1)
             with pytest.raises(httpx.HTTPStatusError, match="429"):
                 learn(http, session, TEXT, {})
+        upload.send("and longer. ")  # who is silent for too long is not waited for
         waiting = threads.submit(learn, http, session, TEXT, {})
         deadline = time.monotonic() + 30
         while wait([waiting], timeout=0.3).done:  # refused
             assert time.monotonic() < deadline, "who has left is still waited for"
+            upload.send("and longer. ")
             waiting = threads.submit(learn, http, session, TEXT, {})
         upload.send("and that was it.")
         assert upload.finish()[0] == "done"
