@@ -90,7 +90,7 @@ class _FileInThread:
     def read(self, size: int = -1, /) -> bytes:
         try:
             with self._reading:
-                return self._file.read(size)
+                return read_some(self._file, size)
         finally:
             if not self._is_wanted:
                 self._file.close()
@@ -127,8 +127,16 @@ def _body_of_file(file: BinaryIO | _FileInThread) -> Body:
     return Body(_pieces(file, info.st_size), {"Content-Length": str(info.st_size)})
 
 
+def read_some(file: BinaryFile, size: int) -> bytes:
+    """At most `size` bytes of a file, none at its end.
+
+    A pipe's are not waited for until they are so many: the server would take a client that keeps them for a silent one.
+    """
+    return file.read1(size) if isinstance(file, io.BufferedReader) else file.read(size)
+
+
 def _pieces(file: BinaryFile, length: int | None = None) -> Iterator[bytes]:
-    while piece := file.read(PIECE if length is None else min(PIECE, length)):
+    while piece := read_some(file, PIECE if length is None else min(PIECE, length)):
         yield piece
         length = None if length is None else length - len(piece)
 

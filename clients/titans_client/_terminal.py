@@ -9,9 +9,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from ._documents import PIECE, read_some
 from ._models import Document, IngestEvent
-
-PIECE = 64 * 1024  # bytes
 
 
 class IngestBar:
@@ -34,7 +33,7 @@ class IngestBar:
 
     def sending(self, file: BinaryIO) -> Iterator[bytes]:
         """The file's bytes, counted as they leave."""
-        while piece := file.read(PIECE):
+        while piece := read_some(file, PIECE):
             yield piece
             self._bar.update(len(piece))
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -669,20 +670,38 @@ async def test_an_answer_that_nobody_waits_for_is_stopped(server: LiveServer, cl
     await asyncio.to_thread(wait_until_there_is_room, client)
 
 
-def test_a_client_that_leaves_before_its_answer_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
-    def num_counted(status: int) -> float:
-        counted = f'http_requests_total{{method="POST",route="/v1/chat/completions",status="{status}"}} (.*)'
-        return sum(map(float, re.findall(counted, http.get("/metrics").text)))
+def num_counted(http: httpx.Client, status: int) -> float:
+    """Conversations that were answered so."""
+    counted = f'http_requests_total{{method="POST",route="/v1/chat/completions",status="{status}"}} (.*)'
+    return sum(map(float, re.findall(counted, http.get("/metrics").text)))
 
-    before = {status: num_counted(status) for status in (200, 499)}
+
+def wait_until_counted_as_gone(http: httpx.Client, before: float) -> None:
+    deadline = time.monotonic() + 30
+    while num_counted(http, 499) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_client_that_leaves_before_its_answer_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
+    before = {status: num_counted(http, status) for status in (200, 499)}
     body = {"model": MODEL, "messages": CHAT, "max_tokens": 4_096, "logit_bias": {str(EOS): -100}}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
-    deadline = time.monotonic() + 30
-    while num_counted(499) == before[499]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert num_counted(200) == before[200]
+    wait_until_counted_as_gone(http, before[499])
+    assert num_counted(http, 200) == before[200]
+
+
+def test_a_client_that_leaves_amid_its_request_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
+    before = {status: num_counted(http, status) for status in (400, 499)}
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 99"
+        )
+        raw.sendall(f'{head}\r\n\r\n{{"model":'.encode())
+        time.sleep(0.2)
+    wait_until_counted_as_gone(http, before[499])
+    assert num_counted(http, 400) == before[400]
 
 
 def test_more_answers_than_there_is_room_for_fail_as_one(client: OpenAI) -> None:

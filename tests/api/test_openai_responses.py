@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,22 @@ def test_a_conversation_whose_items_cannot_be_learnt_is_not_there(http: httpx.Cl
     assert http.post("/v1/conversations").status_code == 200, "a body may be left out"
 
 
+def test_a_conversation_whose_client_leaves_before_it_is_told_of_it_is_not_there(
+    server: LiveServer, http: httpx.Client
+) -> None:
+    def ids() -> set[str]:
+        return {each["id"] for each in http.get("/v1/sessions?limit=100").json()["data"]}
+
+    before = ids()
+    items = [{"role": "user", "content": "words " * 100_000}]  # which take longer than is waited for here
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/conversations", json={"items": items}, timeout=1)
+    deadline = time.monotonic() + 10
+    while ids() != before:
+        assert time.monotonic() < deadline, "it is learnt for nobody"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/{}/items"])
 def test_items_with_half_a_surrogate_pair_are_refused(http: httpx.Client, path: str) -> None:
     conversation = http.post("/v1/conversations").json()["id"]
@@ -200,6 +217,14 @@ def test_items_with_half_a_surrogate_pair_are_refused(http: httpx.Client, path: 
     assert refused.json()["error"]["param"] == "items"
     assert version(http, conversation) == 0
     assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
+@pytest.mark.parametrize("kind", [[], {}, ["input_text"], 1])
+def test_a_part_whose_type_is_no_name_is_refused(http: httpx.Client, kind: Any) -> None:
+    item = {"role": "user", "content": [{"type": kind, "text": "a"}]}
+    for path, body in (("responses", {"model": MODEL, "input": [item]}), ("conversations", {"items": [item]})):
+        refused = http.post(f"/v1/{path}", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_parameter")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,16 +1,21 @@
 """Clients that fall silent: what they hold is given back, and what was committed of theirs is kept."""
 
+import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from support.servers import LiveServer, Upload
+from titans_client import AsyncClient, Client, cli
 from titans_server import serving
 from titans_server.settings import Settings
 
@@ -65,6 +70,39 @@ def test_a_silent_document_lets_go_of_its_session_and_is_gone_on_with_under_its_
     learnt = learn(http, session, TEXT, KEY)
     assert (learnt["version"], learnt["bytes"], learnt["replayed"]) == (2, len(TEXT), False)
     assert learnt["ingestion"] == ingestion, "it went on, from what was committed"
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "command line"])
+async def test_what_comes_out_of_a_pipe_little_by_little_is_sent_as_it_comes(
+    server: LiveServer, http: httpx.Client, session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("wb", buffering=0) as file:
+            for start in range(0, len(TEXT), 64):  # longer all together than the server waits
+                file.write(TEXT[start : start + 64])
+                time.sleep(0.15)
+
+    def read() -> None:
+        with pipe.open("rb") as file, Client(server.url) as client:
+            if kind == "sync":
+                client.ingest(session, file)
+            else:
+                monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+                assert cli.main(["--url", server.url, "ingest", "-", "--session", session]) == 0
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        if kind == "async":
+            async with AsyncClient(server.url) as client:
+                await client.ingest(session, pipe)
+        else:
+            await asyncio.to_thread(read)
+        writing.result()
+    shown = await asyncio.to_thread(http.get, f"/v1/sessions/{session}")
+    assert shown.json()["tokens_seen"] == len(TEXT)
 
 
 @pytest.mark.parametrize("preference", ["", "\nPrefer: respond-async"])
@@ -152,10 +190,12 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_gives_up_its_place(
             time.sleep(0.1)
             with pytest.raises(httpx.HTTPStatusError, match="429"):
                 learn(http, session, TEXT, {})
+        upload.send("and longer. ")  # who is silent for too long is not waited for
         waiting = threads.submit(learn, http, session, TEXT, {})
         deadline = time.monotonic() + 30
         while wait([waiting], timeout=0.3).done:  # refused
             assert time.monotonic() < deadline, "who has left is still waited for"
+            upload.send("and longer. ")
             waiting = threads.submit(learn, http, session, TEXT, {})
         upload.send("and that was it.")
         assert upload.finish()[0] == "done"

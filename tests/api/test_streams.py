@@ -17,7 +17,7 @@ import httpx
 import pytest
 from openai import APIError, OpenAI
 from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, free_port
+from support.servers import LiveServer, Upload, free_port
 from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
 from titans_server.api import deps
@@ -487,10 +487,14 @@ def learnt(http: httpx.Client, session: str) -> int:
     return http.get(f"/v1/ingestions/{ingestion}").json()["tokens_learnt"] if ingestion else 0
 
 
-@pytest.mark.parametrize("prefer", ["", "Prefer: resumable\r\n"])
-def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_waited_for(
-    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str
-) -> None:
+TEXT = b"words " * 6_000  # of whose progress the events are more than all that lies between the two holds
+
+
+@contextlib.contextmanager
+def sending_before_reading(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str = ""
+) -> Iterator[socket.socket]:
+    """A connection that has sent nearly all of TEXT, and read nothing of how far that is learnt."""
     connection_made = PunctualProtocol.connection_made
 
     def with_little_room(self: PunctualProtocol, transport: Any) -> None:
@@ -499,21 +503,54 @@ def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_w
         connection_made(self, transport)
 
     monkeypatch.setattr(PunctualProtocol, "connection_made", with_little_room)
-    text = b"words " * 6_000  # of whose progress the events are more than all that lies between the two holds
     head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: test\r\nContent-Type: text/plain\r\n{prefer}"
-    head += f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(text)}\r\n\r\n"
+    head += f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(TEXT)}\r\n\r\n"
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         raw.settimeout(60)
         raw.connect(("127.0.0.1", server.port))
-        raw.sendall(head.encode() + text[:-1_000])
-        while learnt(http, session) < len(text) - 2_000:
+        raw.sendall(head.encode() + TEXT[:-1_000])
+        while learnt(http, session) < len(TEXT) - 2_000:
             time.sleep(0.05)
-        raw.sendall(text[-1_000:])
+        yield raw
+
+
+@pytest.mark.parametrize("prefer", ["", "Prefer: resumable\r\n"])
+def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_waited_for(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str
+) -> None:
+    with sending_before_reading(server, http, session, monkeypatch, prefer) as raw:
+        raw.sendall(TEXT[-1_000:])
         said = b""
         while data := raw.recv(1 << 16):
             said += data
     assert b"event: done" in said
+
+
+def test_a_document_whose_stream_another_reader_takes_is_read_to_its_end(
+    server: LiveServer, http: httpx.Client, session: str
+) -> None:
+    with Upload(server, session, prefer="resumable") as upload:
+        upload.begin("words " * 500)
+        with http.stream("GET", f"/v1/streams/{upload.stream_id}") as taken:
+            told = events(taken)
+            assert next(told).name == "progress"
+            time.sleep(0.5)
+            upload.send("more words " * 500)
+            upload.end()
+            assert [event.name for event in told][-2:] == ["done", "message"]
+    assert http.get(f"/v1/sessions/{session}").json()["version"] == 1
+
+
+def test_a_client_that_only_sends_what_is_read_no_further_is_left(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sending_before_reading(server, http, session, monkeypatch) as raw:
+        connection = connection_of(server, raw)
+        time.sleep(1)
+        assert connection is connection_of(server, raw), "it may still send the rest"
+        raw.sendall(b"\xff\xff")
+        wait_until_cut_off(server, raw)
 
 
 def test_openais_client_takes_a_comment_for_no_event(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import numpy
 import pytest
 import safetensors.numpy
 from support.records import logged
-from support.servers import LiveServer
+from support.servers import LiveServer, Upload
 from titans_server.sessions import database
 from titans_server.sessions.database import Database
 from titans_server.sessions.record import SessionRecord
@@ -243,6 +243,26 @@ def test_a_state_file_that_waits_for_a_document_longer_than_an_hour_is_there_aft
             snapshot = store.get(read).head.snapshot
             assert snapshot is not None
             assert store.blobs.read(snapshot.blob) is not None
+
+
+@pytest.mark.parametrize("change", ["restore", "state"])
+def test_a_change_whose_client_leaves_before_its_turn_is_not_made(
+    server: LiveServer, http: httpx.Client, read: str, change: str
+) -> None:
+    path = f"/v1/sessions/{read}/{change}"
+    blob = http.get(f"/v1/sessions/{read}/state?version=1").content
+    asked: dict[str, Any] = {"method": "POST", "json": {"version": 1}}
+    if change == "state":
+        asked = {"method": "PUT", "content": blob}
+    with Upload(server, read) as upload:
+        upload.begin("a long document. " * 500)
+        for _ in range(3):  # one may wait, no more: those that left wait no longer
+            with pytest.raises(httpx.ReadTimeout):
+                http.request(url=path, timeout=0.5, **asked)
+        assert upload.finish()[1]["version"] == 4
+    time.sleep(0.5)
+    assert show(http, read)["version"] == 4
+    assert http.request(url=path, **asked).json()["version"] == 5
 
 
 def test_sessions_are_listed_newest_first_page_by_page(http: httpx.Client) -> None:

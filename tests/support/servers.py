@@ -129,13 +129,17 @@ class ServerProcess:
 class Upload:
     """A document that is sent piece by piece while its events are read. Leaving the context breaks it off."""
 
-    def __init__(self, server: "ServerProcess | LiveServer", session: str, *, key: str | None = None) -> None:
+    def __init__(
+        self, server: "ServerProcess | LiveServer", session: str, *, key: str | None = None, prefer: str | None = None
+    ) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         self._connection.putrequest("POST", f"/v1/sessions/{session}/documents")
         self._connection.putheader("Content-Type", "text/plain")
         self._connection.putheader("Accept", "text/event-stream")
         if key is not None:
             self._connection.putheader("Idempotency-Key", key)
+        if prefer is not None:
+            self._connection.putheader("Prefer", prefer)
         self._connection.putheader("Transfer-Encoding", "chunked")
         self._connection.endheaders()
         self._response: http.client.HTTPResponse | None = None
@@ -174,9 +178,19 @@ class Upload:
         name, progress = self.event()
         assert (name, progress["tokens"] > 0) == ("progress", True)
 
-    def finish(self) -> tuple[str, dict[str, Any]]:
-        """Say that this was all; the event that ends the stream."""
+    @property
+    def stream_id(self) -> str:
+        """Of the stream that has begun."""
+        assert self._response is not None
+        return self._response.headers["X-Stream-ID"]
+
+    def end(self) -> None:
+        """Say that this was all."""
         self._connection.send(b"0\r\n\r\n")
+
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        """The same; the event that ends the stream."""
+        self.end()
         while (event := self.event())[0] == "progress":
             pass
         return event

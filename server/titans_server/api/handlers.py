@@ -66,6 +66,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, TitansError):  # FastAPI's way to say that the body could not be read
         return answer(error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _client_left(request, error.__cause__)
     if (refused := unreadable(error)) is not None:
         return answer(refused)
     response = answer(InvalidRequest(error.detail, code=f"http_{error.status_code}"), error.status_code)

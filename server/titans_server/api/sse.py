@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -47,15 +46,12 @@ class EventStream(EventSourceResponse):
         if reader.stream.is_resumable:
             headers["Preference-Applied"] = "resumable"
         super().__init__(
-            reader.events(),
+            reader.events() if body_read is None else self._events_of_document(body_read),
             headers=headers,
             ping=limits.ping_seconds,
             ping_message_factory=Ping,
-            send_timeout=limits.stall_seconds,
-            data_sender_callable=self._leave_who_takes_nothing,
+            data_sender_callable=self._leave_who_only_sends,
         )
-        self._num_sending = 0
-        self._moved_at = time.monotonic()  # when a send last ended, or began where there was no other
         self._stall_seconds = limits.stall_seconds
         self._reader = reader
         self._body_read = body_read
@@ -76,34 +72,38 @@ class EventStream(EventSourceResponse):
         finally:
             self._reader.leave()
 
+    async def _events_of_document(self, body_read: asyncio.Event) -> AsyncGenerator[bytes, None]:
+        """What the reader takes; then no end before the body's: of a request that is answered no more is read.
+
+        Whoever sends a document is not cut off by another who looks at how far it has come.
+        """
+        async for event in self._reader.events():
+            yield event
+        reading = asyncio.create_task(body_read.wait())
+        try:
+            await asyncio.wait({reading, self._reader.stream.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reading.cancel()
+
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """Send; `_leave_who_takes_nothing` looks at how long it takes.
+        """Send, however long it takes.
 
         The library's own makes a cancel scope for each event, which takes a fifth of the event loop's time.
         """
-        if not self._num_sending:
-            self._moved_at = time.monotonic()
-        self._num_sending += 1
-        try:
-            await send(message)
-        finally:
-            self._num_sending -= 1
-            self._moved_at = time.monotonic()
+        await send(message)
 
-    async def _leave_who_takes_nothing(self) -> None:
-        """Raises SendTimeoutError once a send takes too long, which ends the response.
+    async def _leave_who_only_sends(self) -> None:
+        """Raises SendTimeoutError, which ends the response, where the end of an ended stream is not taken in time.
 
         That is for one that goes on sending a document which is read no further. All others the connection watches
         (`serving.py`), and who has yet to send what is read may take nothing meanwhile.
         """
         if self._body_read is None:
             return
-        while not self._body_read.is_set():
-            await asyncio.sleep(self._stall_seconds / 4)
-            if not self._reader.stream.has_ended:
-                self._moved_at = time.monotonic()
-            elif self._num_sending and time.monotonic() > self._moved_at + self._stall_seconds:
-                raise SendTimeoutError
+        await asyncio.wait([self._reader.stream.task])
+        await asyncio.sleep(self._stall_seconds)
+        if not self._body_read.is_set():
+            raise SendTimeoutError
 
 
 class Framing:

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from titans_server.api.deps import OwnSession, Room, RoomForAnother, Service
+from titans_server.api.deps import OwnSession, Reply, Room, RoomForAnother, Service
 from titans_server.api.large import LargeResponse
-from titans_server.api.preconditions import IfMatch, show
+from titans_server.api.preconditions import show
 from titans_server.api.routes import SESSION
 from titans_server.api.schemas import ForkSession, KeptVersion, RestoreSession, Session, VersionList
 from titans_server.errors import DocumentTooLarge
@@ -21,10 +21,11 @@ async def list_versions(session_id: OwnSession, service: Service) -> VersionList
 
 @router.post(SESSION + "/restore")
 async def restore_version(
-    session_id: OwnSession, body: RestoreSession, service: Service, response: Response, if_match: IfMatch
+    session_id: OwnSession, body: RestoreSession, service: Service, response: Response, reply: Reply
 ) -> Session:
     """Make what an older version was the newest."""
-    return show(await service.restore(session_id, body.version, if_match), response)
+    restored = await reply.whole(service.restore(session_id, body.version, reply.if_match))
+    return show(restored, response)
 
 
 @router.post(SESSION + "/fork", status_code=201, dependencies=[RoomForAnother])
@@ -50,7 +51,7 @@ async def export_state(session_id: OwnSession, service: Service, version: int | 
 
 @router.put(SESSION + "/state", dependencies=[Room])
 async def import_state(
-    session_id: OwnSession, request: Request, service: Service, response: Response, if_match: IfMatch
+    session_id: OwnSession, request: Request, service: Service, response: Response, reply: Reply
 ) -> Session:
     """Make a state that was exported the session's newest version."""
     blob, limit = bytearray(), service.max_state_bytes()
@@ -58,4 +59,5 @@ async def import_state(
         blob += data
         if len(blob) > limit:
             raise DocumentTooLarge(f"a state of this model has fewer than {limit} bytes")
-    return show(await service.import_state(session_id, bytes(blob), if_match), response)
+    imported = await reply.whole(service.import_state(session_id, bytes(blob), reply.if_match))
+    return show(imported, response)

@@ -4,9 +4,19 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NoReturn
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
-from titans_server.api.deps import Context, From, OwnSession, OwnSessionToDelete, Reply, Room, RoomForAnother, Service
+from titans_server.api.deps import (
+    Context,
+    From,
+    OwnSession,
+    OwnSessionToDelete,
+    Reply,
+    Room,
+    RoomForAnother,
+    Service,
+    unless_disconnected,
+)
 from titans_server.api.openai.answers import check_scores, json_response, prepare
 from titans_server.api.openai.convert import Json
 from titans_server.api.openai.responses.convert import ResponseForm, ResponseFraming, conversation_object, item_list
@@ -34,13 +44,15 @@ async def create_response(body: CreateResponse, reply: Reply, context: Context, 
 
 
 @router.post("/v1/conversations", dependencies=[RoomForAnother])
-async def create_conversation(service: Service, caller: From, body: CreateConversation | None = None) -> Json:
+async def create_conversation(
+    request: Request, service: Service, caller: From, body: CreateConversation | None = None
+) -> Json:
     """Create a session, under the name of a conversation; what its items say is learnt."""
     body = body or CreateConversation()
     record = await service.create(body.metadata or {}, owner=caller.owner)
     if body.items:
         try:
-            await _learn(service, record.id, body.items)
+            await unless_disconnected(request, _learn(service, record.id, body.items))
         except BaseException:
             await service.delete(record.id)  # nobody has heard of it
             raise

@@ -128,7 +128,7 @@ def as_message(item: InputItem) -> dict[str, str]:
 
 
 def _text(part: Any) -> str:
-    is_text = isinstance(part, dict) and part.get("type") in {"input_text", "output_text"} and part.keys() <= _OF_PARTS
+    is_text = isinstance(part, dict) and part.get("type") in ("input_text", "output_text") and part.keys() <= _OF_PARTS
     if not is_text or not isinstance(part.get("text"), str):
         raise _unsupported("only parts of text are supported")
     text: str = part["text"]
