@@ -195,6 +195,9 @@ def test_a_bad_document_is_refused_and_nothing_is_lost(
         ({"prompt": "a", "top_p": 0}, "top_p"),
         ({"prompt": "a", "top_k": -1}, "top_k"),
         ({"prompt": "a", "stop": ["x"] * 5}, "stop"),
+        ({"prompt": "a", "stop": 7}, "stop"),
+        ({"prompt": "a", "stop": ""}, "stop.0"),
+        ({"prompt": "a", "stop": ["x", ""]}, "stop.1"),
         ({"prompt": "a", "memory": "maybe"}, "memory"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens"),
         ({"prompt": "a", "seed": "7"}, "seed"),
@@ -209,7 +212,28 @@ def test_bad_values_are_named(http: httpx.Client, session: str, fields: dict[str
     response = http.post(f"/v1/sessions/{session}/completions", content=body, headers=headers)
     assert response.status_code == 422
     code(response)
-    assert response.json()["error"]["param"].startswith(param)
+    assert response.json()["error"]["param"] == param
+
+
+def test_too_many_stop_strings_are_told_of_as_too_many(http: httpx.Client, session: str) -> None:
+    error = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"stop": ["x"] * 5}).json()["error"]
+    assert "at most 4" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "param"),
+    [
+        ("/v1/sessions?limit=0", {}, "limit"),
+        ("/v1/sessions?limit=x", {}, "limit"),
+        ("/v1/sessions/{session}/state?version=x", {}, "version"),
+        ("/v1/streams/str_x", {"Last-Event-ID": "x"}, "Last-Event-ID"),
+    ],
+)
+def test_bad_values_of_query_and_headers_are_named(
+    http: httpx.Client, session: str, path: str, headers: dict[str, str], param: str
+) -> None:
+    error = http.get(path.format(session=session), headers=headers).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", param)
 
 
 def test_a_body_that_is_not_json_is_refused(http: httpx.Client, session: str) -> None:
