@@ -236,6 +236,14 @@ def test_bad_values_of_query_and_headers_are_named(
     assert (error["code"], error["param"]) == ("invalid_request", param)
 
 
+def test_json_that_is_not_said_to_be_json_is_refused_with_what_is_missing(http: httpx.Client, session: str) -> None:
+    for path in ("/v1/sessions", f"/v1/sessions/{session}/completions", "/v1/chat/completions"):
+        for kind in ("application/x-www-form-urlencoded", "text/plain"):
+            response = http.post(path, content=json.dumps({"prompt": "a"}), headers={"Content-Type": kind})
+            assert response.status_code in {400, 422}
+            assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 def test_a_body_that_is_not_json_is_refused(http: httpx.Client, session: str) -> None:
     headers = {"Content-Type": "application/json"}
     response = http.post(f"/v1/sessions/{session}/completions", content=b"{", headers=headers)

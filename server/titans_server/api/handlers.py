@@ -53,6 +53,8 @@ def invalid_request(error: RequestValidationError) -> InvalidRequest:
     where = ".".join(str(part) for part in first["loc"][1:])  # the first part is which of these it is
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if not where and isinstance(first.get("input"), bytes):  # FastAPI reads no other body, and says nothing of that
+        return InvalidRequest("the body is not said to be JSON: send it with Content-Type: application/json")
     return InvalidRequest(f"{where or 'the body'}: {first['msg']}", param=where or None)
 
 
