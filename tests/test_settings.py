@@ -1,5 +1,9 @@
 """What a server does that nobody has told otherwise."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 from titans_server.settings import Settings
@@ -17,3 +21,14 @@ def test_a_time_is_a_number_of_seconds(name: str, value: str, monkeypatch: pytes
     monkeypatch.setenv(f"TITANS_{name.upper()}", value)
     with pytest.raises(ValidationError):
         Settings()
+
+
+def test_a_misspelt_setting_is_warned_of_by_its_name_alone() -> None:
+    others = {k: v for k, v in os.environ.items() if not k.startswith("TITANS_")}
+    environment = others | {"TITANS_APIKEY": "a secret", "TITANS_BASE_URL": "http://x", "TITANS_LOG_FORMAT": "text"}
+    command = [sys.executable, "-m", "titans_server", "--host", "0.0.0.0", "--port", "0", "--store", "memory://"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 3, "it has no key"
+    assert "TITANS_APIKEY is no setting" in ended.stderr
+    assert ended.stderr.count("is no setting") == 1
+    assert "a secret" not in ended.stderr
