@@ -32,3 +32,13 @@ def test_a_misspelt_setting_is_warned_of_by_its_name_alone() -> None:
     assert "TITANS_APIKEY is no setting" in ended.stderr
     assert ended.stderr.count("is no setting") == 1
     assert "a secret" not in ended.stderr
+
+
+def test_a_value_that_makes_no_sense_is_told_of_by_its_variable() -> None:
+    others = {k: v for k, v in os.environ.items() if not k.startswith("TITANS_")}
+    environment = others | {"TITANS_PORT": "tcp://10.0.0.1:8000", "TITANS_API_KEY": "a secret"}
+    command = [sys.executable, "-m", "titans_server", "--store", "memory://"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert [line.partition(":")[0] for line in ended.stderr.splitlines()] == ["TITANS_PORT", "TITANS_API_KEY"]
+    assert "a secret" not in ended.stderr

@@ -15,7 +15,7 @@ from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
 from titans_server.serving import DrainingServer, PunctualProtocol
 from titans_server.sessions.open import open_store
-from titans_server.settings import Settings, not_settings
+from titans_server.settings import Settings, not_settings, told
 from titans_server.telemetry import logs
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         open_store(settings.store)  # touches nothing: it says which URLs are known
         failpoints.arm(settings.failpoints)
     except ValueError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(told(error), file=sys.stderr)  # noqa: T201
         return 2
     logs.configure(settings.log_level, settings.log_format)
     for name in not_settings(os.environ):

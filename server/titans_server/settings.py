@@ -5,7 +5,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -84,3 +84,10 @@ def not_settings(variables: Iterable[str]) -> list[str]:
     """Those of an environment's variables that look like settings and are none: misspelt, maybe."""
     known = {_PREFIX + name.upper() for name in Settings.model_fields} | _OF_CLIENTS
     return sorted(x for x in variables if x.upper().startswith(_PREFIX) and x.upper() not in known)
+
+
+def told(error: ValueError) -> str:
+    """What is wrong with settings, a line each, by the name that an operator knows and without the value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "\n".join(f"{_PREFIX}{str(x['loc'][0]).upper()}: {x['msg']}" for x in error.errors())
