@@ -15,6 +15,13 @@ def test_a_state_is_written_down_as_often_as_suits_the_device(device: str, token
     assert Settings(snapshot_tokens=500).snapshot_tokens_on(device) == 500
 
 
+@pytest.mark.parametrize("key", [16 * " ", "0123456789abcdef\r", "0123456789abcdef ", "0123456789abcdéf"])
+def test_a_key_that_nobody_could_send_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TITANS_API_KEY", key)
+    with pytest.raises(ValidationError, match="printable ASCII"):
+        Settings()
+
+
 @pytest.mark.parametrize("name", [name for name in Settings.model_fields if name.endswith("_seconds")])
 @pytest.mark.parametrize("value", ["inf", "nan", "-1"])
 def test_a_time_is_a_number_of_seconds(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,17 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _sendable(key: SecretStr) -> SecretStr:
+    """Raises ValueError: whoever has it could not show it, and the server would let nobody in."""
+    text = key.get_secret_value()
+    if not (text.isascii() and text.isprintable() and text == text.strip()):
+        raise ValueError("must be printable ASCII, without space around it, as a header takes it")
+    return key
+
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _PREFIX = "TITANS_"
@@ -22,7 +31,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     published_on: str | None = None
-    api_key: Annotated[SecretStr, Field(min_length=16)] | None = None
+    api_key: Annotated[SecretStr, Field(min_length=16), AfterValidator(_sendable)] | None = None
     allow_anonymous: bool = False
     metrics: Literal["open", "key", "off"] = "key"
     store: str = "sqlite:///.titans/titans.db"
