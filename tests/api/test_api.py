@@ -299,6 +299,16 @@ def test_where_an_operator_gives_fewer_tokens_than_the_default_these_are_given(s
             assert (refused.status_code // 100, refused.json()["error"]["param"]) == (4, "max_tokens")
 
 
+def test_more_answers_than_may_ever_be_under_way_are_refused_for_good(settings: Settings) -> None:
+    own = {"port": free_port(), "store": "memory://", "max_requests": 3}
+    with LiveServer(settings.model_copy(update=own)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        body = {"model": "tiny-0", "prompt": "a", "max_tokens": 1}
+        assert len(http.post("/v1/completions", json=body | {"n": 3}).raise_for_status().json()["choices"]) == 3
+        for fields in ({"n": 4}, {"prompt": ["a", "b"], "n": 2}, {"n": 4, "stream": True}):
+            refused = http.post("/v1/completions", json=body | fields)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
 @pytest.mark.parametrize("name", ["ses_nobody", "..%2f..%2fetc", "ses_ä", "%00", "a" * 3_000, "{sid}:record"])
 def test_an_unknown_session_is_not_found(http: httpx.Client, name: str) -> None:
     for response in (
