@@ -137,6 +137,24 @@ def test_the_command_line_forks_rewinds_and_moves_sessions(server: ServerProcess
     assert run("sessions", "list", "--limit", "1").startswith(f"{fork} version 2: ")
 
 
+def test_a_list_that_is_not_whole_says_how_to_go_on(server: ServerProcess) -> None:
+    with Client(server.url) as client:
+        for _ in range(2):
+            client.sessions.create()
+
+    def listed(*words: str) -> tuple[str, str]:
+        command = [sys.executable, "-m", "titans_client.cli", "--url", server.url, "sessions", "list", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, done.stderr
+
+    shown, told = listed("--limit", "1")
+    newest = shown.split()[0]
+    assert told == f"there are more: --after {newest}\n"
+    rest, told = listed("--limit", "100", "--after", newest)
+    assert rest and newest not in rest
+    assert not told
+
+
 async def test_a_document_may_be_given_in_any_form(titans: Driver, tmp_path: Path) -> None:
     data = TEXT.encode()
     path = tmp_path / "book.txt"
