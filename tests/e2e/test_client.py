@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import titans_client
@@ -367,7 +367,7 @@ def test_client_and_server_mean_the_same_by_an_answer(theirs: Any, ours: Any) ->
 
 
 def test_client_and_server_mean_the_same_by_an_answers_options() -> None:
-    taken = fields(schemas.CreateCompletion)
+    taken = fields(schemas.CreateCompletion, "validation")
     del taken["prompt"], taken["stream"]  # an argument of its own; the choice of the method
     hints = get_type_hints(titans_client.CompletionOptions)
     assert hints.keys() == taken.keys()
@@ -375,9 +375,9 @@ def test_client_and_server_mean_the_same_by_an_answers_options() -> None:
         assert kinds_of(TypeAdapter(hint).json_schema()) == taken[name] | {"null"}, name
 
 
-def fields(model: Any) -> dict[str, set[str]]:
-    """Names, and which JSON each may hold."""
-    properties = TypeAdapter(model).json_schema(mode="serialization")["properties"]
+def fields(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> dict[str, set[str]]:
+    """Names, and which JSON each may hold: when it is read, or when it is written."""
+    properties = TypeAdapter(model).json_schema(mode=mode)["properties"]
     return {name: kinds_of(schema) for name, schema in properties.items()}
 
 
