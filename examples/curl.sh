@@ -15,13 +15,13 @@ echo
 
 ask --header 'Content-Type: application/json' "$url/v1/sessions/$session/completions" --data '{
   "prompt": "\n\nQuestion: What is the access code of the mossy lighthouse?\nAnswer:",
-  "max_tokens": 16, "temperature": 0, "stop": "\n"}'
+  "max_tokens": 40, "temperature": 0, "stop": "\n"}'
 echo
 
 # The same session through OpenAI's API, as a stream that can be picked up where it is cut.
 ask --no-buffer --dump-header /dev/stderr --header 'Prefer: resumable' --header 'Content-Type: application/json' \
   --header "X-Session-ID: $session" "$url/v1/chat/completions" --data "{
-  \"model\": \"$model\", \"stream\": true, \"max_tokens\": 16, \"temperature\": 0,
+  \"model\": \"$model\", \"stream\": true, \"max_tokens\": 40, \"temperature\": 0,
   \"messages\": [{\"role\": \"user\", \"content\": \"What is the access code of the mossy lighthouse?\"}]}"
 
 ask --request DELETE "$url/v1/sessions/$session"

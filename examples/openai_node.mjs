@@ -12,7 +12,7 @@ const stream = await ai.chat.completions.create({
   model,
   session: conversation.id,
   messages: [{ role: "user", content: "What is the access code of the mossy lighthouse?" }],
-  max_tokens: 16,
+  max_tokens: 40,
   temperature: 0,
   stream: true,
 });
@@ -21,7 +21,7 @@ const response = await ai.responses.create({
   model,
   conversation: conversation.id,
   input: "And what is it good for?",
-  max_output_tokens: 16,
+  max_output_tokens: 40,
 });
 console.log(`\n${response.output_text}`);
 await ai.conversations.delete(conversation.id);

@@ -17,7 +17,7 @@ def main() -> None:
             model=model,
             conversation=conversation.id,
             input="What is the access code of the mossy lighthouse?",
-            max_output_tokens=16,
+            max_output_tokens=40,
             temperature=0,
             stream=True,
         )

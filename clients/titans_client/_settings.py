@@ -29,7 +29,7 @@ class Settings:
         work_timeout: float | None,
         max_retries: int,
     ) -> "Settings":
-        """Fill up from TITANS_BASE_URL and TITANS_API_KEY. Raises ValueError for an address that is none."""
+        """Fill up from TITANS_BASE_URL and TITANS_API_KEY. Raises ValueError for an address or a key that is none."""
         base_url = base_url or os.environ.get("TITANS_BASE_URL") or DEFAULT_BASE_URL
         api_key = api_key or os.environ.get("TITANS_API_KEY") or None
         try:
@@ -38,6 +38,8 @@ class Settings:
             raise ValueError(f"not a server's address: {base_url!r} ({error})") from None
         if url.scheme not in {"http", "https"} or not url.host or not 0 < (url.port or 80) < 2**16:
             raise ValueError(f"not a server's address: {base_url!r} (expected http://host:port)")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+            raise ValueError("not an API key: it is not printable ASCII, or has space around it (a line's end, maybe)")
         return cls(base_url, api_key, timeout, work_timeout, max_retries)
 
     def client_arguments(self) -> dict[str, Any]:

@@ -154,8 +154,11 @@ def _create(client: Client, args: argparse.Namespace) -> None:
 
 
 def _list(client: Client, args: argparse.Namespace) -> None:
-    for session in client.sessions.list(args.limit, args.after).data:
+    listed = client.sessions.list(args.limit, args.after)
+    for session in listed.data:
         _print(f"{session.id} version {session.version}: {session.tokens_seen:,} tokens")
+    if listed.has_more:
+        sys.stderr.write(f"there are more: --after {listed.data[-1].id}\n")
 
 
 def _versions(client: Client, args: argparse.Namespace) -> None:

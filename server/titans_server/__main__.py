@@ -1,6 +1,8 @@
 """`titans serve`: run the service until SIGTERM or SIGINT, then finish what is under way."""
 
 import argparse
+import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,13 @@ from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
 from titans_server.serving import DrainingServer, PunctualProtocol
 from titans_server.sessions.open import open_store
-from titans_server.settings import Settings
+from titans_server.settings import Settings, not_settings, told
 from titans_server.telemetry import logs
 
 if TYPE_CHECKING:
     from titans_server.telemetry.traces import Tracing
+
+log = logging.getLogger("titans_server")  # by its name: this module is also called __main__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +39,11 @@ def run(args: argparse.Namespace) -> int:
         open_store(settings.store)  # touches nothing: it says which URLs are known
         failpoints.arm(settings.failpoints)
     except ValueError as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(told(error), file=sys.stderr)  # noqa: T201
         return 2
     logs.configure(settings.log_level, settings.log_format)
+    for name in not_settings(os.environ):
+        log.warning("%s is no setting of this server: it changes nothing", name)
     AppStatus.disable_automatic_graceful_drain()  # a stream ends when it is done, not when the server is asked to
     try:
         tracing = _tracing() if settings.traces else None

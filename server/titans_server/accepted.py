@@ -151,7 +151,7 @@ class Accepted:
         except TitansError as error:
             if isinstance(error, VersionConflict) and await self._may_follow(work.session_id, draft):
                 raise
-            outcome = Outcome(draft.ingestion, "failed", time.time(), code=error.code, message=error.message)
+            outcome = Outcome(draft.ingestion, "failed", draft.created_at, code=error.code, message=error.message)
             await self._ledger.change(work.session_id, lambda record: history.end(record, outcome))
 
     async def _learn_despite_faults(self, work: Work, whole: Portion) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from titans_server.errors import TitansError
 from titans_server.sessions.open import open_store
-from titans_server.settings import Settings
+from titans_server.settings import Settings, told
 from titans_server.tenants import keys
 from titans_server.tenants.quotas import Quotas
 from titans_server.tenants.store import KeyStore, open_keys
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         url = args.store or Settings().store
         open_store(url)  # touches nothing: it says which URLs are known
     except ValueError as error:  # pydantic's ValidationError is one
-        return _fail(error, status=2)
+        return _fail(told(error), status=2)
     if url.startswith("memory:"):
         return _fail("memory:// is a server's own memory: keys cannot be put there. Set TITANS_STORE", status=2)
     try:

@@ -237,7 +237,7 @@ class Learning:
         outcome = Outcome(
             draft.ingestion,
             "done",
-            time.time(),
+            draft.created_at,
             key=draft.key,
             sha256=portion.sha256,
             num_bytes=portion.num_bytes,

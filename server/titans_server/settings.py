@@ -1,25 +1,37 @@
 """What an operator can set: `TITANS_…` in the environment. Nothing else reads it."""
 
+from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+
+def _sendable(key: SecretStr) -> SecretStr:
+    """Raises ValueError: whoever has it could not show it, and the server would let nobody in."""
+    text = key.get_secret_value()
+    if not (text.isascii() and text.isprintable() and text == text.strip()):
+        raise ValueError("must be printable ASCII, without space around it, as a header takes it")
+    return key
+
+
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_PREFIX = "TITANS_"
+_OF_CLIENTS = {"TITANS_BASE_URL"}
 _SNAPSHOT_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # by device: what it reads again in two seconds, and in one
 
 
 class Settings(BaseSettings):
     """One field a variable: `port` is TITANS_PORT. docs/settings.md says the same to a user."""
 
-    model_config = SettingsConfigDict(env_prefix="TITANS_", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, hide_input_in_errors=True)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     published_on: str | None = None
-    api_key: Annotated[SecretStr, Field(min_length=16)] | None = None
+    api_key: Annotated[SecretStr, Field(min_length=16), AfterValidator(_sendable)] | None = None
     allow_anonymous: bool = False
     metrics: Literal["open", "key", "off"] = "key"
     store: str = "sqlite:///.titans/titans.db"
@@ -75,3 +87,16 @@ class Settings(BaseSettings):
             return not ip_address(host.strip("[]")).is_loopback
         except ValueError:
             return host != "localhost"
+
+
+def not_settings(variables: Iterable[str]) -> list[str]:
+    """Those of an environment's variables that look like settings and are none: misspelt, maybe."""
+    known = {_PREFIX + name.upper() for name in Settings.model_fields} | _OF_CLIENTS
+    return sorted(x for x in variables if x.upper().startswith(_PREFIX) and x.upper() not in known)
+
+
+def told(error: ValueError) -> str:
+    """What is wrong with settings, a line each, by the name that an operator knows and without the value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "\n".join(f"{_PREFIX}{str(x['loc'][0]).upper()}: {x['msg']}" for x in error.errors())

@@ -195,6 +195,9 @@ def test_a_bad_document_is_refused_and_nothing_is_lost(
         ({"prompt": "a", "top_p": 0}, "top_p"),
         ({"prompt": "a", "top_k": -1}, "top_k"),
         ({"prompt": "a", "stop": ["x"] * 5}, "stop"),
+        ({"prompt": "a", "stop": 7}, "stop"),
+        ({"prompt": "a", "stop": ""}, "stop.0"),
+        ({"prompt": "a", "stop": ["x", ""]}, "stop.1"),
         ({"prompt": "a", "memory": "maybe"}, "memory"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens"),
         ({"prompt": "a", "seed": "7"}, "seed"),
@@ -209,7 +212,36 @@ def test_bad_values_are_named(http: httpx.Client, session: str, fields: dict[str
     response = http.post(f"/v1/sessions/{session}/completions", content=body, headers=headers)
     assert response.status_code == 422
     code(response)
-    assert response.json()["error"]["param"].startswith(param)
+    assert response.json()["error"]["param"] == param
+
+
+def test_too_many_stop_strings_are_told_of_as_too_many(http: httpx.Client, session: str) -> None:
+    error = http.post(f"/v1/sessions/{session}/completions", json=ASK | {"stop": ["x"] * 5}).json()["error"]
+    assert "at most 4" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "param"),
+    [
+        ("/v1/sessions?limit=0", {}, "limit"),
+        ("/v1/sessions?limit=x", {}, "limit"),
+        ("/v1/sessions/{session}/state?version=x", {}, "version"),
+        ("/v1/streams/str_x", {"Last-Event-ID": "x"}, "Last-Event-ID"),
+    ],
+)
+def test_bad_values_of_query_and_headers_are_named(
+    http: httpx.Client, session: str, path: str, headers: dict[str, str], param: str
+) -> None:
+    error = http.get(path.format(session=session), headers=headers).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", param)
+
+
+def test_json_that_is_not_said_to_be_json_is_refused_with_what_is_missing(http: httpx.Client, session: str) -> None:
+    for path in ("/v1/sessions", f"/v1/sessions/{session}/completions", "/v1/chat/completions"):
+        for kind in ("application/x-www-form-urlencoded", "text/plain"):
+            response = http.post(path, content=json.dumps({"prompt": "a"}), headers={"Content-Type": kind})
+            assert response.status_code in {400, 422}
+            assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 def test_a_body_that_is_not_json_is_refused(http: httpx.Client, session: str) -> None:
@@ -265,6 +297,16 @@ def test_where_an_operator_gives_fewer_tokens_than_the_default_these_are_given(s
             assert http.post(path, json=body).json()["usage"]["completion_tokens"] == 3
             refused = http.post(path, json=body | {"max_tokens": 4})
             assert (refused.status_code // 100, refused.json()["error"]["param"]) == (4, "max_tokens")
+
+
+def test_more_answers_than_may_ever_be_under_way_are_refused_for_good(settings: Settings) -> None:
+    own = {"port": free_port(), "store": "memory://", "max_requests": 3}
+    with LiveServer(settings.model_copy(update=own)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        body = {"model": "tiny-0", "prompt": "a", "max_tokens": 1}
+        assert len(http.post("/v1/completions", json=body | {"n": 3}).raise_for_status().json()["choices"]) == 3
+        for fields in ({"n": 4}, {"prompt": ["a", "b"], "n": 2}, {"n": 4, "stream": True}):
+            refused = http.post("/v1/completions", json=body | fields)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
 
 
 @pytest.mark.parametrize("name", ["ses_nobody", "..%2f..%2fetc", "ses_ä", "%00", "a" * 3_000, "{sid}:record"])

@@ -62,6 +62,25 @@ def test_bad_json_is_refused(body: bytes, code: str) -> None:
     assert error.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"{}", "it does not begin so"),
+        (b'{"text": 5}', "it does not begin so"),
+        (b'{"content": "a"}', "it does not begin so"),
+        (b'["a"]', "it does not begin so"),
+        (rb'{"text": "\ud83d"}', r"its text has '\\ud83d"),
+        (rb'{"text": "\x41 and more"}', r"its text has '\\x41"),
+        (b'{"text": "a', "it ends early"),
+        (b'{"text": "a"', "it ends early"),
+    ],
+)
+def test_bad_json_is_refused_for_what_is_wrong_with_it(body: bytes, why: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        read(JSONReader(), body, [])
+    assert why in error.value.message
+
+
 def test_bad_text_is_refused_and_says_where() -> None:
     reader = TextReader()
     reader.feed(b"abcdef")

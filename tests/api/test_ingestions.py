@@ -147,6 +147,14 @@ def test_a_cancelled_document_leaves_the_session_as_it_was(http: httpx.Client, s
     assert http.get(places[1]).json()["status"] == "cancelled"
 
 
+def test_a_document_is_as_old_at_its_end_as_it_was_at_its_beginning(http: httpx.Client, session: str) -> None:
+    learnt, cancelled = [later(http, session, TEXT * 8).json() for _ in range(2)]
+    http.delete(f"/v1/ingestions/{cancelled['id']}").raise_for_status()
+    for accepted, status in [(learnt, "done"), (cancelled, "cancelled")]:
+        at_the_end = ended(http, f"/v1/ingestions/{accepted['id']}")
+        assert (at_the_end["status"], at_the_end["created_at"]) == (status, accepted["created_at"])
+
+
 def test_whoever_sends_a_document_hears_that_it_was_cancelled(http: httpx.Client, session: str) -> None:
     body = SlowBody(TEXT, TEXT * 8)
     answers: list[httpx.Response] = []

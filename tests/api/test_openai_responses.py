@@ -208,6 +208,16 @@ def test_a_conversation_whose_client_leaves_before_it_is_told_of_it_is_not_there
 
 
 @pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/{}/items"])
+@pytest.mark.parametrize(
+    "item", [{"type": "item_reference", "id": "x"}, {"role": "user", "content": [{"type": "input_image"}]}]
+)
+def test_items_that_are_no_text_are_refused_by_their_name(http: httpx.Client, path: str, item: dict[str, Any]) -> None:
+    conversation = http.post("/v1/conversations").json()["id"]
+    error = http.post(path.format(conversation), json={"items": [item]}).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "items")
+
+
+@pytest.mark.parametrize("path", ["/v1/conversations", "/v1/conversations/{}/items"])
 def test_items_with_half_a_surrogate_pair_are_refused(http: httpx.Client, path: str) -> None:
     conversation = http.post("/v1/conversations").json()["id"]
     before = len(http.get("/v1/sessions?limit=100").json()["data"])

@@ -180,6 +180,21 @@ def test_an_address_that_is_none_is_refused_at_once(kind: type[Client] | type[As
         kind(url)
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("key", ["secret\r", "secret\n", "secret ", " secret", "sec\x00ret", "sécret"])
+def test_a_key_that_no_header_takes_is_refused_at_once_and_not_shown(
+    kind: type[Client] | type[AsyncClient], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TITANS_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="not an API key") as error:
+        kind(api_key=key)
+    assert key.strip() not in str(error.value)
+    if "\x00" not in key:
+        monkeypatch.setenv("TITANS_API_KEY", key)
+        with pytest.raises(ValueError, match="not an API key"):
+            kind()
+
+
 def test_models_are_frozen_and_keep_what_they_do_not_know(wire: Wire) -> None:
     session = Session.model_validate(wire["session"] | {"later": "ses_0"})
     assert session.model_dump()["later"] == "ses_0"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import titans_client
@@ -135,6 +135,24 @@ def test_the_command_line_forks_rewinds_and_moves_sessions(server: ServerProcess
     run("sessions", "export", fork, str(tmp_path / "state"))
     assert run("sessions", "import", session, str(tmp_path / "state")).startswith(f"{session} version 2: ")
     assert run("sessions", "list", "--limit", "1").startswith(f"{fork} version 2: ")
+
+
+def test_a_list_that_is_not_whole_says_how_to_go_on(server: ServerProcess) -> None:
+    with Client(server.url) as client:
+        for _ in range(2):
+            client.sessions.create()
+
+    def listed(*words: str) -> tuple[str, str]:
+        command = [sys.executable, "-m", "titans_client.cli", "--url", server.url, "sessions", "list", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, done.stderr
+
+    shown, told = listed("--limit", "1")
+    newest = shown.split()[0]
+    assert told == f"there are more: --after {newest}\n"
+    rest, told = listed("--limit", "100", "--after", newest)
+    assert rest and newest not in rest
+    assert not told
 
 
 async def test_a_document_may_be_given_in_any_form(titans: Driver, tmp_path: Path) -> None:
@@ -349,7 +367,7 @@ def test_client_and_server_mean_the_same_by_an_answer(theirs: Any, ours: Any) ->
 
 
 def test_client_and_server_mean_the_same_by_an_answers_options() -> None:
-    taken = fields(schemas.CreateCompletion)
+    taken = fields(schemas.CreateCompletion, "validation")
     del taken["prompt"], taken["stream"]  # an argument of its own; the choice of the method
     hints = get_type_hints(titans_client.CompletionOptions)
     assert hints.keys() == taken.keys()
@@ -357,9 +375,9 @@ def test_client_and_server_mean_the_same_by_an_answers_options() -> None:
         assert kinds_of(TypeAdapter(hint).json_schema()) == taken[name] | {"null"}, name
 
 
-def fields(model: Any) -> dict[str, set[str]]:
-    """Names, and which JSON each may hold."""
-    properties = TypeAdapter(model).json_schema(mode="serialization")["properties"]
+def fields(model: Any, mode: Literal["validation", "serialization"] = "serialization") -> dict[str, set[str]]:
+    """Names, and which JSON each may hold: when it is read, or when it is written."""
+    properties = TypeAdapter(model).json_schema(mode=mode)["properties"]
     return {name: kinds_of(schema) for name, schema in properties.items()}
 
 

@@ -68,6 +68,9 @@ def test_requests_are_refused_until_there_is_one_again() -> None:
     with pytest.raises(RateLimited, match="2 requests a minute") as refused:
         admitted(limiter, caller)
     assert refused.value.retry_after == 30
+    clock.now = 29.9
+    with pytest.raises(RateLimited, match="again in 1 s"):  # as Retry-After says
+        admitted(limiter, caller)
     admitted(limiter, Caller("b", caller.quotas))
     clock.now = 30.0
     admitted(limiter, caller)

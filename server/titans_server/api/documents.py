@@ -98,6 +98,10 @@ class JSONReader:
     def finish(self) -> str:
         """See DocumentReader."""
         text = self.feed(b"") + self._utf8.finish()
+        if self._read == self._read_start and self._rest.strip():
+            raise self._invalid("it does not begin so")
+        if self._read == self._read_text and self._rest:
+            raise self._unreadable()
         if self._read != self._read_end or not self._rest:
             raise self._invalid("it ends early")
         return text
@@ -124,7 +128,7 @@ class JSONReader:
             pieces.append(match["plain"] or json.loads(f'"{match["escape"]}"'))
         self._rest = self._rest[at:]
         if self._rest and not (self._rest[0] == "\\" and len(self._rest) < _JSON_ESCAPE_LIMIT):
-            raise self._invalid(f"its text has {self._rest[:_JSON_ESCAPE_LIMIT]!r}")
+            raise self._unreadable()
         return "".join(pieces)
 
     def _read_end(self) -> str:
@@ -132,6 +136,9 @@ class JSONReader:
         if self._rest not in {"", "}"}:
             raise self._invalid("more follows the text")
         return ""
+
+    def _unreadable(self) -> InvalidRequest:
+        return self._invalid(f"its text has {self._rest[:_JSON_ESCAPE_LIMIT]!r}")
 
     @staticmethod
     def _invalid(why: str) -> InvalidRequest:

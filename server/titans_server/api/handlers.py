@@ -48,11 +48,13 @@ def unreadable(error: HTTPException) -> InvalidRequest | None:
 
 
 def invalid_request(error: RequestValidationError) -> InvalidRequest:
-    """The first thing that is wrong with a request's body."""
+    """The first thing that is wrong with a request's body, its query or its headers."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(str(part) for part in first["loc"][1:])  # the first part is which of these it is
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if not where and isinstance(first.get("input"), bytes):  # FastAPI reads no other body, and says nothing of that
+        return InvalidRequest("the body is not said to be JSON: send it with Content-Type: application/json")
     return InvalidRequest(f"{where or 'the body'}: {first['msg']}", param=where or None)
 
 

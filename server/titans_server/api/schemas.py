@@ -1,9 +1,9 @@
 """What goes over the wire. The client has its own copy on purpose; a contract test holds them together."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from titans.sampling import SamplingParams
 
 from titans_server.events import Usage
@@ -13,8 +13,16 @@ from titans_server.sessions.record import SessionRecord, Version
 _Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 _Value = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[_Key, _Value], Field(max_length=16)]
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Seconds = Annotated[int, Field(ge=1, le=10 * 366 * 86_400)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Stops = Annotated[list[_Stop], Field(max_length=4)]
+Stops = Annotated[_Stops, BeforeValidator(_listed, _Stop | _Stops)]
 
 
 class Body(BaseModel):
@@ -114,16 +122,15 @@ class CreateCompletion(Body):
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: Stops | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stream: bool = False
     memory: Literal["read", "write", "off"] = "read"
 
     def to_request(self) -> CompletionRequest:
         """What the service is asked for."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         sampling = SamplingParams(self.temperature, self.top_p, self.top_k, self.seed)
-        return CompletionRequest(self.prompt, self.max_tokens, sampling, stops, self.memory)
+        return CompletionRequest(self.prompt, self.max_tokens, sampling, tuple(self.stop or ()), self.memory)
 
 
 class Completion(BaseModel):

@@ -164,13 +164,18 @@ def seal(record: SessionRecord, draft: Draft, separator: Sequence[int], writing:
 
 
 def end(record: SessionRecord, outcome: Outcome) -> Edit:
-    """A document that will not be learnt. Raises IngestionNotFound where it is neither under way nor ended."""
+    """A document that will not be learnt. Raises IngestionNotFound where it is neither under way nor ended.
+
+    Of `outcome` no more is taken than why: the draft tells the rest.
+    """
     if record.outcome(outcome.ingestion) is not None:
         return Edit(record)
     draft = record.draft(outcome.ingestion)
     if draft is None:
         raise IngestionNotFound(f"no ingestion {outcome.ingestion}")
-    outcome = replace(outcome, key=draft.key, tokens=draft.tokens, num_bytes=draft.num_bytes)
+    outcome = replace(
+        outcome, created_at=draft.created_at, key=draft.key, tokens=draft.tokens, num_bytes=draft.num_bytes
+    )
     record = replace(record, drafts=tuple(x for x in record.drafts if x is not draft))
     return Edit(_ended(record, outcome))
 
@@ -247,7 +252,7 @@ def _ended(record: SessionRecord, outcome: Outcome) -> SessionRecord:
 def _second(outcome: Outcome, first: Outcome) -> Outcome:
     """What becomes of a document whose key was used for another one, on another server, which was learnt first."""
     if outcome.sha256 == first.sha256:
-        return replace(first, ingestion=outcome.ingestion)
+        return replace(first, ingestion=outcome.ingestion, created_at=outcome.created_at)
     return replace(outcome, status="failed", code=KeyReused.default_code, message=KEY_REUSED)
 
 

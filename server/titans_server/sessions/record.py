@@ -69,7 +69,7 @@ class Outcome:
 
     ingestion: str
     status: Literal["done", "failed", "cancelled"]
-    created_at: float
+    created_at: float  # of the document, as in its draft
     key: str = ""
     sha256: str = ""  # of the whole text; empty where that is not known
     version: int = 0  # that it made, where it is done

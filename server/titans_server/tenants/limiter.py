@@ -119,7 +119,7 @@ class Allowance:
                 message = f"this key may have {bucket.per_minute} {kind} a minute"
                 if wait == math.inf:
                     raise QuotaExceeded(f"{message}: it needs another quota")
-                raise RateLimited(f"{message}; try again in {wait:.0f} s", wait)
+                raise RateLimited(f"{message}; try again in {math.ceil(wait)} s", wait)
         if (requests := self._buckets["requests"]) is not None:
             requests.take(1, now)
 

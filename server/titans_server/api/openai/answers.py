@@ -30,6 +30,7 @@ async def respond(
     """The response. What a client may have got wrong is found before a stream begins."""
     session_id, prepared = await prepare(body, body.memory, reply, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
+    check_number(choices, context.settings.max_requests)
     if not body.stream:
         check_scores(body, choices)
     moment = None  # the same for all of them
@@ -71,6 +72,12 @@ def check_scores(body: Asked, choices: Sequence[CompletionRequest]) -> None:
         param = "top_logprobs" if "top_logprobs" in type(body).model_fields else "logprobs"
         message = f"tokens times (1 + {param}) may come to {num_scores}, at most {MAX_SCORES} are told of at once"
         raise InvalidRequest(message, param=param)
+
+
+def check_number(choices: Sequence[CompletionRequest], max_requests: int) -> None:
+    """Raises InvalidRequest where they could never be under way together: to wait for that is of no use."""
+    if len(choices) > max_requests:
+        raise InvalidRequest(f"prompts times n is at most {max_requests} on this server", param="n")
 
 
 def check_model(service: SessionService, name: str) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from titans.sampling import SamplingParams
 
-from titans_server.api.schemas import Body
+from titans_server.api.schemas import Body, Stops
 from titans_server.errors import InvalidRequest
 from titans_server.prompts import Chat, CompletionRequest, Prompt
 
@@ -49,13 +49,8 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 _Tokens = Annotated[list[int], Field(min_length=1)]
 _Prompt = str | _Tokens | Annotated[list[str] | list[_Tokens] | list[str | _Tokens], Field(min_length=1)]
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Memory = Literal["read", "write", "off"]
 _Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
@@ -99,7 +94,7 @@ class Asked(Body):
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[list[_Stop], BeforeValidator(_listed, str | list[_Stop]), Field(max_length=4)] = Field([])
+    stop: Stops = Field([])
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     logit_bias: Annotated[dict[Annotated[int, Field(strict=False)], _Bias], Field(max_length=1_024)] = Field({})

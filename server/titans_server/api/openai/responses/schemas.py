@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from titans_server.api.openai.schemas import MAX_MESSAGES, Asked, Memory
 from titans_server.api.schemas import Body, Metadata
@@ -102,11 +109,20 @@ def _are_unicode(items: list[InputItem]) -> list[InputItem]:
     try:
         "".join(item.content for item in items).encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8", param="items") from error
+        raise InvalidRequest("half a surrogate pair is no text", code="invalid_utf8") from error
     return items
 
 
-_Learnt = Annotated[list[InputItem], Field(max_length=20), AfterValidator(_are_unicode)]
+def _as_items(items: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """What is refused is called by the name that it has here."""
+    try:
+        return read(items)
+    except InvalidRequest as error:
+        error.param = "items"
+        raise
+
+
+_Learnt = Annotated[list[InputItem], Field(max_length=20), AfterValidator(_are_unicode), WrapValidator(_as_items)]
 
 
 class AddItems(Body):
