@@ -135,6 +135,32 @@ async def test_a_commit_that_redis_has_done_is_done_whatever_happens_to_it_next(
     assert await store.usage("") == Usage(1, 6 + 40)
 
 
+@pytest.mark.parametrize("what", ["another commit", "a deletion"])
+async def test_an_index_that_is_written_late_is_as_the_session_is_by_then(
+    server: RedisServer, store: RedisStore, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server's commit, or a deletion, comes between a commit and its index, and is indexed first."""
+    record = await made(store, ttl_seconds=10**9)
+    first = logged(record, b"tokens", tokens=10)
+    second = logged(first.record, b"more", tokens=20)
+    other, index = RedisStore(server.url), store._index
+
+    async def after_others(indexed: SessionRecord) -> None:
+        if indexed == first.record:
+            await (other.commit(second) if what == "another commit" else other.delete(record.id))
+        await index(indexed)
+
+    with monkeypatch.context() as during:
+        during.setattr(store, "_index", after_others)
+        await store.commit(first)
+    await other.close()
+    if what == "another commit":
+        assert await store.usage("") == Usage(1, 4 * 30)
+    else:
+        assert await store.usage("") == Usage(0, 0)
+        assert server.command("KEYS", "*") == [b"titans:format"]
+
+
 async def test_a_replica_is_unavailable_to_writers(server: RedisServer, store: RedisStore) -> None:
     server.command("CONFIG", "SET", "replica-serve-stale-data", "yes")
     server.command("REPLICAOF", "127.0.0.1", "1")

@@ -169,8 +169,8 @@ class RedisStore:
         """
         try:
             await self._unuse(record.id, release)
-            await self._index(record)
-        except (RedisError, OSError) as error:
+            await self._index_newest(record)
+        except (RedisError, OSError, StateCorrupted) as error:
             _log.warning("the index has not followed the last commit of session %s: %r", record.id, error)
 
     async def _write(self, script: str, keys: Sequence[str], *values: object) -> Any:
@@ -235,6 +235,20 @@ class RedisStore:
             if record.expires_at is not None:
                 pipe.zadd(EXPIRES, {record.id: record.expires_at})
             await pipe.execute()
+
+    async def _index_newest(self, record: SessionRecord) -> None:
+        """Index a commit, or what came after it: the session may have moved on, or be gone, and that be indexed first.
+
+        Whoever is the last to write to the index looks at the session afterwards, so that the two agree in the end.
+        """
+        await self._index(record)
+        key = session_keys(record.id)[0]
+        while await self._client.hget(key, "write_id") != record.write_id.encode():
+            text = await self._client.hget(key, "record")
+            if text is None:
+                return await self._unindex(record.id, owner_keys(record.owner)[0])
+            record = SessionRecord.from_json(text, record.id)
+            await self._index(record)
 
     async def _unindex(self, session_id: str, sessions: str) -> None:
         async with self._client.pipeline(transaction=False) as pipe:
