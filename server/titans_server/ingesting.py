@@ -187,25 +187,28 @@ class Ingestions:
                 yield portion
 
     async def _append(self, work: Work, portion: Portion) -> None:
-        work.appended = record = await self._ledger.change(
+        change = self._ledger.change(
             work.session_id,
             lambda record: history.append(record, work.draft, self._learning.separator, portion),
             known=work.appended,
         )
+        work.appended = record = await work.appends(change)
         draft = record.draft(work.draft.ingestion)
         assert draft is not None
         work.draft = draft
 
     def _leave(self, work: Work) -> None:
-        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already.
-
-        Its first append may be done though `work` does not know of it: whoever is cancelled in it never hears.
-        """
+        """The document is no longer worked on here. Not awaited: whoever leaves may be cancelled already."""
         self._works.pop(work.draft.ingestion, None)
         if work.learnt is None:
-            task = asyncio.create_task(self._leases.release(work))
+            task = asyncio.create_task(self._let_go(work))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
+
+    async def _let_go(self, work: Work) -> None:
+        """Its last append may be under way still, and the first of all: whoever is cancelled in it never hears."""
+        await work.appends.drain()
+        await self._leases.release(work)
 
     async def _record_of(self, ingestion: str) -> SessionRecord:
         session = ingestion.removeprefix("ing_").rpartition("_")[0]

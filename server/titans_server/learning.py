@@ -28,6 +28,7 @@ from titans_server.sessions import history
 from titans_server.sessions.history import Overtaken, Portion, Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
+from titans_server.sessions.uncancelled import Uncancelled
 from titans_server.states import States
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Work:
     num_learnt: int = 0  # tokens, the separator among them
     cancelled: bool = False
     known: SessionRecord | None = None  # as it was read when the document's turn came
+    appends: Uncancelled = field(default_factory=Uncancelled)  # carried through, though the client leaves amid one
     appended: SessionRecord | None = None  # as the last append left it: long, where the document is
     learner: "Learner | None" = None
     learnt: DocumentLearnt | None = None  # once it is a version
