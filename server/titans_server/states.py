@@ -215,9 +215,11 @@ class States:
             return True
         async with self._one_snapshot:
             try:
-                snapshot = await self.store(held.session_id, held.state)
-                attach = partial(history.attach, version=held.version, snapshot=snapshot, is_recent=is_recent)
-                record = await self._ledger.change(held.session_id, attach)
+                record = await self._ledger.store.get(held.session_id)
+                if history.lacking(record, held.version, is_recent=is_recent):  # no other server was faster
+                    snapshot = await self.store(held.session_id, held.state)
+                    attach = partial(history.attach, version=held.version, snapshot=snapshot, is_recent=is_recent)
+                    record = await self._ledger.change(held.session_id, attach, known=record)
             except (StoreUnavailable, VersionConflict) as error:
                 log.warning("no snapshot of session %s: %s", held.session_id, error)
                 held.used_at = time.monotonic()  # another try once it has been idle again

@@ -105,7 +105,21 @@ async def test_a_version_that_lost_its_log_is_corrupted(engine: Engine) -> None:
     assert await store.get(record.id) == record
 
 
-async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_other_from_it(engine: Engine) -> None:
+async def test_a_state_that_several_servers_hold_is_written_down_once(engine: Engine) -> None:
+    store = Counting()
+    record = await written(store, engine)
+    servers = [states_on(store, engine) for _ in range(3)]
+    for states in servers:
+        await states.newest(record.id)
+    for states in servers:
+        await states.close()
+    assert set(store._blobs) == set((await store.get(record.id)).snapshots()), "none was in vain"
+    assert store.num_blobs[record.id] == 1
+
+
+async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_other_from_it(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Counting()
     deleted, torn, broken, whole = [await written(store, engine) for _ in range(4)]
     states = states_on(store, engine, idle_seconds=0.04)
@@ -118,7 +132,11 @@ async def test_a_state_that_cannot_be_written_down_is_tried_once_and_keeps_no_ot
         while (await store.get(whole.id)).head.num_to_replay:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.5)
-    assert store.num_blobs == dict.fromkeys([x.id for x in (deleted, torn, broken, whole)], 1)
+    assert store.num_blobs == {broken.id: 1, whole.id: 1}
+    for record in (deleted, torn, broken):
+        lines = [x.getMessage() for x in caplog.records if record.id in x.getMessage()]
+        assert len(lines) == 1
+        assert "nor another try" in lines[0]
     await states.close()
     assert (await store.get(broken.id)).head.num_to_replay == len(TOKENS), "the log has it"
 

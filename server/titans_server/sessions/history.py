@@ -186,14 +186,20 @@ def discard(record: SessionRecord, ingestion: str) -> Edit:
     return Edit(record if rest == record.drafts else replace(record, drafts=rest))
 
 
+def lacking(record: SessionRecord, version: Version, *, is_recent: bool = False) -> Version | None:
+    """A version as it is now, where a snapshot of its own would be of use: see `attach`."""
+    kept = record.made_by(version.write_id) or (version if is_recent else None)
+    return kept if kept and kept.num_to_replay and _goes_on(record.head, kept) else None
+
+
 def attach(record: SessionRecord, version: Version, snapshot: Snapshot, *, is_recent: bool = False) -> Edit:
     """Give a version a snapshot of its own, from which those that go on from it begin as well.
 
     Nothing to do where the newest does not, nor where the version is kept no more; unless it `is_recent`: it was made a
     moment ago, so that the numbers of its entries cannot have come to stand for others, in a store that lost commits.
     """
-    kept = record.made_by(version.write_id) or (version if is_recent else None)
-    if kept is None or not kept.num_to_replay or not _goes_on(record.head, kept):
+    kept = lacking(record, version, is_recent=is_recent)
+    if kept is None:
         return Edit(record)
     version, num_read = kept, len(kept.entries)
     begun = (
