@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -83,14 +83,13 @@ class Ingestions:
             return
         work = self._begin(record, terms, is_async=False)
         try:
-            async with (
-                arriving(pieces) as arrived,
-                self._writers.turn(session_id),
-                self._leases.held(work),
-            ):
-                work.known = await self._accepted.after_others(work)
+            async with arriving(pieces) as arrived, AsyncExitStack() as stack:
+                async with arrived.waiting():
+                    await stack.enter_async_context(self._writers.turn(session_id))
+                    await stack.enter_async_context(self._leases.held(work))
+                    work.known = await self._accepted.after_others(work)
                 with self._learning.admitted():
-                    async with aclosing(self._learn(work, Document(self._tokenizer, arrived))) as events:
+                    async with aclosing(self._learn(work, Document(self._tokenizer, arrived.pieces()))) as events:
                         async for event in events:
                             yield event
             assert work.learnt is not None

@@ -78,31 +78,64 @@ class Document:
         self.num_bytes += len(data)
 
 
-@asynccontextmanager
-async def arriving(pieces: AsyncIterator[str]) -> AsyncGenerator[AsyncGenerator[str, None], None]:
-    """The same pieces, some taken in before anybody asks: of a client that waits it is then known whether it left."""
-    held: asyncio.Queue[str | None] = asyncio.Queue(_TAKEN_IN)
+class Arriving:
+    """A document's pieces, some taken in before anybody asks: so it is known whether a client that waits has left."""
 
-    async def take_in() -> None:
-        try:
-            async for piece in pieces:
-                await held.put(piece)
-        except Exception:
-            await held.put(None)
-            raise
-        await held.put(None)
+    def __init__(self, pieces: AsyncIterator[str]) -> None:
+        self._pieces = pieces
+        self._held: asyncio.Queue[str | None] = asyncio.Queue(_TAKEN_IN)
+        self._taking = asyncio.create_task(self._take_in())
 
-    async def given() -> AsyncGenerator[str, None]:
-        while (piece := await held.get()) is not None:
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """All of them, once."""
+        while (piece := await self._held.get()) is not None:
             yield piece
-        await taking  # raises what broke it off
+        await self._taking  # raises what broke it off
 
-    taking = asyncio.create_task(take_in())
+    @asynccontextmanager
+    async def waiting(self) -> AsyncGenerator[None, None]:
+        """Wait inside for the document's turn: what breaks the document off meanwhile ends that, and is raised."""
+        is_waiting = True
+
+        def give_up(taking: asyncio.Task[None]) -> None:
+            if is_waiting and not taking.cancelled() and taking.exception() is not None:
+                wait.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with asyncio.timeout(None) as wait:
+                self._taking.add_done_callback(give_up)
+                try:
+                    yield
+                finally:
+                    is_waiting = False
+        except TimeoutError:
+            if wait.expired():
+                await self._taking
+            raise
+
+    async def close(self) -> None:
+        """Take no more in."""
+        self._taking.cancel()
+        await asyncio.gather(self._taking, return_exceptions=True)
+
+    async def _take_in(self) -> None:
+        try:
+            async for piece in self._pieces:
+                await self._held.put(piece)
+        except Exception:
+            await self._held.put(None)
+            raise
+        await self._held.put(None)
+
+
+@asynccontextmanager
+async def arriving(pieces: AsyncIterator[str]) -> AsyncGenerator[Arriving, None]:
+    """`Arriving`, closed in the end."""
+    arrived = Arriving(pieces)
     try:
-        yield given()
+        yield arrived
     finally:
-        taking.cancel()
-        await asyncio.gather(taking, return_exceptions=True)
+        await arrived.close()
 
 
 async def ahead(source: AsyncIterator[T]) -> AsyncGenerator[T, None]:

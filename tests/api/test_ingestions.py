@@ -94,6 +94,23 @@ def test_the_same_key_waits_while_its_document_is_on_its_way(http: httpx.Client,
     assert http.get(f"/v1/ingestions/{ingestions[0]}").json()["status"] == "done"
 
 
+def test_a_document_that_waits_and_makes_no_sense_is_told_so_before_its_turn(http: httpx.Client, session: str) -> None:
+    body, answers = SlowBody(TEXT, TEXT), list[httpx.Response]()
+    sender = threading.Thread(target=lambda: answers.append(learn(http, session, iter(body))))
+    sender.start()
+    while not http.get(f"/v1/sessions/{session}").json()["ingestions"]:
+        time.sleep(0.05)
+    try:
+        with httpx.Client(base_url=http.base_url, timeout=20) as client:
+            for nonsense in (b"\xff", TEXT.encode() * 9 + b"\xff"):
+                assert code(learn(client, session, nonsense)) == (422, "invalid_utf8")
+            assert len(http.get(f"/v1/sessions/{session}").json()["ingestions"]) == 1
+    finally:
+        body.go.set()
+        sender.join()
+    assert (answers[0].status_code, answers[0].json()["version"]) == (200, 1)
+
+
 def test_a_document_that_broke_off_goes_on_though_its_first_bytes_are_no_text(http: httpx.Client, session: str) -> None:
     headers = {"Content-Type": "application/json", "Idempotency-Key": "cut"}
     head, text = b'{"text": "', TEXT * 8
