@@ -11,7 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from titans.files import sync_folder
+from titans.files import make_folder, sync_folder
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".state"
@@ -26,8 +26,8 @@ class BlobFolder:
 
     def open(self) -> None:
         """Make the folder if need be, to stay."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        sync_folder(self._path.parent)
+        make_folder(self._path)
+        sync_folder(self._path.parent)  # who made it before may have been killed before this
 
     def write(self, session_id: str, blob: bytes) -> str:
         """Keep a blob, durably. Returns its name: readable, new, and inside the folder whatever the id is."""

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from titans.files import make_folder
+
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.tenants.keys import Key
@@ -102,7 +104,7 @@ class SqliteKeys:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             database.execute("PRAGMA synchronous=FULL")
