@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -76,6 +77,27 @@ async def test_a_store_that_is_down_is_unavailable_until_it_is_back(
     assert await store.get(record.id) == record
     await store.commit(second)
     assert list(await store.read_log(record.id, [0])) == [b"second"]
+
+
+async def test_a_cluster_that_is_down_is_unavailable(tmp_path: Path) -> None:
+    with redis_cluster(tmp_path, num_nodes=1) as url:
+        store, late = RedisStore(url), RedisStore(url)
+        await store.open()
+        record = await made(store)
+        os.kill((await store._client.info())["process_id"], signal.SIGKILL)
+        for attempt in (
+            store.ping(),
+            store.get(record.id),
+            store.commit(logged(record, b"tokens")),
+            store.usage(""),
+            store.due(),
+            late.open(),
+        ):
+            with pytest.raises(StoreUnavailable, match="cannot be reached"):
+                await attempt
+        await store._settle(record, ())  # of a commit that is done
+        await store.close()
+        await late.close()
 
 
 async def test_a_store_that_is_down_cannot_be_opened(server: RedisServer) -> None:

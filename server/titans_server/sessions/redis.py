@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from redis.exceptions import RedisError
-
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable, VersionConflict
 from titans_server.sessions import redis_client, redis_format_1
 from titans_server.sessions.record import SessionRecord, moved_on, not_found, swept, taken
@@ -170,7 +168,7 @@ class RedisStore:
         try:
             await self._unuse(record.id, release)
             await self._index_newest(record)
-        except (RedisError, OSError, StateCorrupted) as error:
+        except (*redis_client.FAILURES, StateCorrupted) as error:
             _log.warning("the index has not followed the last commit of session %s: %r", record.id, error)
 
     async def _write(self, script: str, keys: Sequence[str], *values: object) -> Any:

@@ -25,6 +25,8 @@ _ANSWER_SECONDS = 10.0
 _RETRIES = 3  # all the scripts may run twice; a few hundred milliseconds bridge a restart of the connection
 _OLDEST = (6, 2)
 
+FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)  # the second is none of the first
+
 _REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; chained errors name the address
     (exceptions.OutOfMemoryError, "is out of memory (maxmemory is reached)"),
     (exceptions.AuthenticationError, "refuses the credentials"),
@@ -32,6 +34,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; ch
     (exceptions.BusyLoadingError, "is still loading its data"),
     (exceptions.ReadOnlyError, "is a read-only replica"),
     (exceptions.ClusterDownError, "is a cluster that is down"),
+    (exceptions.RedisClusterException, "is a cluster that cannot be reached"),
     (exceptions.TimeoutError, "did not answer in time"),
     (exceptions.ConnectionError, "cannot be reached"),
     (OSError, "cannot be reached"),
@@ -197,7 +200,7 @@ async def translated(operation: Coroutine[Any, Any, T]) -> T:
     """The operation's result; Redis's errors become StoreUnavailable."""
     try:
         return await operation
-    except (exceptions.RedisError, OSError) as error:
+    except FAILURES as error:
         known = (reason for kind, reason in _REASONS if isinstance(error, kind))
         reason = next(known, f"refused the operation: {error}")
         raise StoreUnavailable(f"the Redis store {reason}") from error
