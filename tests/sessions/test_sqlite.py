@@ -17,7 +17,6 @@ from support.records import logged, made, made_with_snapshot, moved, snapshot_of
 from titans_server.errors import StateCorrupted, StoreUnavailable
 from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.sqlite import SqliteStore
-from titans_server.tenants.store import SqliteKeys
 
 
 @pytest.fixture
@@ -51,10 +50,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {blob.name: blob.read_bytes() for blob in blobs(path)}
 
 
-@pytest.mark.parametrize("what", ["sessions", "keys"])
-async def test_folders_that_are_made_for_a_database_are_synced(
-    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_folders_that_are_made_for_a_database_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, fsync = set[str](), os.fsync
 
     def seen(descriptor: int) -> None:
@@ -62,14 +58,10 @@ async def test_folders_that_are_made_for_a_database_are_synced(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", seen)
-    path = tmp_path / "deep" / "er" / "sessions.db"
-    if what == "sessions":
-        store = SqliteStore(path)
-        await store.open()
-        await store.close()
-    else:
-        assert await SqliteKeys(path).is_empty()
-    assert synced >= {str(tmp_path), str(tmp_path / "deep")}
+    store = SqliteStore(tmp_path / "deep" / "er" / "sessions.db")
+    await store.open()
+    await store.close()
+    assert synced >= {str(tmp_path), str(tmp_path / "deep"), str(tmp_path / "deep" / "er")}
 
 
 async def test_a_new_store_object_sees_everything(store: SqliteStore, path: Path, record: SessionRecord) -> None:
@@ -119,7 +111,6 @@ import asyncio, os, pickle, sys
 from pathlib import Path
 from titans_server.sessions.database import Database
 from titans_server.sessions.sqlite import SqliteStore
-from titans_server.tenants.store import SqliteKeys
 
 async def main():
     store = SqliteStore(Path(sys.argv[1]))

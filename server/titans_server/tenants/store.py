@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from titans.files import make_folder
-
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.tenants.keys import Key
@@ -104,7 +102,7 @@ class SqliteKeys:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        make_folder(self._path.parent)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             database.execute("PRAGMA synchronous=FULL")
