@@ -340,6 +340,21 @@ def test_what_can_be_got_has_a_head(http: httpx.Client, session: str) -> None:
     assert 'titans_http_requests_total{method="HEAD",route="/v1/models",status="200"}' in http.get("/metrics").text
 
 
+@pytest.mark.parametrize(
+    ("accept", "is_stream"),
+    [
+        ("Text/Event-Stream", True),
+        ("application/json, text/event-stream;q=0.5", True),
+        ("text/event-stream; q=0", False),
+        ("application/json, text/event-stream;Q=0.000", False),
+        ("text/event-streams, */*", False),
+    ],
+)
+def test_a_stream_is_for_who_takes_one(http: httpx.Client, session: str, accept: str, is_stream: bool) -> None:
+    kind = post(http, session, "some words", Accept=accept).raise_for_status().headers["content-type"]
+    assert kind.startswith("text/event-stream" if is_stream else "application/json")
+
+
 def test_health(http: httpx.Client, settings: Settings) -> None:
     assert http.get("/health/live").json() == {"status": "ok"}
     ready = http.get("/health/ready").json()
