@@ -16,7 +16,7 @@ class HeadAsGet:
         if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].startswith(_STREAMS):
             await self._app(scope, receive, send)
             return
-        as_get = scope | {"method": "GET"}
+        as_get = {**scope, "method": "GET"}
         try:
             await self._app(as_get, receive, send)
         finally:
