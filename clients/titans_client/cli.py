@@ -16,7 +16,14 @@ from typing import BinaryIO
 
 from . import _extensions
 from ._client import Client
-from ._errors import APIConnectionError, APIStatusError, TitansError
+from ._errors import (
+    APIConnectionError,
+    APIStatusError,
+    DocumentTooLargeError,
+    InvalidRequestError,
+    TitansError,
+    UnsupportedMediaTypeError,
+)
 from ._models import CompletionOptions, Document, Wire
 from ._terminal import IngestBar, Waiting, tokens_per_second
 
@@ -206,11 +213,7 @@ def _health(client: Client, args: argparse.Namespace) -> None:
 
 
 def _ingest(client: Client, args: argparse.Namespace) -> None:
-    with _open(args.file) as file:
-        session_id = args.session
-        if session_id is None:
-            session_id = client.sessions.create().id
-            _print(session_id)
+    with _open(args.file) as file, _session_to_learn(client, args) as session_id:
         if args.later:
             _print(client.ingest_later(session_id, file, key=args.key).id)
             return
@@ -221,6 +224,26 @@ def _ingest(client: Client, args: argparse.Namespace) -> None:
     assert isinstance(event, Document), "a stream that ends without its document raises"
     learnt = f"{event.tokens:,} tokens ({event.bytes:,} bytes) in {event.seconds:.1f} s"
     _print(f"{event.session} version {event.version}: {learnt}, {tokens_per_second(event):,.0f} tokens/s")
+
+
+@contextlib.contextmanager
+def _session_to_learn(client: Client, args: argparse.Namespace) -> Iterator[str]:
+    """The id of the one that is named, or of a new one, of which nothing is left where its document is refused.
+
+    But where that has a key, under which it may be sent again, mended.
+    """
+    if args.session is not None:
+        yield args.session
+        return
+    session_id = client.sessions.create().id
+    _print(session_id)
+    try:
+        yield session_id
+    except (InvalidRequestError, UnsupportedMediaTypeError, DocumentTooLargeError):
+        if args.key is None:
+            with contextlib.suppress(TitansError):
+                client.sessions.delete(session_id)
+        raise
 
 
 def _ask(client: Client, args: argparse.Namespace) -> None:

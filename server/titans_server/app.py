@@ -18,6 +18,7 @@ from titans_server.api import ingestions, versions
 from titans_server.api.deps import AppContext
 from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
+from titans_server.api.head import HeadAsGet
 from titans_server.api.observed import Observed
 from titans_server.api.openai.responses.routes import router as responses_router
 from titans_server.api.openai.routes import router as openai_router
@@ -89,6 +90,7 @@ def create_app(
         app.include_router(metrics_router(metrics))
     describe(app, of_openai=(openai_router, responses_router))
     add_handlers(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         Gate,
         lifecycle=life,

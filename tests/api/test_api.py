@@ -326,6 +326,35 @@ def test_a_path_or_method_that_is_not_there_says_so_in_the_same_shape(http: http
     assert code(http.put("/v1/sessions")) == "http_405"
 
 
+def test_what_can_be_got_has_a_head(http: httpx.Client, session: str) -> None:
+    """RFC 9110, section 9.3.2: the same status and headers, and no body. A stream's would take it from its reader."""
+    paths = ["/health/live", "/health/ready", "/metrics", "/v1/models", "/v1/models/tiny-0", "/v1/sessions?limit=1"]
+    paths += [f"/v1/sessions/{session}{rest}" for rest in ("", "/versions", "/state")]
+    for path in (*paths, f"/v1/conversations/{session}", "/v1/sessions/ses_nobody", "/v1/sessions?limit=0"):
+        got, head = http.get(path), http.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers.get("etag") == got.headers.get("etag")
+        assert path == "/metrics" or head.headers["content-length"] == got.headers["content-length"]
+    for path in ("/v1/streams/str_none", "/v1/completions", f"/v1/sessions/{session}/fork"):
+        assert http.head(path).status_code == 405
+    assert 'titans_http_requests_total{method="HEAD",route="/v1/models",status="200"}' in http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_stream"),
+    [
+        ("Text/Event-Stream", True),
+        ("application/json, text/event-stream;q=0.5", True),
+        ("text/event-stream; q=0", False),
+        ("application/json, text/event-stream;Q=0.000", False),
+        ("text/event-streams, */*", False),
+    ],
+)
+def test_a_stream_is_for_who_takes_one(http: httpx.Client, session: str, accept: str, is_stream: bool) -> None:
+    kind = post(http, session, "some words", Accept=accept).raise_for_status().headers["content-type"]
+    assert kind.startswith("text/event-stream" if is_stream else "application/json")
+
+
 def test_health(http: httpx.Client, settings: Settings) -> None:
     assert http.get("/health/live").json() == {"status": "ok"}
     ready = http.get("/health/ready").json()

@@ -583,6 +583,16 @@ def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=body).status_code == 200
 
 
+@pytest.mark.parametrize(("annotations", "status"), [([], 200), ([{"type": "url_citation"}], 400)])
+def test_an_answer_of_openais_may_be_given_back_where_it_was_text(
+    http: httpx.Client, annotations: list[Any], status: int
+) -> None:
+    nothing: dict[str, Any] = {"refusal": None, "audio": None, "function_call": None, "tool_calls": []}
+    answer = {"role": "assistant", "content": "a", "annotations": annotations, **nothing}
+    body = {"model": MODEL, "messages": [*CHAT, answer, *CHAT], "max_tokens": 2}
+    assert http.post("/v1/chat/completions", json=body).status_code == status
+
+
 @pytest.mark.parametrize("options", [None, {}, {"include_obfuscation": False}])
 @pytest.mark.parametrize(
     ("path", "asked"),

@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from httpx_sse import connect_sse
 from openai import AsyncOpenAI, OpenAI
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 from support.servers import LiveServer
 from titans_server.settings import Settings
 
@@ -124,6 +127,18 @@ async def test_a_stream_has_the_events_of_the_responses_api(ai: Driver) -> None:
     assert [x.token for event in deltas for x in event.logprobs] == [x.token for x in told]
     assert [len(x.top_logprobs) for x in told] == [2] * 20
     assert {event.item_id for event in deltas} == {last.output[0].id}
+
+
+@pytest.mark.parametrize("extra", [{}, {"include": LOGPROBS, "top_logprobs": 2}], ids=["text", "logprobs"])
+def test_every_event_has_all_that_the_client_says_it_has(http: httpx.Client, extra: dict[str, Any]) -> None:
+    """The client itself looks at nothing: what is missing would show where somebody reads it."""
+    asked = {"model": MODEL, "input": "what now", "max_output_tokens": 4, "stream": True} | extra
+    with connect_sse(http, "POST", "/v1/responses", json=asked) as source:
+        *events, done = source.iter_sse()
+    assert done.data == "[DONE]"
+    shape = TypeAdapter[Any](ResponseStreamEvent)
+    for event in events:
+        assert shape.validate_json(event.data).type == event.event
 
 
 async def test_the_stream_helper_of_the_client_puts_it_together(server: LiveServer) -> None:

@@ -86,6 +86,8 @@ def test_a_preference_that_is_not_known_is_text_and_ignored(
 
 def test_a_method_that_is_not_there_is_told_with_those_that_are(http: httpx.Client, session: str) -> None:
     refused = http.put(f"/v1/sessions/{session}")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET, HEAD")
+    refused = http.put("/v1/streams/str_none")
     assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET")
 
 

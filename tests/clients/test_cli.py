@@ -112,6 +112,27 @@ def test_a_file_that_cannot_be_read_makes_no_session(run: Run, contract: Any, tm
     assert contract.seen == []
 
 
+@pytest.mark.parametrize(
+    ("code", "options", "is_left"),
+    [
+        ("invalid_utf8", [], False),
+        ("document_too_large", [], False),
+        ("invalid_utf8", ["--key", "k"], True),  # under which it may be sent again
+        ("shutting_down", [], True),  # what becomes of it is not known
+    ],
+)
+def test_a_session_that_was_made_for_a_document_goes_where_that_is_refused(
+    run: Run, contract: Any, tmp_path: Path, code: str, options: list[str], is_left: bool
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"text")
+    contract.fail = (200, code, "no")
+    status, out, err = run("ingest", str(path), *options)
+    assert (status, out) == (1, "ses_1\n")
+    assert err.endswith(f"titans: no ({code})\n")
+    assert list(contract.sessions) == (["ses_1"] if is_left else [])
+
+
 def test_an_ingest_that_fails_half_way_says_why(run: Run, contract: Any, tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"text")

@@ -1,5 +1,7 @@
 """`titans keys`, as typed."""
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,19 @@ def test_what_cannot_be_done_is_said(
     capsys: pytest.CaptureFixture[str], words: list[str], status: int, reason: str
 ) -> None:
     assert reason in titans(capsys, *words, status=status)
+
+
+@pytest.mark.parametrize("words", [["list"], ["revoke", "0123456789abcdef"]])
+def test_who_looks_where_there_is_no_store_makes_none(tmp_path: Path, words: list[str]) -> None:
+    main(["keys", *words, "--store", SQLITE.format(tmp_path / "mistaken")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_looks_into_another_database_leaves_it_as_it_is(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "titans.db")) as other:
+        other.execute("CREATE TABLE theirs (id TEXT)")
+        assert main(["keys", "list"]) == 0
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("theirs",)]
 
 
 def test_an_empty_store_has_no_keys(capsys: pytest.CaptureFixture[str], store: str) -> None:

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from titans_server.api.head import with_head
 from titans_server.errors import InvalidRequest, TitansError
 from titans_server.telemetry import request as request_info
 
@@ -82,7 +83,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> list[str]:
     """Of all the routes with the request's path: each of them knows its own alone."""
     path = getattr(request.scope.get("route"), "path", "")
-    return [method.upper() for method in request.app.openapi()["paths"].get(path, {})]
+    return with_head([method.upper() for method in request.app.openapi()["paths"].get(path, {})], path)
 
 
 async def _client_left(_: Request, error: Exception) -> Response:

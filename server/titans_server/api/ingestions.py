@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from titans_server.api.deps import Context, From, OwnSession, Reply, Room, Service, Upload
 from titans_server.api.documents import reader_for
-from titans_server.api.preconditions import AskedTerms, prefers
+from titans_server.api.preconditions import AskedTerms, accepts, prefers
 from titans_server.api.routes import SESSION
 from titans_server.errors import IngestionNotFound
 from titans_server.events import DocumentLearnt, IngestionStatus
@@ -29,7 +29,7 @@ async def post_document(
     upload = Upload(request, reader, context.settings.max_document_bytes)
     if prefers(request, "respond-async"):
         return await reply.whole(_accept(service, session_id, upload, terms), upload.read)
-    if "text/event-stream" in request.headers.get("accept", ""):
+    if accepts(request, "text/event-stream"):
         return reply.stream(service.ingest(session_id, upload.pieces(), terms), upload.read)
     return await reply.whole(_learn(service, session_id, upload, terms), upload.read)
 

@@ -1,4 +1,4 @@
-"""What a request asks for in its headers: the version it stands on (RFC 9110), to be done once, to be done later."""
+"""What a request asks for in its headers: the version it stands on (RFC 9110), to be done once, later, as a stream."""
 
 import re
 from typing import Annotated
@@ -10,7 +10,8 @@ from titans_server.errors import InvalidRequest, VersionConflict
 from titans_server.ingesting import Terms
 from titans_server.sessions.record import SessionRecord
 
-_ETAG = re.compile(r'(?:W/)?"(\d{1,18})"')
+_ETAG = re.compile(r'(?:W/)?"(\d{1,18})"')  # a proxy that compresses makes it weak; it names a version all the same
+_NOT_WANTED = re.compile(r"q\s*=\s*0(\.0*)?")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -41,6 +42,15 @@ def prefers(request: Request, preference: str) -> bool:
     """Whether the client would rather have it so (RFC 7240: what a server does not know it ignores)."""
     preferences = ",".join(request.headers.getlist("prefer")).split(",")
     return any(x.partition(";")[0].strip().lower() == preference for x in preferences)
+
+
+def accepts(request: Request, media_type: str) -> bool:
+    """Whether the client names this type among those that it takes (RFC 9110, section 12.5.1)."""
+    for each in ",".join(request.headers.getlist("accept")).split(","):
+        name, *parameters = (part.strip().lower() for part in each.split(";"))
+        if name == media_type:
+            return not any(_NOT_WANTED.fullmatch(parameter) for parameter in parameters)
+    return False
 
 
 def show(record: SessionRecord, response: Response, *, is_new: bool = False) -> Session:

@@ -2,14 +2,17 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.tenants.keys import Key
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _BUSY_SECONDS = 10.0
 _CONNECTIONS = 4
@@ -63,50 +66,64 @@ class MemoryKeys:
 
 
 class SqliteKeys:
-    """Keys in a table of the sessions' database. Each call opens it anew, in a worker thread: there are few."""
+    """Keys in a table of the sessions' database. Each call opens it anew, in a worker thread: there are few.
+
+    Where there is none yet, only a key makes it: who looks may have mistaken the path.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
 
     async def get(self, key_id: str) -> Key | None:
         """See KeyStore."""
-        rows = await self._run("SELECT record FROM api_keys WHERE id = ?", key_id)
+        rows = await self._read("SELECT record FROM api_keys WHERE id = ?", key_id)
         return Key.from_json(rows[0][0]) if rows else None
 
     async def put(self, key: Key) -> None:
         """See KeyStore."""
-        await self._run("INSERT OR REPLACE INTO api_keys (id, record) VALUES (?, ?)", key.id, key.to_json())
+        await self._run(self._insert, key)
 
     async def list(self) -> Sequence[Key]:
         """See KeyStore."""
-        return _oldest_first(Key.from_json(text) for (text,) in await self._run("SELECT record FROM api_keys"))
+        return _oldest_first(Key.from_json(text) for (text,) in await self._read("SELECT record FROM api_keys"))
 
     async def is_empty(self) -> bool:
         """See KeyStore."""
-        return not await self._run("SELECT 1 FROM api_keys LIMIT 1")
+        return not await self._read("SELECT 1 FROM api_keys LIMIT 1")
 
     async def close(self) -> None:
         """See KeyStore."""
 
-    async def _run(self, statement: str, *values: str) -> Sequence[tuple[Any, ...]]:
-        def work() -> Sequence[tuple[Any, ...]]:
-            with self._database() as database:
-                return database.execute(statement, values).fetchall()
+    async def _read(self, statement: str, *values: str) -> Sequence[tuple[Any, ...]]:
+        return await self._run(self._select, statement, values)
 
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.to_thread(work, *args, **kwargs)
         except sqlite3.Error as error:
             raise StoreUnavailable(f"the SQLite store failed: {error}") from error
         except OSError as error:
             raise StoreUnavailable(f"the SQLite store cannot use its files: {error.strerror}") from error
 
-    @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
+    def _select(self, statement: str, values: Sequence[str]) -> Sequence[tuple[Any, ...]]:
+        if not self._path.exists():
+            return []
+        with self._database() as database:
+            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'api_keys'").fetchone():
+                return []
+            return database.execute(statement, values).fetchall()
+
+    def _insert(self, key: Key) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
-        try:
+        with self._database() as database:
             database.execute("PRAGMA synchronous=FULL")
             database.execute(_TABLE)
+            database.execute("INSERT OR REPLACE INTO api_keys (id, record) VALUES (?, ?)", (key.id, key.to_json()))
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
+        try:
             yield database
         finally:
             database.close()

@@ -30,6 +30,7 @@ _NOTHING: dict[str, Sequence[Any]] = {  # values that ask for nothing, of fields
     "tools": ([],),
     "truncation": ("disabled",),
 }
+_OF_ANSWERS = {"annotations", "tool_calls"}  # of a message that was an answer; given back, they are empty lists
 _INSTEAD = {
     "previous_response_id": ": responses are not kept; name a conversation, which remembers what was said in it",
     "store": ": responses are not kept; name a conversation, which remembers what was said in it",
@@ -224,7 +225,8 @@ class Message(Body):
         """With the parts of its text joined. Raises InvalidRequest where it is not text alone."""
         if not isinstance(fields, dict):
             return fields
-        fields = {name: x for name, x in fields.items() if x is not None or name == "content"}
+        nothing = {name for name, x in fields.items() if x is None or (x == [] and name in _OF_ANSWERS)} - {"content"}
+        fields = {name: x for name, x in fields.items() if name not in nothing}
         for name in fields.keys() - cls.model_fields.keys():
             raise InvalidRequest(
                 f"{name} of a message is not supported", code="unsupported_parameter", param="messages"
