@@ -116,7 +116,8 @@ class Metrics(Observer):
 
     def _begin_at_zero(self) -> None:
         """A counter that is first seen at 1 has not increased for Prometheus: an alert would miss the first error."""
-        for kind in (TitansError, *TitansError.__subclasses__()):
+        kinds: list[type[TitansError]] = [TitansError, *TitansError.__subclasses__()]
+        for kind in kinds:
             self._errors.labels(kind.default_code)
         for work in self._work:
             self._failures.labels(work)
