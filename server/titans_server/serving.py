@@ -5,7 +5,10 @@ is sent to it.
 """
 
 import asyncio
+import errno
 import fcntl
+import logging
+import math
 import signal
 import socket
 import sys
@@ -17,8 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from titans_server.lifecycle import Lifecycle
 
+log = logging.getLogger(__name__)
+
 _CLOSE_SECONDS = 5  # for connections of clients that do not read
 HEAD_SECONDS = 30.0
+_USED_UP = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # after which asyncio waits a second
 
 
 class PunctualProtocol(H11Protocol):
@@ -94,6 +100,26 @@ class PunctualProtocol(H11Protocol):
             self._timer = None
 
 
+class Unhandled:
+    """What an event loop cannot hand to anybody goes to the log, as it would without this.
+
+    But that no connection can be accepted is said once a second: asyncio says it, with a traceback, for each that might
+    wait, which is two thousand times, and gets to nothing else meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._told_at = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """See asyncio.loop.set_exception_handler."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _USED_UP and "socket" in context):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._told_at >= 1.0:
+            self._told_at = loop.time()
+            log.error("no connection can be accepted: %s", error)
+
+
 class DrainingServer(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, or until the model cannot be loaded; a second SIGINT ends it at once."""
 
@@ -107,6 +133,11 @@ class DrainingServer(uvicorn.Server):
         """Serve. Returns, or raises SystemExit(0) after SIGTERM: being asked to end is no failure."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again at its end
         super().run(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        asyncio.get_running_loop().set_exception_handler(Unhandled())
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""

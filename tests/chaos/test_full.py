@@ -2,7 +2,9 @@
 
 import contextlib
 import resource
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,17 @@ def no_file_larger_than(num_bytes: int, pid: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def no_more_files_than(number: int, pid: int) -> Iterator[None]:
+    """So many may a process have open, sockets among them."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class Sessions:
@@ -140,3 +153,18 @@ def test_a_redis_that_takes_no_more(redis: World, table: Table) -> None:
         assert sessions.write_all(SECOND) == []
         redis.restart_with()
         sessions.check()
+
+
+def test_a_server_without_descriptors_says_so_once_a_second_and_takes_connections_again(sqlite: World) -> None:
+    sqlite.recover()
+    server, began = sqlite.server, time.monotonic()
+    num_files = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+    num_lines = len(server.log.splitlines())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_more_files_than(num_files + 4, server.pid))
+        for _ in range(12):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        time.sleep(2.5)
+    httpx.get(f"{server.url}/health/ready", timeout=60).raise_for_status()
+    told = [line for line in server.log.splitlines()[num_lines:] if "Too many open files" in line]
+    assert 1 <= len(told) <= time.monotonic() - began + 1

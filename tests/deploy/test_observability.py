@@ -120,6 +120,22 @@ def test_alerts_look_for_error_codes_that_there_are(alerts: list[dict[str, Any]]
             assert set(text.split("|")) <= codes
 
 
+def test_a_first_error_is_an_increase(alerts: list[dict[str, Any]]) -> None:
+    """Prometheus sees none where a sample begins at 1."""
+    registry = Metrics().registry
+    codes = {
+        code for rule in alerts for text in re.findall(r'code=~?"([^"]*)"', rule["expr"]) for code in text.split("|")
+    }
+    assert {code: registry.get_sample_value("titans_errors_total", {"code": code}) for code in codes} == dict.fromkeys(
+        codes, 0.0
+    )
+    for name, label, values in (
+        ("titans_work_failures_total", "work", ("load", "ingest", "commit")),
+        ("titans_request_success_total", "finished_reason", ("stop", "length", "abort")),
+    ):
+        assert [registry.get_sample_value(name, {label: value}) for value in values] == [0.0] * 3
+
+
 def test_every_alert_is_explained_and_every_metric_named_in_the_guide_exists(
     alerts: list[dict[str, Any]], samples: dict[str, set[str]], root: Path
 ) -> None:

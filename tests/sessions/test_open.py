@@ -52,6 +52,14 @@ def test_another_url_is_refused_with_the_known_ones_and_no_password(url: str) ->
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+sentinel", "redis+cluster"])
+@pytest.mark.parametrize("password", ["secret/more", "secret#more", "secret?more", "more[secret]"])
+def test_a_password_that_is_not_quoted_is_not_shown(scheme: str, password: str) -> None:
+    with pytest.raises(ValueError, match="%2F") as error:
+        open_store(f"{scheme}://:{password}@one.example:6379/titans")
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize("url", ["redis://one.example?wait_replicas=-1", "redis+cluster://one.example?wait_replicas=1"])
 def test_replicas_that_cannot_be_waited_for_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="wait_replicas"):

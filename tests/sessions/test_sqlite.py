@@ -185,6 +185,22 @@ async def test_a_full_database_is_unavailable_and_tears_nothing(
     assert await store.get(record.id) == commit.record
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_database_that_is_taken_away_acknowledges_nothing_more(
+    store: SqliteStore, path: Path, record: SessionRecord, replaced: bool
+) -> None:
+    path.parent.joinpath("aside").mkdir()
+    for part in list(path.parent.glob("sessions.db*")):
+        part.rename(path.parent / "aside" / part.name)
+    if replaced:
+        other = SqliteStore(path)
+        await other.open()
+        await other.close()
+    for work in (lambda: store.commit(logged(record, b"lost")), lambda: made(store, id="ses_lost"), store.ping):
+        with pytest.raises(StoreUnavailable, match="removed or replaced"):
+            await work()
+
+
 async def test_a_path_that_cannot_be_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = SqliteStore(tmp_path / "file" / "sessions.db")

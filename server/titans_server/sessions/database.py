@@ -1,6 +1,7 @@
 """The blocking half of the SQLite store: one connection, used by one thread."""
 
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,7 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = None
+        self._opened: os.stat_result | None = None  # the file that the connection writes to
         self.blobs = BlobFolder(path.with_name(path.name + ".states"))
 
     def open(self) -> None:
@@ -70,6 +72,7 @@ class Database:
         if self._switch_to_wal() != "wal":
             raise StoreUnavailable(f"the SQLite store needs a write-ahead log, which {self._path} cannot have")
         self._db.execute("PRAGMA synchronous=FULL")
+        self._opened = self._path.stat()
         with self._transaction():
             self._migrate()
 
@@ -174,6 +177,7 @@ class Database:
 
     def ping(self) -> None:
         """See SessionStore."""
+        self._check_place()
         self._db.execute("SELECT 1 FROM sessions LIMIT 1").fetchone()
 
     def close(self) -> None:
@@ -187,6 +191,12 @@ class Database:
         if self._connection is None:
             raise StoreUnavailable("the SQLite store is closed")
         return self._connection
+
+    def _check_place(self) -> None:
+        """SQLite goes on with a file that was removed: commits would succeed, and nobody would find them again."""
+        assert self._opened is not None
+        if not self._path.exists() or not os.path.samestat(self._path.stat(), self._opened):
+            raise StoreUnavailable("the SQLite store was removed or replaced while the server runs: start it again")
 
     def _switch_to_wal(self) -> str:
         """The journal mode. A new file that other processes open too is busy at once, whatever the timeout says."""
@@ -252,6 +262,7 @@ class Database:
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._check_place()
             yield
             self._db.execute("COMMIT")
         finally:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit, urlunsplit
 
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
@@ -24,6 +24,9 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0
 _RETRIES = 3  # all the scripts may run twice; a few hundred milliseconds bridge a restart of the connection
 _OLDEST = (6, 2)
+_UNREADABLE = (
+    "host and port of the Redis store's URL cannot be read: in a password write / as %2F, and what else is special so"
+)
 
 FAILURES = (exceptions.RedisError, exceptions.RedisClusterException, OSError)  # the second is none of the first
 
@@ -71,7 +74,7 @@ def without_replicas(url: str) -> tuple[str, int]:
 
     Raises ValueError where that is no number, or for a cluster, whose commits are on connections of no one's choosing.
     """
-    parts = urlsplit(url)
+    parts = _split(url)
     query = parse_qs(parts.query, keep_blank_values=True)
     given = query.pop("wait_replicas", ["0"])[-1]
     if not given.isdecimal():
@@ -81,16 +84,25 @@ def without_replicas(url: str) -> tuple[str, int]:
     return urlunsplit(parts._replace(query=urlencode(query, doseq=True))), int(given)
 
 
+def _split(url: str) -> SplitResult:
+    """Raises ValueError, without a piece of the URL: where a password has a "/", its beginning passes for a port."""
+    try:
+        parts = urlsplit(url)
+        if "," not in parts.netloc:
+            _ = parts.port
+    except ValueError:
+        raise ValueError(_UNREADABLE) from None
+    return parts
+
+
 def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
-    parts = urlsplit(url)
+    parts = _split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     service, _, database = parts.path.strip("/").partition("/")
     if not service or not hosts:
         raise ValueError("a Sentinel's URL is redis+sentinel://host:26379,host:26379/name-of-the-master/0")
-    sentinels = []
-    for host in hosts.split(","):
-        where = urlsplit(f"//{host}")
-        sentinels.append((where.hostname or "", where.port or 26379))
+    places = [_split(f"//{host}") for host in hosts.split(",")]
+    sentinels = [(place.hostname or "", place.port or 26379) for place in places]
     own = urlunsplit((parts.scheme, f"{credentials}@master" if credentials else "master", database, parts.query, ""))
     given = {name: value for name, value in parse_url(own).items() if name not in {"host", "port", "connection_class"}}
     if parts.scheme == "rediss":

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from titans_server.errors import VersionConflict
+from titans_server.errors import TitansError, VersionConflict
 from titans_server.observer import Answering, Asked, Computed, Observer, Work
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -107,11 +107,22 @@ class Metrics(Observer):
             ["model_name", "fingerprint", "device"],
             registry=registry,
         )
+        self._begin_at_zero()
 
     def serve(self, gauged: Gauged, *, model_name: str, fingerprint: str, device: str) -> None:
         """The server is ready: from now on it is looked at, too."""
         self._model.labels(model_name, fingerprint, device).set(1)
         self.registry.register(_Looking(gauged))
+
+    def _begin_at_zero(self) -> None:
+        """A counter that is first seen at 1 has not increased for Prometheus: an alert would miss the first error."""
+        kinds: list[type[TitansError]] = [TitansError, *TitansError.__subclasses__()]
+        for kind in kinds:
+            self._errors.labels(kind.default_code)
+        for work in self._work:
+            self._failures.labels(work)
+        for reason in ("stop", "length", "abort"):
+            self._success.labels(reason)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format. Reads /proc: not for the event loop."""
