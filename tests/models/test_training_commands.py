@@ -22,10 +22,11 @@ from titans_client import cli
 from torch import Tensor
 
 
-def test_answers_are_taught_anew_to_a_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("lesson", ["--answers", "--norms"])
+def test_a_lesson_by_itself_is_for_a_memory_that_is_there(lesson: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
     add_arguments(parser)
-    assert run(parser.parse_args(["--test-text", str(TEXT), "--answers", "--", str(TEXT)])) == 2
+    assert run(parser.parse_args(["--test-text", str(TEXT), lesson, "--", str(TEXT)])) == 2
     assert "--start" in capsys.readouterr().err
 
 

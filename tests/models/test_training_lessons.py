@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, 
 from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statement, an_asking
 from titans.memory import MemoryState
 from titans.model import next_token_loss
+from titans.state import Parts
 from titans.tokenizer import Tokenizer
-from titans.training.batch import _hay, _how_many, _rows, make_batch
+from titans.training.batch import _hay, _how_many, _rows, make_batch, make_text_rows
 from titans.training.config import Stage, TrainingConfig
 from titans.training.pool import Pool, _make_facts, _repeat
+from torch.nn import functional as F
 
 
 def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -> None:
@@ -83,6 +86,50 @@ def test_some_documents_are_one_passage_over_and_over(pool: Pool) -> None:
         assert len(hay) == 2 * size + 5
         whole += any(torch.equal(hay, end.repeat(3, 1)[: len(hay)]) for end in ends)
     assert 25 < whole < 80, "an eighth of them"
+
+
+def test_a_text_beside_a_document_counts_past_its_window_and_has_a_name_that_is_not_in_it(pool: Pool) -> None:
+    haystack, tokens, names = (x.flatten(0, 1) for x in (pool.haystack, pool.haystack_tokens, pool.names))
+    size = WINDOW + CONFIG.text_tokens
+    places = set()
+    for seed in range(20):
+        rows = make_text_rows(pool, CONFIG, 4, random.Random(seed))
+        assert rows.hidden.shape[:2] == rows.targets.shape == (CONFIG.text_rows, size)
+        assert (rows.targets[:, :WINDOW] == -100).all()
+        assert rows.is_name.any(1).all()
+        for hidden, before, targets, is_name in zip(rows.hidden, rows.before, rows.targets, rows.is_name, strict=True):
+            alike = (haystack == hidden[0]).all(-1).nonzero().flatten().tolist()
+            place = next(x for x in alike if torch.equal(haystack[x : x + size], hidden))
+            assert torch.equal(haystack[place - CONFIG.context : place], before)
+            after = slice(place + WINDOW + 1, place + size + 1)
+            assert torch.equal(targets[WINDOW:], tokens[after])
+            assert torch.equal(is_name[WINDOW:], names[after])
+            places.add(place)
+    assert len(places) > 5
+
+
+def test_a_text_beside_a_document_is_read_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+    """But for what layers above the memory would have seen of its beginning: nothing is there before it."""
+    trainer = make_trainer(tiny, pool, tmp_path / "run")
+    rows, model = make_text_rows(pool, CONFIG, 1, random.Random(0)), trainer.model
+    memory = trainer.memory.new_state(1, torch.float32)
+    memory = memory._replace(weights=torch.randn_like(memory.weights))
+    _, _, text, names, _ = trainer._answer(memory, [rows])
+    nats, of_names = [], []
+    for i in range(CONFIG.text_rows):
+        recent = torch.zeros_like(memory.recent)
+        y, _ = trainer.memory.read(torch.cat((rows.before[i], rows.hidden[i]))[None], memory.weights, recent)
+        h, pieces = rows.hidden[i][None] + y[:, CONFIG.context :], []
+        parts: Sequence[Parts] = [x.new_parts(1, torch.float32) for x in model.upper]
+        for start in range(0, h.shape[1], 64):
+            call = model.place(torch.tensor([start]), None, len(h[0, start : start + 64]))
+            piece, parts = model._walk(model.upper, h[:, start : start + 64], call, parts)
+            pieces.append(model.finish(piece, y[:, CONFIG.context :][:, start : start + 64]))
+        loss = F.cross_entropy(model.logits(torch.cat(pieces, dim=1)[0]), rows.targets[i], reduction="none")
+        nats.append(loss[rows.targets[i] != -100])
+        of_names.append(loss[rows.is_name[i]])
+    torch.testing.assert_close(text, torch.cat(nats).mean())
+    torch.testing.assert_close(names, torch.cat(of_names).mean())
 
 
 @torch.no_grad()

@@ -41,6 +41,20 @@ def test_a_run_leaves_the_body_alone_and_is_drawn(tiny: TinyCheckpoint, pool: Po
     assert (tmp_path / "run" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_norms_and_sinks_learn_beside_a_memory_that_stays_as_it_is(
+    tiny: TinyCheckpoint, pool: Pool, tmp_path: Path
+) -> None:
+    only = replace(CONFIG.adapting().joint, body=1e-2)
+    config = replace(CONFIG, key_steps=0, value_steps=0, joint=only, stages=(Stage(400, 4, 12, 2, 8),))
+    trainer = make_trainer(tiny, pool, tmp_path / "run", config)
+    before = {name: x.clone() for name, x in memory_tensors(trainer.model).items()}
+    trainer.train(tiny.memory)
+    for name, tensor in memory_tensors(trainer.model).items():
+        assert torch.equal(tensor, before[name]) != (name in trainer.model.adapted), name
+    loss = [x["text"] + config.name_weight * x["names"] for x in trainer.history]
+    assert sum(loss[-4:]) < sum(loss[:4])
+
+
 def test_the_strength_of_the_answers_is_the_best_on_held_out_facts(
     tiny: TinyCheckpoint, pool: Pool, tmp_path: Path
 ) -> None:

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-momentum", action="store_true", help="let the memory have none")
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
     parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: short first lessons")
-    parser.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
+    lesson = parser.add_mutually_exclusive_group()
+    lesson.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
+    lesson.add_argument("--norms", action="store_true", help="with --start: what of the body is trained, and no more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=share, default=1.0, help="of facts, texts and steps, 0 to 1 (default: all)")
 
@@ -45,8 +47,8 @@ def share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the curriculum, then plot."""
-    if args.answers and args.start is None:
-        sys.stderr.write("titans: train: --answers needs --start\n")
+    if args.start is None and (args.answers or args.norms):
+        sys.stderr.write("titans: train: --answers and --norms need --start\n")
         return 2
     try:
         _train(args)
@@ -61,7 +63,7 @@ def _train(args: argparse.Namespace) -> None:
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
-        config = config.answering() if args.answers else config.going_on()
+        config = config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
     config = config.scaled(args.share)
     backbone = load_backbone(body)
     if not 0 <= args.layer < backbone.config.num_layers:

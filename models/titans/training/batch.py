@@ -25,6 +25,7 @@ class Rows:
     hidden: Tensor  # [R, S, D]
     targets: Tensor  # [R, S]: the next token, -100 where it does not count
     is_answer: Tensor  # [R, S]: True where only the document can tell the target
+    is_name: Tensor  # [R, S]: True where the target is of a name that the text said before its window
     document_of: Tensor  # [R]: whose memory is asked
     keys: Tensor  # [R, U, G, W, E]: of the text before, in the layers above
     values: Tensor  # [R, U, G, W, E]
@@ -66,7 +67,7 @@ class Batch:
     recalls: Recalls
     plain: Tensor  # [B, P, D]: stretches of text that state no fact
     plain_tokens: Tensor  # [B, P]: which tokens they are
-    rows: tuple[Rows, ...]  # none: the layers above the memory take no part
+    rows: tuple[Rows, ...]  # questions, then plain text; none: the layers above the memory take no part
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
@@ -98,12 +99,11 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
         owners.append(rng.randrange(stage.num_documents))
         told = [fact for fact, owner in planted if owner == owners[-1]]
         rows.append(pool.unanswered[_untold(pool, told, chosen, rng)])
-    for _ in range(config.text_rows if rows else 0):
-        rows.append(pool.text_row(rng))
-        owners.append(rng.randrange(stage.num_documents))
+    asked = tuple(_by_length(pool, rows, owners, config.context))
+    read = (make_text_rows(pool, config, stage.num_documents, rng),) if rows else ()
     recalls = make_recalls(pool, planted, config.context, rng)
     plain = pool.stretches_with_tokens(stage.num_documents, _PLAIN, rng)
-    return Batch(torch.stack(documents), recalls, *plain, tuple(_by_length(pool, rows, owners, config.context)))
+    return Batch(torch.stack(documents), recalls, *plain, asked + read)
 
 
 def _how_many(stage: Stage, rng: random.Random) -> int:
@@ -182,13 +182,54 @@ def _rows(pool: Pool, rows: list[Question], owners: list[int], context: int) -> 
     return Rows(
         hidden=pad_sequence([row.hidden for row in rows], batch_first=True),
         targets=pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100),
-        is_answer=pad_sequence(answers, batch_first=True),
+        is_answer=(is_answer := pad_sequence(answers, batch_first=True)),
+        is_name=torch.zeros_like(is_answer),
         document_of=torch.tensor(owners),
         keys=pool.tails.keys[tails],
         values=pool.tails.values[tails],
         before=torch.stack([pool.before(row.tail, context) for row in rows]),
         position=pool.tails.position[tails],
     )
+
+
+def make_text_rows(pool: Pool, config: TrainingConfig, num_documents: int, rng: random.Random) -> Rows:
+    """Stretches of the texts, of which all counts but the first window, each read beside what some document stated.
+
+    In each there is a name that the text said before, where it has any: they are few, and what they cost is soon lost
+    in the mean.
+    """
+    num_rows, tails = config.text_rows, pool.tails
+    window = tails.keys.shape[3]
+    size = window + config.text_tokens
+    places = [_text_place(pool, config, window, rng) for _ in range(num_rows)]
+
+    def cut(x: Tensor, shift: int = 0, length: int = size) -> Tensor:
+        return torch.stack([x[text, start + shift : start + shift + length] for text, start in places])
+
+    targets, is_name = cut(pool.haystack_tokens, 1), cut(pool.names, 1)
+    targets[:, :window], is_name[:, :window] = -100, False
+    return Rows(
+        hidden=cut(pool.haystack),
+        targets=targets,
+        is_answer=torch.zeros_like(is_name),
+        is_name=is_name,
+        document_of=torch.tensor([rng.randrange(num_documents) for _ in places]),
+        keys=tails.keys.new_zeros(num_rows, *tails.keys.shape[1:]),
+        values=tails.values.new_zeros(num_rows, *tails.values.shape[1:]),
+        before=cut(pool.haystack, -config.context, config.context),
+        position=torch.zeros(num_rows, dtype=torch.int64),  # nothing is seen of what is before
+    )
+
+
+def _text_place(pool: Pool, config: TrainingConfig, window: int, rng: random.Random) -> tuple[int, int]:
+    """Which text, and where a stretch of it begins."""
+    last = pool.haystack.shape[1] - window - config.text_tokens - 1
+    first = config.context
+    named = pool.names[:, first + window + 1 :].nonzero()
+    if not len(named):
+        return rng.randrange(len(pool.haystack)), rng.randint(first, last)
+    text, place = named[rng.randrange(len(named))].tolist()
+    return text, min(max(first, first + place - rng.randrange(config.text_tokens)), last)
 
 
 def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: random.Random) -> Recalls:

@@ -49,7 +49,9 @@ class TrainingConfig:
     missed_weight: float = 0.5  # of step sizes at what is asked for: those far from a half write nothing, or all
     told_weight: float = 1.0  # of what is told from values that nothing disturbs
     text_rows: int = 2  # stretches of plain text a step, so that reading does no harm to language
+    text_tokens: int = 384  # of each that count, after a window that does not
     text_weight: float = 0.5
+    name_weight: float = 0.2  # of those of its tokens that are of names which the window does not show
     unanswered_share: float = 0.15  # of a step's questions as many more, about what no document states
     lead_weight: float = 0.2  # of what an answer says before the value
     opening_weight: float = 20.0  # of the mean step size at plain text: what it writes is noise
@@ -105,6 +107,15 @@ class TrainingConfig:
                 Stage(16_384, 4, 20, 24, 24),
                 Stage(65_536, 2, 8, 24, 24),
             ),
+        )
+
+    def adapting(self) -> "TrainingConfig":
+        """The lesson with the body, in which nothing learns but what of the body is trained: norms and sinks."""
+        return replace(
+            self.answering(),
+            joint=Rates(keys=0, values=0, answers=0, gates=0, readout=0, body=5e-4),
+            haystack_tokens=262_144,
+            stages=(Stage(1_024, 8, 60, 12, 24), Stage(4_096, 4, 50, 24, 24)),
         )
 
     @property

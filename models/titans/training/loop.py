@@ -45,6 +45,7 @@ class Losses:
     answer: Tensor | None = None  # nats a token of the answers
     lead: Tensor | None = None  # nats a token of what stands before an answer
     text: Tensor | None = None  # nats a token of plain text
+    names: Tensor | None = None  # nats a token of its names that the window does not show; 0 where there are none
     right: float | None = None  # share of answers of which every token came first (teacher-forced)
 
     def figures(self) -> dict[str, float]:
@@ -117,7 +118,8 @@ class Trainer:
                 self._save()
                 self._renew_tails()
         bar.close()
-        tqdm.write(f"strength: {self._set_strength()}")
+        if self.config.joint.answers:
+            tqdm.write(f"strength: {self._set_strength()}")
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
 
     def _first_lessons(self) -> None:
@@ -185,9 +187,12 @@ class Trainer:
         letters = self.model.embedding.weight[self.alphabet].float()
         return y.square().mean(-1).sqrt().median() * letters.square().mean(-1).sqrt().mean()
 
-    def _answer(self, memory: MemoryState, rows: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor, float]:
-        """The questions and the plain text, through the layers above: answers, leads, text; the share that is right."""
-        nats: dict[str, list[Tensor]] = {"answer": [], "lead": [], "text": []}
+    def _answer(self, memory: MemoryState, rows: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """The questions and the plain text, through the layers above: answers, leads, text and names in nats a token.
+
+        And the share of the answers that is right.
+        """
+        nats: dict[str, list[Tensor]] = {"answer": [], "lead": [], "text": [], "names": []}
         right: list[Tensor] = []
         for some in rows:
             logits, counts = self._score(memory, some)
@@ -198,11 +203,13 @@ class Trainer:
             nats["answer"].append(loss[is_answer])
             nats["lead"].append(loss[of_question & ~is_answer])
             nats["text"].append(loss[~of_question])
+            nats["names"].append(loss[some.is_name[counts]])
             wrong = torch.zeros_like(counts)
             wrong[counts] = (logits.argmax(-1) != targets) & is_answer
             right.append(~wrong[asked].any(1))
-        answer, lead, text = (torch.cat(each).mean() for each in nats.values())
-        return answer, lead, text, torch.cat(right).float().mean().item()
+        *all_there, names = (torch.cat(each) for each in nats.values())
+        answer, lead, text = (each.mean() for each in all_there)
+        return answer, lead, text, names.sum() / max(1, len(names)), torch.cat(right).float().mean().item()
 
     def _score(self, memory: MemoryState, rows: Rows) -> tuple[Tensor, Tensor]:
         """The scores of every token that counts, and which those are [R, S]."""
@@ -242,7 +249,7 @@ class Trainer:
         def loss(strength: float) -> float:
             self.memory.out.weight.copy_(strength * trained)
             asked = [self._answer(memory, rows) for memory, rows in learnt]
-            return sum((answer + self.config.text_weight * text).item() for answer, _, text, _ in asked)
+            return sum((answer + self.config.text_weight * text).item() for answer, _, text, *_ in asked)
 
         best = min(_STRENGTHS, key=loss)
         self.memory.out.weight.copy_(best * trained)
@@ -267,8 +274,10 @@ class Trainer:
         loss = self.config.recall_weight * losses.recall + self.config.opening_weight * losses.opening
         loss = loss + self.config.leak_weight * losses.leak + self.config.missed_weight * losses.missed
         loss = loss + self.config.told_weight * losses.told
-        if losses.answer is not None and losses.lead is not None and losses.text is not None:
-            loss = loss + losses.answer + self.config.lead_weight * losses.lead + self.config.text_weight * losses.text
+        if losses.answer is not None and losses.lead is not None:
+            loss = loss + losses.answer + self.config.lead_weight * losses.lead
+        if losses.text is not None and losses.names is not None:
+            loss = loss + self.config.text_weight * losses.text + self.config.name_weight * losses.names
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_norm)
         if math.isfinite(norm.item()):

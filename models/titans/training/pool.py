@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from titans.evaluation.facts import NOT_KNOWN, Fact, make_families, words_of
+from titans.evaluation.names import met_again
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ class Question:
     hidden: Tensor  # [T, D] where the memory stands
     targets: Tensor  # [T] the next token where it counts, -100 elsewhere
     start: int  # the first target that only the document can tell
-    answer: int  # how many there are: the value, a full stop and what ends an answer; 0 of plain text
+    answer: int  # how many there are: the value, a full stop and what ends an answer
     tail: int  # the text it comes after, among the pool's tails
 
 
@@ -67,6 +68,7 @@ class Pool:
 
     haystack: Tensor  # [texts, tokens, D]
     haystack_tokens: Tensor  # [texts, tokens]
+    names: Tensor  # [texts, tokens]: True for those of names that were said before, but not within the window
     statements: list[Statement]  # those that stand together are easily confused
     questions: list[Question]  # of the statement with the same index
     unanswered: dict[int, Question]  # as some would be answered by a reader whom nobody has told, by that index
@@ -98,13 +100,6 @@ class Pool:
             tails.append(_tails(model.open(state), end))
         return replace(self, tails=_joined(tails))
 
-    def text_row(self, rng: random.Random, length: int = 48) -> Question:
-        """A tail and how its text goes on; every token counts."""
-        tail = rng.randrange(len(self.tails.position))
-        text, start = int(self.tails.text[tail]), int(self.tails.position[tail])
-        targets = self.haystack_tokens[text, start + 1 : start + length + 1]
-        return Question(self.haystack[text, start : start + length], targets, 0, 0, tail)
-
 
 def save_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig, path: Path) -> None:
     """Compute the pool and keep it at `path`, whole or not at all.
@@ -123,6 +118,7 @@ def load_pool(path: Path) -> Pool:
     return Pool(
         fields["haystack"],
         fields["haystack_tokens"],
+        fields["names"],
         [Statement(*row) for row in fields["statements"]],
         [Question(*row) for row in fields["questions"]],
         {i: Question(*row) for i, row in fields["unanswered"].items()},
@@ -135,6 +131,7 @@ def _pack(pool: Pool) -> dict[str, object]:
     return {
         "haystack": pool.haystack,
         "haystack_tokens": pool.haystack_tokens,
+        "names": pool.names,
         "statements": [tuple(vars(x).values()) for x in pool.statements],
         "questions": [tuple(vars(x).values()) for x in pool.questions],
         "unanswered": {i: tuple(vars(x).values()) for i, x in pool.unanswered.items()},
@@ -173,7 +170,8 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
             unanswered |= {len(questions) + i: question for i, question in unknown.items()}
             questions += asked
             tails.append(_tails(model.open(state), end))
-    return Pool(torch.cat(hidden, dim=1), tokens, statements, questions, unanswered, _joined(tails))
+    names = _names(tokens, tokenizer, window)
+    return Pool(torch.cat(hidden, dim=1), tokens, names, statements, questions, unanswered, _joined(tails))
 
 
 def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) -> list[Fact]:
@@ -205,6 +203,14 @@ def _repeat(tokens: Tensor, count: int, rng: random.Random) -> None:
         length = rng.choice(_PASSAGES)
         start = rng.randrange(len(row) - count - length)
         row[len(row) - count :] = row[start : start + length].repeat(-(-count // length))[:count]
+
+
+def _names(tokens: Tensor, tokenizer: Tokenizer, window: int) -> Tensor:
+    """Which tokens of each text are of names that a window does not show."""
+    names = torch.zeros_like(tokens, dtype=torch.bool)
+    for text, row in enumerate(tokens.tolist()):
+        names[text, met_again(row, tokenizer, window)] = True
+    return names
 
 
 def _state_facts(
