@@ -114,6 +114,7 @@ class TrainingConfig:
         return replace(
             self.answering(),
             joint=Rates(keys=0, values=0, answers=0, gates=0, readout=0, body=5e-4),
+            text_weight=1.0,
             haystack_tokens=262_144,
             stages=(Stage(1_024, 8, 60, 12, 24), Stage(4_096, 4, 50, 24, 24)),
         )
