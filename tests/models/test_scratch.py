@@ -111,6 +111,7 @@ def test_a_log_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         run._save({})
     assert (tmp_path / "log.json").read_bytes() == before
+    assert not torch.load(tmp_path / "trainer.pt", weights_only=True)["history"]
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))

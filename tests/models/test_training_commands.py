@@ -216,6 +216,8 @@ def test_what_has_no_mean_is_told(
     ):
         assert cli.main(["average", *memories, *rest]) == status
         assert error in capsys.readouterr().err
+    assert cli.main(["average", str(tiny.memory), *rest[:2], "--out", "/nowhere/mean.safetensors"]) == 1
+    assert "/nowhere/mean.safetensors.part: No such file" in capsys.readouterr().err
     monkeypatch.setattr(backbone, "DEFAULT_BODY_PACKAGE", "not_installed")
     assert cli.main(["average", str(tiny.memory), *rest[2:]]) == 1
     assert "no body" in capsys.readouterr().err
