@@ -52,7 +52,8 @@ class ScratchTrainer:
         self.config, self.run = config, run
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
         claim = claim_run if self.accelerator.is_main_process else check_run
-        claim(run, settings(config, mixed_precision))
+        processes = {"num_processes": self.accelerator.num_processes}  # which decides what documents there are
+        claim(run, settings(config, mixed_precision) | processes)
         torch.manual_seed(config.seed)
         model = TitansModel(config.model())
         initialize(model)
