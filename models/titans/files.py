@@ -1,5 +1,6 @@
 """Files that are there whole or as they were."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,17 @@ def write_whole(path: Path, text: str) -> None:
     """Let the file hold this text, as `replacing` does. Raises OSError."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else is in such a block on this folder, and let nobody in until it ends. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path) -> str:
