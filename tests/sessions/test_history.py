@@ -152,8 +152,7 @@ def test_what_was_half_learnt_counts_only_on_the_version_it_began_from() -> None
         record = history.checkpoint(record, draft, record.head, half).record
         assert record.drafts[0].base == 1
         record = replace(record, drafts=(replace(record.drafts[0], base=base),))
-        (draft,) = record.drafts
-        record = history.append(record, draft, SEPARATOR, Portion((4,), 4, "more")).record
+        record = history.append(record, draft, SEPARATOR, Portion((4,), 4, "more")).record  # `draft` knows of none
         assert (record.drafts[0].snapshot, record.drafts[0].base) == (half, base), "more of it changes nothing"
         writing = Writing(record.head, "sealed", (5,), 8, num_kept=9)
         record = history.seal(record, record.drafts[0], SEPARATOR, writing, Outcome("ing_1", "done", 0.0)).record
