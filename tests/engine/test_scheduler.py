@@ -203,6 +203,27 @@ def test_documents_have_half_of_the_time_and_no_more_while_answers_run() -> None
     assert 0.4 < documents / (documents + answering) <= 0.5
 
 
+def test_what_documents_took_while_nobody_asked_is_not_owed_to_who_asks() -> None:
+    scheduler, request = make_scheduler(), document(1_000 * WINDOW)
+    scheduler.add(request)
+    for _ in range(50):
+        assert run_step(scheduler) == [request]
+    scheduler.add(answer())
+    turns = [run_step(scheduler) for _ in range(3)]
+    assert any(request in turn for turn in turns), "it would wait for fifty seconds"
+
+
+def test_a_portion_that_time_allows_ends_with_a_chunk() -> None:
+    scheduler = make_scheduler(seconds=0.1)
+    scheduler.add(answer())
+    run_step(scheduler)
+    scheduler.spent("ingest", CHUNK, 0.025)  # so two chunks and a half may come next
+    scheduler.spent("decode", 1, 1.0)
+    request = document(1_000 * WINDOW)
+    scheduler.add(request)
+    assert scheduler.next_step().ingest == [(request, 2 * CHUNK)]
+
+
 def test_portions_are_as_large_as_their_time_allows() -> None:
     """From one chunk on a slow machine to a window on a fast one."""
     for seconds_a_token, expected in ((1.0, CHUNK), (0.012, 2 * CHUNK), (0.0001, WINDOW)):

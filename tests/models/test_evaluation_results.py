@@ -76,6 +76,29 @@ def test_results_are_durable_before_they_are_told(tmp_path: Path, monkeypatch: p
     assert synced == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
+def test_two_runs_at_once_leave_what_both_have_measured(tmp_path: Path) -> None:
+    """Of two tasks, say. Each had begun before the other wrote anything."""
+    path, nats = tmp_path / "results.json", Perplexity({"memory": 1.5}, {}, 0)
+    one, other = Results(path, {"seed": 0}), Results(path, {"seed": 0})
+    one.add([graded("facts", 100, 0, [True])])
+    other.add([graded("varied", 100, 0, [True])])
+    one.add_perplexity(100, nats)
+    other.add([graded("varied", 100, 1, [True])])
+    found = Results(path, {"seed": 0})
+    assert list(found.documents) == [("facts", 100, 0), ("varied", 100, 0), ("varied", 100, 1)]
+    assert found.perplexity == {100: nats}
+
+
+def test_of_two_runs_of_other_settings_the_second_to_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    one, other = Results(path, {"seed": 0}), Results(path, {"seed": 1})
+    one.add([graded("facts", 100, 0, [True])])
+    before = path.read_bytes()
+    with pytest.raises(EvaluationError, match=r"results of another seed \(0, not 1\)"):
+        other.add([graded("facts", 100, 0, [True])])
+    assert path.read_bytes() == before
+
+
 def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     Results(path, {"model": "tiny", "seed": 0}).add([graded("facts", 100, 0, [True])])

@@ -93,6 +93,16 @@ def test_the_closed_form_is_the_token_loop(config: MemoryConfig, chunk_size: int
     assert_close(got, oracle, config, 1e-10)
 
 
+def test_steps_of_a_memory_whose_answers_are_far_apart_are_the_oracles() -> None:
+    """Only where they are close together does their norm amplify what is learnt, and is a step made smaller."""
+    config = replace(CAMERA_READY, chunk_size=3)
+    writes = random_writes(config, 3, seed=0)
+    (weights, momentum), queries = random_start(config), random_queries(writes)
+    start = 20 * weights, momentum
+    oracle = absorb_tokens(config, writes, *start, queries)
+    assert_close(walk(make_rule(config), writes, start, queries, []), oracle, config, 1e-8)
+
+
 @pytest.mark.parametrize("momentum", [False, True])
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)

@@ -64,6 +64,14 @@ def test_sessions_in_one_batch_are_each_as_alone(model: TitansModel) -> None:
             assert_same(ours, model.ingest(row, start))
 
 
+def test_a_session_keeps_no_more_in_memory_than_its_state(model: TitansModel) -> None:
+    """Nor the batch it was in, nor the text it has read."""
+    for state in model.ingest(torch.cat([random_tokens(50, seed=n) for n in (1, 2)]), model.new_state(2)).split():
+        read_on = model.ingest(random_tokens(50, seed=3), state)
+        for name, part in [*state.parts().items(), *read_on.parts().items()]:
+            assert part.untyped_storage().nbytes() == part.nbytes, name
+
+
 @pytest.mark.parametrize("fused_on", ["cuda", "cpu"], ids=["as on a CPU", "as on a GPU"])
 def test_several_windows_at_once_leave_the_state_that_each_alone_does(
     model: TitansModel, fused_on: str, monkeypatch: pytest.MonkeyPatch

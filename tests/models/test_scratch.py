@@ -111,6 +111,7 @@ def test_a_log_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         run._save({})
     assert (tmp_path / "log.json").read_bytes() == before
+    assert not torch.load(tmp_path / "trainer.pt", weights_only=True)["history"]
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
@@ -154,7 +155,7 @@ def test_a_run_has_a_step(steps: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
+def test_two_processes_train_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train = ["-m", "--", "titans.training.scratch", "lmm", "--steps", "2", "--run", str(tmp_path)]
     environment = os.environ | {
@@ -169,3 +170,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert [row["step"] for row in log["history"]] == [1, 2]
     schedule = torch.load(folder / "trainer.pt", weights_only=True)["schedule"]
     assert schedule["last_epoch"] == 2, "the rate is of the step, however many processes take it"
+    before = (folder / "trainer.pt").read_bytes()
+    assert cli.main(["scratch", "lmm", "--steps", "2", "--run", str(tmp_path)]) == 1, "one process has other documents"
+    assert "has a run of another num_processes" in capsys.readouterr().err
+    assert (folder / "trainer.pt").read_bytes() == before

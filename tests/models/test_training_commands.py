@@ -70,6 +70,35 @@ def test_a_layer_that_the_body_has_not_is_told(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("Käse, und so weiter. ".encode("latin-1"), "is not a text in UTF-8"),
+        (b"Too short. " * 2_000, "has 12000 tokens after its first 10,000 characters, 65536 are needed: give a longer"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_on_is_refused_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes, error: str
+) -> None:
+    """It is first asked for at the end of a lesson, after hours; and another one would be another run."""
+    (tmp_path / "test").write_bytes(text)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(TEXT), "--test-text", str(tmp_path / "test"), *rest]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"titans: train: {tmp_path}/test {error}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_is_drawn_with_is_asked_for_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rest = ["--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *rest]) == 1
+    assert 'pip install "titans-server[train]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +106,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     trained = run_nothing(monkeypatch)
     text, test_text = tmp_path / "text", tmp_path / "test"
     text.write_text("a")
-    test_text.write_text("a")
+    test_text.write_text(TEXT.read_text())
     rest = ["--test-text", str(test_text), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 0
@@ -88,7 +117,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
     assert "another texts" in capsys.readouterr().err
     text.write_text("a")
-    test_text.write_text("b")
+    test_text.write_text(TEXT.read_text() + "b")
     assert cli.main(["train", str(text), "--layer", "2", *rest]) == 1
     assert "another test_text" in capsys.readouterr().err
     assert len(trained) == 2
@@ -217,6 +246,8 @@ def test_what_has_no_mean_is_told(
     ):
         assert cli.main(["average", *memories, *rest]) == status
         assert error in capsys.readouterr().err
+    assert cli.main(["average", str(tiny.memory), *rest[:2], "--out", "/nowhere/mean.safetensors"]) == 1
+    assert "/nowhere/mean.safetensors.part: No such file" in capsys.readouterr().err
     monkeypatch.setattr(backbone, "DEFAULT_BODY_PACKAGE", "not_installed")
     assert cli.main(["average", str(tiny.memory), *rest[2:]]) == 1
     assert "no body" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from support.records import a_session
-from titans_server.errors import SessionBusy, VersionConflict
+from titans_server.errors import IngestionCancelled, SessionBusy, VersionConflict
 from titans_server.sessions import history
-from titans_server.sessions.history import Portion, Writing
+from titans_server.sessions.history import Overtaken, Portion, Writing
 from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot
 
 SEPARATOR = (10, 10)
@@ -110,12 +111,127 @@ def test_a_document_that_broke_off_counts_as_long_as_somebody_may_go_on_with_it(
         lease = time.time() - ago
         return [Draft(f"ing_{i}", "gone", lease, 0.0, key=key and f"{key}{i}", accepted=accepted) for i in range(16)]
 
-    begun, portion = Draft("ing_new", "ours", 0.0, time.time()), Portion((1, 2, 3), 3, "begun")
+    new, portion = Draft("ing_new", "ours", 0.0, time.time()), Portion((1, 2, 3), 3, "begun")
     with pytest.raises(SessionBusy):
-        history.append(a_session(drafts=tuple(left(seconds - 10))), begun, SEPARATOR, portion)
+        history.append(a_session(drafts=tuple(left(seconds - 10))), new, SEPARATOR, portion)
     if not accepted:
-        record = history.append(a_session(drafts=tuple(left(seconds + 10))), begun, SEPARATOR, portion).record
+        record = history.append(a_session(drafts=tuple(left(seconds + 10))), new, SEPARATOR, portion).record
         assert [x.ingestion for x in record.drafts] == ["ing_new"], "their log goes with them"
+
+
+def begun(record: SessionRecord, key: str = "") -> tuple[SessionRecord, Draft]:
+    """The session with three tokens of a document, and the draft that they are."""
+    draft = Draft("ing_1", "ours", 0.0, 1.0, key=key)
+    record = history.append(record, draft, SEPARATOR, Portion((1, 2, 3), 3, "begun")).record
+    return record, record.drafts[-1]
+
+
+def having_read(num_tokens: int) -> SessionRecord:
+    empty = a_session()
+    return history.write(empty, Writing(empty.head, "first", (7,) * num_tokens, 8, num_kept=9)).record
+
+
+@pytest.mark.parametrize("num_before", [0, 4])
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_separator_stands_between_documents_and_before_none(num_before: int, logged: bool) -> None:
+    record = having_read(num_before) if num_before else a_session()
+    record, draft = begun(record) if logged else (record, Draft("ing_1", "ours", 0.0, 1.0))
+    outcome = Outcome("ing_1", "done", 0.0)
+    writing = Writing(record.head, "sealed", (4, 5), 8, num_kept=9)
+    edit = history.seal(record, draft, SEPARATOR, writing, outcome)
+    own = (3 if logged else 0) + 2 + (len(SEPARATOR) if num_before else 0)
+    head, (told,) = edit.record.head, edit.record.outcomes
+    assert (head.tokens, told.tokens, told.tokens_seen) == (num_before + own, own, num_before + own)
+    assert sum(count for _, count in head.entries) == head.tokens, "what is in the log is what was read"
+
+
+def test_what_was_half_learnt_counts_only_on_the_version_it_began_from() -> None:
+    half = Snapshot("half", "0" * 64, 8, 6)
+    for base, expected in ((1, half), (0, None)):
+        record, draft = begun(having_read(2))
+        record = history.checkpoint(record, draft, record.head, half).record
+        assert record.drafts[0].base == 1
+        record = replace(record, drafts=(replace(record.drafts[0], base=base),))
+        record = history.append(record, draft, SEPARATOR, Portion((4,), 4, "more")).record  # `draft` knows of none
+        assert (record.drafts[0].snapshot, record.drafts[0].base) == (half, base), "more of it changes nothing"
+        writing = Writing(record.head, "sealed", (5,), 8, num_kept=9)
+        record = history.seal(record, record.drafts[0], SEPARATOR, writing, Outcome("ing_1", "done", 0.0)).record
+        assert record.head.snapshot == expected
+        assert record.head.num_to_replay == (9 if expected is None else 3)
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 2}, {"sha256": "another"}], ids=str)
+def test_nothing_is_made_of_a_log_that_has_not_what_its_writer_learnt(wrong: dict[str, Any]) -> None:
+    record, draft = begun(a_session())
+    mine = replace(draft, **wrong)
+    with pytest.raises(VersionConflict, match="another server"):
+        history.checkpoint(record, mine, record.head, Snapshot("half", "0" * 64, 8, 3))
+    with pytest.raises(VersionConflict, match="another server"):
+        writing = Writing(record.head, "sealed", (), 8, num_kept=9)
+        history.seal(record, mine, SEPARATOR, writing, Outcome("ing_1", "done", 0.0))
+
+
+def test_a_document_goes_on_by_its_server_alone_and_not_once_it_is_gone() -> None:
+    record, draft = begun(a_session())
+    more = Portion((4,), 4, "more")
+    with pytest.raises(VersionConflict, match="another server"):
+        history.append(record, replace(draft, server="theirs"), SEPARATOR, more)
+    with pytest.raises(IngestionCancelled):
+        history.append(history.discard(record, "ing_1").record, draft, SEPARATOR, more)
+    ended = history.end(record, Outcome("ing_1", "cancelled", 0.0)).record
+    for known in (draft, Draft("ing_1", "ours", 0.0, 1.0)):
+        with pytest.raises(IngestionCancelled):
+            history.append(ended, known, SEPARATOR, more)
+    with pytest.raises(IngestionCancelled):
+        history.take(ended, "ing_1", "ours")
+    failed = history.end(record, Outcome("ing_1", "failed", 0.0)).record
+    assert history.take(failed, "ing_1", "ours").record is failed
+    last = history.append(record, draft, SEPARATOR, replace(more, is_last=True)).record
+    assert last.drafts[0].accepted and not record.drafts[0].accepted
+
+
+def test_a_document_whose_key_was_done_meanwhile_is_that_one_or_has_failed() -> None:
+    first = Outcome("ing_0", "done", 1.0, key="key", sha256="whole", version=1, tokens=3, tokens_seen=3)
+    done = replace(having_read(3), outcomes=(first,))
+    record, draft = begun(done, key="key")
+    writing = Writing(record.head, "sealed", (), 8, num_kept=9)
+    outcome = Outcome("ing_1", "done", 2.0, key="key", sha256="whole")
+    same = history.seal(record, draft, SEPARATOR, writing, outcome).record
+    assert (same.version, same.drafts) == (1, ())
+    assert same.outcomes[-1] == replace(first, ingestion="ing_1", created_at=2.0)
+    other = history.seal(record, draft, SEPARATOR, writing, replace(outcome, sha256="another")).record
+    assert (other.version, other.outcomes[-1].status, other.outcomes[-1].code) == (
+        1,
+        "failed",
+        "idempotency_key_reused",
+    )
+    assert history.seal(done, Draft("ing_1", "ours", 0.0, 1.0, key="key"), SEPARATOR, writing, outcome).record is done
+
+
+def test_a_record_keeps_so_much_and_no_number_twice() -> None:
+    record = having_read(2)
+    old = replace(Draft("ing_old", "gone", 0.0, 0.0), entries=((record.next_entry, 2),))
+    record = replace(record, drafts=(old,), next_entry=record.next_entry + 1)
+    for number in range(3):
+        before = record.next_entry
+        record = history.write(record, Writing(record.head, f"w{number}", (1,), 8, num_kept=2)).record
+        assert record.next_entry == before + 1
+    assert ([x.number for x in record.versions], record.drafts) == ([3, 4], ())
+    restored = history.restore(record, 3, "again", num_kept=2).record
+    assert restored.next_entry == record.next_entry, "an older version's entries have lower ones"
+    with pytest.raises(Overtaken):
+        stale = Writing(record.head, "imported", (), 8, num_kept=2)
+        history.replace_state(restored, stale, Snapshot("blob", "0" * 64, 8, 3))
+    for number in range(70):
+        record = replace(record, drafts=(Draft(f"ing_{number}", "ours", 0.0, 0.0),))
+        record = history.end(record, Outcome(f"ing_{number}", "failed", 0.0)).record
+    assert [x.ingestion for x in record.outcomes] == [f"ing_{number}" for number in range(6, 70)]
+
+
+def test_the_end_of_a_log_is_as_few_entries_as_have_the_tokens() -> None:
+    entries = ((0, 2), (1, 3), (2, 4))
+    for num_tokens, expected in ((0, ()), (4, entries[2:]), (5, entries[1:]), (9, entries)):
+        assert history.tail(entries, num_tokens) == expected
 
 
 def test_what_a_record_no_longer_points_at_is_found_whatever_was_done() -> None:

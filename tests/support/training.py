@@ -41,6 +41,7 @@ def make_trainer(tiny: TinyCheckpoint, pool: Pool, run: Path, config: TrainingCo
     """The same each time; one that finds a cut run in its folder goes on with it."""
     run.mkdir(exist_ok=True)
     torch.manual_seed(CONFIG.seed)
-    scorer = Scorer(load_backbone(tiny.body).tokenizer, TEXT, num_facts=1)
+    longest = max(stage.num_tokens for stage in config.stages)
+    scorer = Scorer(load_backbone(tiny.body).tokenizer, TEXT, longest, num_facts=1)
     model = load_tiny(tiny).requires_grad_(True)  # as it is when nothing has been trained
     return Trainer(model, digest(tiny.body), pool=pool, config=config, scorer=scorer, run=run)

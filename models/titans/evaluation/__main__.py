@@ -24,6 +24,7 @@ from titans.evaluation.scoring import cells
 from titans.evaluation.server import ServerReader
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
 from titans.evaluation.task import EvaluationError
+from titans.files import read_text
 from titans.model import TitansModel
 
 BOOK = Path(__file__).parents[3] / "examples" / "sherlock-holmes.txt"
@@ -182,9 +183,9 @@ def _text(paths: Sequence[Path]) -> str:
     if paths == [BOOK] and not BOOK.exists():
         raise EvaluationError("name a text with --text: the book of examples/ is not here")
     try:
-        return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"--text: not a text in UTF-8: {error}") from error
+        return "\n\n".join(map(read_text, paths))
+    except ValueError as error:
+        raise EvaluationError(f"--text: {error}") from error
 
 
 def _settings(plan: Plan, reader: Reader, text: str) -> dict[str, Any]:

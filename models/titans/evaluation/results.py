@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.scoring import Cell, cells
 from titans.evaluation.task import EvaluationError
-from titans.files import write_whole
+from titans.files import alone_in, write_whole
 
 Key = tuple[str, int, int]  # task, tokens, index of a document
 
@@ -29,37 +30,47 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, documents: Iterable[dict[str, Any]]) -> None:
-        """Documents that have been examined; durable when this returns."""
-        self.documents |= {_key(document): document for document in documents}
-        self._save()
+        """Documents that have been examined; durable when this returns, beside what others have put there meanwhile.
+
+        Raises what the beginning does: another run may have begun in the same file.
+        """
+        self._save({_key(document): document for document in documents}, {})
 
     def add_perplexity(self, tokens: int, found: Perplexity) -> None:
         """The same of a stream that has been read."""
-        self.perplexity[tokens] = found
-        self._save()
+        self._save({}, {tokens: found})
 
     def cells(self, keys: Iterable[Key]) -> list[Cell]:
         """What these documents, as far as they are there, make up."""
         return cells(self.documents[key] for key in keys if key in self.documents)
 
     def _load(self, path: Path) -> None:
-        settings, self.documents, self.perplexity = _read(path)
+        settings, documents, nats = _read(path)
         other = [name for name in self.settings if settings.get(name) != self.settings[name]]
         if other:
             name = other[0]
             was, now = settings.get(name), self.settings[name]
             raise EvaluationError(f"{path} has results of another {name} ({was}, not {now}): name another file")
+        self.documents |= documents
+        self.perplexity |= nats
 
-    def _save(self) -> None:
-        if self.path is None:
-            return
+    def _save(self, documents: dict[Key, dict[str, Any]], nats: dict[int, Perplexity]) -> None:
+        with nullcontext() if self.path is None else alone_in(self.path.parent):
+            if self.path is not None and self.path.exists():
+                self._load(self.path)
+            self.documents |= documents
+            self.perplexity |= nats
+            if self.path is not None:
+                self._write(self.path)
+
+    def _write(self, path: Path) -> None:
         content = {
             "settings": self.settings,
             "cells": [cell.to_dict() for cell in cells(self.documents.values())],
             "perplexity": [{"tokens": tokens} | found._asdict() for tokens, found in self.perplexity.items()],
             "documents": list(self.documents.values()),
         }
-        write_whole(self.path, json.dumps(content, indent=1))
+        write_whole(path, json.dumps(content, indent=1))
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from titans.model import TitansModel
 from titans.packed import pack
 from titans.training.config import MEMORY, TrainingConfig
 from titans.training.loop import Trainer
+from titans.training.plot import check as check_plot
 from titans.training.plot import plot
 from titans.training.pool import load_pool, save_pool
 from titans.training.score import Scorer
@@ -65,6 +66,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.start is not None:
         config = config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
     config = config.scaled(args.share)
+    check_plot()
     backbone = load_backbone(body)
     if not 0 <= args.layer < backbone.config.num_layers:
         raise BackboneError(f"the body has the layers 0 to {backbone.config.num_layers - 1}")
@@ -72,6 +74,8 @@ def _train(args: argparse.Namespace) -> None:
     body_digest = digest(body)
     if args.start is not None:
         check_fit(args.start, whole, body, body_digest)  # before minutes of work
+    longest = max(stage.num_tokens for stage in config.stages if stage.num_questions)
+    scorer = Scorer(backbone.tokenizer, args.test_text, longest)  # likewise, and asked only after hours
     ours = {"body": body_digest, "layer": args.layer, "config": asdict(config)}
     claim_run(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)})
     device, path = preferred_device(), args.run / "pool.pt"
@@ -81,7 +85,6 @@ def _train(args: argparse.Namespace) -> None:
     model = build(backbone, whole)
     ready(model, device, preferred_dtype(device))
     pool = load_pool(path)
-    scorer = Scorer(backbone.tokenizer, args.test_text)
     Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
     plot(args.run / "log.json", args.run / "training.png")
 

@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from titans.checkpoint import read_memory, save_memory
+from titans.files import write_whole
 from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
 from titans.training.batch import Batch, Recalls, Rows, make_batch
 from titans.training.config import Stage, TrainingConfig
 from titans.training.keys import away_from_half, teach_keys, teach_values, unit, value_loss
 from titans.training.pool import Pool
+from titans.training.saving import save_whole
 from titans.training.score import Scorer
 
 _SAVE_EVERY = 20  # steps
@@ -337,13 +339,9 @@ class Trainer:
         """Each file whole or as it was; that which a run goes on from is the last, and needs no other."""
         save_memory(self.model, self.body_digest, self.run / "memory.safetensors")
         log = {"config": asdict(self.config), "history": self.history}
-        part = self.run / "log.part"
-        part.write_text(json.dumps(log, indent=1) + "\n")
-        part.replace(self.run / "log.json")
-        fields = {"step": self.step, "history": self.history}
-        part = self.run / "trainer.part"
-        torch.save(fields | {name: x.state_dict() for name, x in self._learners().items()}, part)
-        part.replace(self.run / "trainer.pt")
+        write_whole(self.run / "log.json", json.dumps(log, indent=1) + "\n")
+        fields: dict[str, object] = {"step": self.step, "history": self.history}
+        save_whole(fields | {name: x.state_dict() for name, x in self._learners().items()}, self.run / "trainer.pt")
 
     def _learners(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         direct = {} if self.direct is None else {"direct": self.direct}

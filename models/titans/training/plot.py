@@ -1,8 +1,15 @@
 """The picture of a run: loss, teacher-forced recall, and generated recall at the end of each stage."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+
+
+def check() -> None:
+    """Raises ValueError where there is nothing to draw with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('the picture of a run needs matplotlib: pip install "titans-server[train]"')
 
 
 def plot(log: Path, target: Path) -> None:

@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from titans.evaluation.facts import NOT_KNOWN, Fact, make_families, words_of
 from titans.evaluation.names import met_again
+from titans.files import read_text
 from titans.model import TitansModel
 from titans.state import State, Stream
 from titans.tokenizer import Tokenizer
 from titans.training.config import TrainingConfig
+from titans.training.saving import save_whole
 
 _BRANCHES = 128  # computed at once
 _BREATH = 4  # facts that are stated together, at most
@@ -107,9 +109,7 @@ def save_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], confi
     Which memory the model has does not matter: nothing in the pool depends on it. It may be packed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(_pack(_compute(model, tokenizer, texts, config)), part)
-    part.replace(path)
+    save_whole(_pack(_compute(model, tokenizer, texts, config)), path)
 
 
 def load_pool(path: Path) -> Pool:
@@ -146,7 +146,7 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     tokens = torch.tensor([_take(tokenizer, path, each) for path in texts])
     _repeat(tokens, round(config.repeating_share * each), random.Random(config.seed))
     rng = random.Random(config.seed)
-    words = words_of([path.read_text(encoding="utf-8") for path in texts])
+    words = words_of([read_text(path) for path in texts])
     facts = _make_facts(config, rng, words)
     ends = range(window, each - window + 1, window)  # where streams branch; the text must go on for a window
     asked_ends = ends[:: config.asking_stride]
@@ -189,7 +189,7 @@ def _shares(facts: Sequence[Fact], count: int) -> Iterator[list[Fact]]:
 
 def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
     """`count` tokens from the middle of a text."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     spare = max(0, len(text) - 6 * count) // 2
     tokens = tokenizer.encode(text[spare:])[:count]
     if len(tokens) < count:

@@ -40,15 +40,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         for name, variant in variants.items():  # all, before minutes of work on the first
             check_run(folders[name], settings(variant, args.mixed_precision))
+        rows = []
+        for name, variant in variants.items():
+            trainer = ScratchTrainer(
+                variant, folders[name], checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
+            )
+            rows.append((name, trainer.train()))
     except ValueError as error:
         sys.stderr.write(f"titans: scratch: {error}\n")
         return 1
-    rows = []
-    for name, variant in variants.items():
-        trainer = ScratchTrainer(
-            variant, folders[name], checkpointing=args.checkpointing, mixed_precision=args.mixed_precision
-        )
-        rows.append((name, trainer.train()))
     trainer.accelerator.print(table(args.architecture, rows))
     return 0
 

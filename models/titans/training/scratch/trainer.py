@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from titans.files import write_whole
 from titans.model import TitansModel, next_token_loss
+from titans.training.saving import save_whole
 from titans.training.scratch.config import ScratchConfig
 from titans.training.scratch.tasks import TASKS
 from titans.training.settings import check_run, claim_run
@@ -51,7 +52,8 @@ class ScratchTrainer:
         self.config, self.run = config, run
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
         claim = claim_run if self.accelerator.is_main_process else check_run
-        claim(run, settings(config, mixed_precision))
+        processes = {"num_processes": self.accelerator.num_processes}  # which decides what documents there are
+        claim(run, settings(config, mixed_precision) | processes)
         torch.manual_seed(config.seed)
         model = TitansModel(config.model())
         initialize(model)
@@ -104,15 +106,13 @@ class ScratchTrainer:
     def _save(self, scores: Scores) -> None:
         if not self.accelerator.is_main_process:
             return
-        part = self.run / "trainer.part"
         fields = {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "history": self.history,
         }
-        torch.save(fields, part)
-        part.replace(self.run / "trainer.pt")
+        save_whole(fields, self.run / "trainer.pt")
         log = {"config": asdict(self.config), "scores": scores, "history": self.history}
         write_whole(self.run / "log.json", json.dumps(log, indent=1) + "\n")
 
