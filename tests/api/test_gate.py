@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from support.keys import new_key, put
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from support.servers import LiveServer, free_port
@@ -53,6 +53,48 @@ def server(checkpoint: TinyCheckpoint, store: str) -> Iterator[LiveServer]:
 def http(server: LiveServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+OWN_NAMES = [
+    {"Host": "localhost"},
+    {"Host": "LOCALHOST.:8000"},
+    {"Host": "127.0.0.1:1"},
+    {"Host": "[::1]:8000"},
+    {"Host": "192.168.1.7"},
+    {"Host": "server:8000"},
+    {"Host": "host.docker.internal:8000"},
+    {"Host": "laptop.local"},
+    {"Origin": "http://localhost:3000"},
+    {"Origin": "vscode-webview://a.b"},
+]
+FOREIGN_NAMES = [
+    {"Host": "evil.example"},
+    {"Host": "evil.example:8000"},
+    {"Host": "127.0.0.1.evil.example"},
+    {"Host": "localhost.evil.example."},
+    {"Host": "[evil.example"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "http://evil.example:8000"},
+    {"Origin": "null"},
+]
+
+
+def test_a_page_of_the_web_is_not_let_in_without_a_key(checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """The browser is on this machine, sends what the page wants, and shows it what its own name answers."""
+    settings = settings_for(checkpoint, tmp_path)
+    with LiveServer(settings) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        for names in OWN_NAMES:
+            assert client.post("/v1/sessions", headers=names).status_code == 201, names
+        for names in FOREIGN_NAMES:
+            for path in ("/v1/sessions", "/v1/models", "/metrics", "/nothing"):
+                response = client.get(path, headers=names)
+                assert refused(response) == (401, "invalid_api_key"), (names, path)
+            assert refused(client.post("/v1/sessions", headers=names)) == (401, "invalid_api_key"), names
+            assert client.get("/health/ready", headers=names).status_code == 200
+        assert len(client.get("/v1/sessions").json()["data"]) == len(OWN_NAMES)
+    with LiveServer(settings.model_copy(update={"api_key": SecretStr(STATIC)})) as server:
+        named = {"Host": "titans.example", "Authorization": f"Bearer {STATIC}"}
+        assert httpx.get(f"{server.url}/v1/models", headers=named).status_code == 200
 
 
 def refused(response: httpx.Response) -> tuple[int, str]:

@@ -42,6 +42,18 @@ async def test_without_any_key_everybody_comes_in() -> None:
         assert await gate.admit(shown) == ANYONE
 
 
+async def test_a_stranger_is_not_let_in_for_being_asked_for_on_this_machine() -> None:
+    for shown in (None, "Bearer none"):
+        with pytest.raises(InvalidAPIKey, match=r"evil\.example"):
+            await make().admit(shown, "evil.example")
+        assert await make(needs_key=False).admit(shown, "evil.example") == ANYONE, "as its operator wants it"
+    store = MemoryKeys()
+    key, text = keys.make("one", 1.0)
+    await store.put(key)
+    for gate in (make(store), make(store, needs_key=True)):
+        assert (await gate.admit(f"Bearer {text}", "titans.example")).owner == key.id, "who has a key is none"
+
+
 async def test_the_first_key_closes_the_door() -> None:
     store = MemoryKeys()
     key, text = keys.make("one", 1.0, Quotas(bytes=7))

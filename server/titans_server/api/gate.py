@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_server.api.handlers import answer
+from titans_server.api.names import foreign_name
 from titans_server.errors import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -93,11 +94,12 @@ class Gate:
     async def _admitted(self, scope: Scope, shown: str | None) -> Caller:
         """Whom the request is from. While the keys' store is away: as it was when they looked at the metrics last."""
         gatekeeper: Gatekeeper = scope["state"]["gatekeeper"]
+        stranger = foreign_name(Headers(scope=scope))
         if scope["path"] not in self._always:
-            return await gatekeeper.admit(shown)
+            return await gatekeeper.admit(shown, stranger)
         try:
             async with asyncio.timeout(_KEYS_SECONDS if shown in self._watchers else None):
-                caller = await gatekeeper.admit(shown)
+                caller = await gatekeeper.admit(shown, stranger)
         except (StoreUnavailable, TimeoutError):
             if shown not in self._watchers:
                 raise

@@ -46,32 +46,45 @@ class Gatekeeper:
         """Whether there is a key to show."""
         return self._static_key is not None or not await self._emptiness("")
 
-    async def admit(self, authorization: str | None) -> Caller:
-        """The caller behind an Authorization header. Raises InvalidAPIKey, StoreUnavailable."""
+    async def admit(self, authorization: str | None, stranger: str | None = None) -> Caller:
+        """The caller behind an Authorization header. `stranger`: a name that the server was asked by, if it may not be
+        its own; where no key is needed for being on this machine alone, one is for that.
+
+        Raises InvalidAPIKey, StoreUnavailable.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
-            return await self._without_key()
+            return await self._without_key(stranger)
         if self._static_key is not None and keys.same(token, self._static_key):
             return self._operator
         parts = keys.split(token)
         if parts is None:
-            return await self._with_no_key_of_ours()
+            return await self._with_no_key_of_ours(stranger)
         key = await self._records(parts[0])
         if not keys.is_open(key, parts[1]):
             raise InvalidAPIKey("this API key is not known, or was revoked")
         assert key is not None
         return Caller(key.owner, key.quotas.over(self._quotas))
 
-    async def _without_key(self) -> Caller:
+    async def _without_key(self, stranger: str | None) -> Caller:
         if self._needs_key or (self._needs_key is None and await self.has_keys()):
             raise InvalidAPIKey("an API key is needed: send the header Authorization: Bearer <key>")
-        return self._anyone
+        return self._whoever_is_here(stranger)
 
-    async def _with_no_key_of_ours(self) -> Caller:
+    async def _with_no_key_of_ours(self, stranger: str | None) -> Caller:
         """Clients that insist on a key send anything where none is needed; a wrong one must not pass for none."""
         if self._needs_key or await self.has_keys():
             raise InvalidAPIKey("this is no API key of this server")
+        return self._whoever_is_here(stranger)
+
+    def _whoever_is_here(self, stranger: str | None) -> Caller:
+        """Without a key: a page of the web that is open on this machine is not."""
+        if stranger is not None and self._needs_key is None:
+            raise InvalidAPIKey(
+                f"without an API key only this machine is answered, and this request is from or to {stranger}: make a "
+                "key, or set TITANS_ALLOW_ANONYMOUS=true where something in front of the server asks who people are"
+            )
         return self._anyone
 
 

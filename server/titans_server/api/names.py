@@ -1,0 +1,38 @@
+"""By which name a request asks for the server: a page of the web that a browser shows has none of its own to use.
+
+A page can send requests to its reader's own machine, and read the answers once its name leads there ("DNS rebinding").
+"""
+
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+
+_OWN = ("localhost", "local", "internal")  # top-level domains that no stranger can have a name in (RFC 6761, RFC 6762)
+
+
+def foreign_name(headers: Headers) -> str | None:
+    """The name in Host, or that of the page in Origin, where it may be a stranger's; None where neither is.
+
+    An address is not: a page that has it is on that machine. Nor is a name without a dot, as Docker's services have.
+    """
+    hosts, origins = (headers.getlist(name) for name in ("Host", "Origin"))
+    if "null" in origins:  # a page that hides where it is from
+        return "null"
+    pages = [origin for origin in origins if origin.startswith(("http://", "https://"))]
+    for place in (*(f"//{host}" for host in hosts), *pages):
+        try:
+            name = (urlsplit(place).hostname or "").rstrip(".")
+        except ValueError:
+            return place
+        if "." in name and name.rpartition(".")[2] not in _OWN and not _is_address(name):
+            return name
+    return None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
