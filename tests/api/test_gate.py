@@ -65,6 +65,7 @@ OWN_NAMES = [
     {"Host": "host.docker.internal:8000"},
     {"Host": "laptop.local"},
     {"Origin": "http://localhost:3000"},
+    {"Origin": "http://10.0.0.7"},
     {"Origin": "vscode-webview://a.b"},
 ]
 FOREIGN_NAMES = [
@@ -74,6 +75,8 @@ FOREIGN_NAMES = [
     {"Host": "localhost.evil.example."},
     {"Host": "[evil.example"},
     {"Origin": "https://evil.example"},
+    {"Origin": "http://8.8.8.8"},
+    {"Origin": "http://[2001:4860:4860::8888]:8000"},
     {"Origin": "http://evil.example:8000"},
     {"Origin": "null"},
 ]

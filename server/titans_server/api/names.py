@@ -14,7 +14,7 @@ _OWN = ("localhost", "local", "internal")  # top-level domains that no stranger 
 def foreign_name(headers: Headers) -> str | None:
     """The name in Host, or that of the page in Origin, where it may be a stranger's; None where neither is.
 
-    An address is not: a page that has it is on that machine. Nor is a name without a dot, as Docker's services have.
+    An address of this machine or its networks is not, nor a name without a dot, as Docker's services have.
     """
     hosts, origins = (headers.getlist(name) for name in ("Host", "Origin"))
     if "null" in origins:  # a page that hides where it is from
@@ -25,14 +25,13 @@ def foreign_name(headers: Headers) -> str | None:
             name = (urlsplit(place).hostname or "").rstrip(".")
         except ValueError:
             return place
-        if "." in name and name.rpartition(".")[2] not in _OWN and not _is_address(name):
+        if _is_foreign(name):
             return name
     return None
 
 
-def _is_address(name: str) -> bool:
+def _is_foreign(name: str) -> bool:
     try:
-        ip_address(name)
+        return ip_address(name).is_global
     except ValueError:
-        return False
-    return True
+        return "." in name and name.rpartition(".")[2] not in _OWN
