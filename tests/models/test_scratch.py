@@ -77,7 +77,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
 ) -> None:
     """It would go on with the old ones, under the name of the new."""
     scores = {name: dict.fromkeys(LENGTHS, 1.0) for name in ("memory on", "memory off")}
-    monkeypatch.setattr(ScratchTrainer, "train", lambda run: run._save(scores) or scores)
+    monkeypatch.setattr(ScratchTrainer, "_train", lambda run: run._save(scores) or scores)
     asked = ["scratch", "mac", "--run", str(tmp_path)]
     folder = tmp_path / "mac-recall-all-0"
     assert cli.main([*asked, "--steps", "2"]) == 0
@@ -96,6 +96,14 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
     with pytest.raises(ValueError, match="another hidden_size"):
         ScratchTrainer(replace(TINY, num_steps=2), folder)
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ScratchTrainer(TINY, tmp_path)
+    monkeypatch.setattr(run, "_resume", ScratchTrainer(TINY, tmp_path).train)
+    with pytest.raises(ValueError, match="another process is at work"):
+        run.train()
+    assert not (tmp_path / "trainer.pt").exists()
 
 
 def test_a_log_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

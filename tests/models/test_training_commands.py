@@ -152,6 +152,34 @@ def test_a_run_that_was_killed_has_its_folder_as_soon_as_there_is_a_pool(
     assert cli.main([*train, "--layer", "2"]) == 0
 
 
+def test_a_folder_in_which_another_process_trains_is_refused_and_left(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would write one run, and a run of no pool yet would be taken for one of other settings."""
+    ended, refused = run_nothing(monkeypatch), list[int]()
+    train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+
+    def meanwhile(*given: Path) -> None:
+        refused.extend(cli.main([*train, "--layer", layer]) for layer in ("1", "2"))
+        given[-1].touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_pool", meanwhile)
+        assert cli.main([*train, "--layer", "2"]) == 0
+    assert refused == [1, 1]
+    error = f"titans: train: another process is at work in {tmp_path}/run: name another folder with --run\n"
+    assert capsys.readouterr().err == 2 * error
+    assert cli.main([*train, "--layer", "2"]) == 0
+    assert len(ended) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "scratch"])
+@pytest.mark.parametrize("seed", ["-1", str(1 << 64), "some"])
+def test_a_seed_is_one_that_every_generator_takes(command: str, seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "mac", "--seed", seed]) == 2
+    assert "--seed: not a number from 0 to 4294967295" in capsys.readouterr().err
+
+
 def test_a_run_that_finds_its_pool_draws_what_the_one_that_made_it_drew(
     tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +241,10 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     memories = [str(tiny.memory), str(other)]
     body = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
     assert cli.main(["average", *memories, "--shares", "1", "3", *body]) == 0
+    mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
+    for name, x in memory_tensors(mean).items():
+        torch.testing.assert_close(x, first[name] + 0.75, msg=name)
+    assert cli.main(["average", *memories, "--shares", "5e307", "1.5e308", *body]) == 0
     mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
     for name, x in memory_tensors(mean).items():
         torch.testing.assert_close(x, first[name] + 0.75, msg=name)

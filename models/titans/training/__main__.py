@@ -19,7 +19,7 @@ from titans.training.plot import check as check_plot
 from titans.training.plot import plot
 from titans.training.pool import load_pool, save_pool
 from titans.training.score import Scorer
-from titans.training.settings import claim_run
+from titans.training.settings import claimed, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lesson = parser.add_mutually_exclusive_group()
     lesson.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
     lesson.add_argument("--norms", action="store_true", help="with --start: what of the body is trained, and no more")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--share", type=share, default=1.0, help="of facts, texts and steps, 0 to 1 (default: all)")
 
 
@@ -77,16 +77,16 @@ def _train(args: argparse.Namespace) -> None:
     longest = max(stage.num_tokens for stage in config.stages if stage.num_questions)
     scorer = Scorer(backbone.tokenizer, args.test_text, longest)  # likewise, and asked only after hours
     ours = {"body": body_digest, "layer": args.layer, "config": asdict(config)}
-    claim_run(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)})
-    device, path = preferred_device(), args.run / "pool.pt"
-    if not path.exists():
-        save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
-    torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
-    model = build(backbone, whole)
-    ready(model, device, preferred_dtype(device))
-    pool = load_pool(path)
-    Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
-    plot(args.run / "log.json", args.run / "training.png")
+    with claimed(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)}):
+        device, path = preferred_device(), args.run / "pool.pt"
+        if not path.exists():
+            save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
+        torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
+        model = build(backbone, whole)
+        ready(model, device, preferred_dtype(device))
+        pool = load_pool(path)
+        Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
+        plot(args.run / "log.json", args.run / "training.png")
 
 
 def _texts(args: argparse.Namespace) -> list[str]:

@@ -82,11 +82,12 @@ def average(
     ready(model, torch.device("cpu"), torch.float32)
     untouched = {name: x.clone() for name, x in memory_tensors(model).items()}
     total = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in untouched.items()}
-    for path, share in zip(memories, shares, strict=True):
+    parts = [share / max(shares) for share in shares]  # whose sum is finite
+    for path, share in zip(memories, parts, strict=True):
         model.load_state_dict(untouched, strict=False)
         read_memory(model, path)
         for name, x in memory_tensors(model).items():
-            total[name] += x.double() * (share / sum(shares))
+            total[name] += x.double() * (share / sum(parts))
     model.load_state_dict(total, strict=False)
     save_memory(model, of_body, out)
 

@@ -10,7 +10,7 @@ from titans.config import Architecture
 from titans.training.scratch.config import PAPER, ScratchConfig, ablations
 from titans.training.scratch.tasks import TASKS
 from titans.training.scratch.trainer import LENGTHS, Scores, ScratchTrainer, settings
-from titans.training.settings import check_run
+from titans.training.settings import check_run, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=sorted(TASKS), default="recall")
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="where runs live; each resumes")
     parser.add_argument("--steps", type=steps, default=ScratchConfig.num_steps)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--ablations", action="store_true", help="also train it with one part less each time")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")

@@ -6,6 +6,7 @@ documents up to four times as long as those it was trained on, beside the contro
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from titans.model import TitansModel, next_token_loss
 from titans.training.saving import save_whole
 from titans.training.scratch.config import ScratchConfig
 from titans.training.scratch.tasks import TASKS
-from titans.training.settings import check_run, claim_run
+from titans.training.settings import check_run, claimed
 
 _SAVE_EVERY = 100  # steps
 _SCORED_BATCHES = 8
@@ -51,9 +52,9 @@ class ScratchTrainer:
         """Goes on with what the folder `run` has. Raises ValueError where that is a run of other settings."""
         self.config, self.run = config, run
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
-        claim = claim_run if self.accelerator.is_main_process else check_run
         processes = {"num_processes": self.accelerator.num_processes}  # which decides what documents there are
-        claim(run, settings(config, mixed_precision) | processes)
+        self.settings = settings(config, mixed_precision) | processes
+        check_run(run, self.settings)
         torch.manual_seed(config.seed)
         model = TitansModel(config.model())
         initialize(model)
@@ -68,7 +69,14 @@ class ScratchTrainer:
         self.history: list[dict[str, Any]] = []
 
     def train(self) -> Scores:
-        """To the end of the run; returns its scores, which are in `run/log.json` too."""
+        """To the end of the run; returns its scores, which are in `run/log.json` too.
+
+        Raises ValueError where another process is at work in the folder.
+        """
+        with claimed(self.run, self.settings) if self.accelerator.is_main_process else nullcontext():
+            return self._train()
+
+    def _train(self) -> Scores:
         self._resume()
         first = len(self.history)
         bar = tqdm(range(first, self.config.num_steps), initial=first, total=self.config.num_steps, unit="step")
