@@ -41,7 +41,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-_FINAL: Mapping[str, str] = {"X-Should-Retry": "false"}  # OpenAI's clients would, on any 409 and 429
+_FINAL: Mapping[str, str] = {"X-Should-Retry": "false"}  # OpenAI's clients would, on any 409, 429 and 5xx
 
 
 class TitansError(Exception):
@@ -305,3 +305,4 @@ class StateCorrupted(TitansError):
     """The stored state is torn or altered. It is left as it is."""
 
     default_code = "state_corrupted"
+    headers: ClassVar[Mapping[str, str]] = _FINAL

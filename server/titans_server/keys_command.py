@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     create = actions.add_parser("create", parents=[store], help="make a key and print it, this once")
-    create.add_argument("name", help="for people: who it is for")
+    create.add_argument("name", type=_line, help="for people: who it is for")
     create.add_argument("--owner", metavar="ID", help="a key's id: the new one gets at the same sessions")
     for quota in fields(Quotas):
         flag = "--" + quota.name.replace("_", "-")
@@ -102,6 +102,13 @@ async def _revoke(store: KeyStore, args: argparse.Namespace) -> int:
 def command() -> tuple[str, object, object]:
     """The subcommand for `titans`: its help, its arguments, its action."""
     return "make, list and revoke API keys", add_arguments, run
+
+
+def _line(text: str) -> str:
+    """What stays one field of one line where keys are listed."""
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"not all of it can be printed: {text!r}")
+    return text
 
 
 def _number(text: str) -> int:

@@ -54,6 +54,8 @@ def test_a_key_that_replaces_another_has_its_sessions(capsys: pytest.CaptureFixt
         (["list", "--store", "mysql://x"], 2, "known are"),
         (["list", "--store", "redis://127.0.0.1:1/0"], 1, "Redis"),
         (["create"], 2, "name"),
+        (["create", "Bob\tactive"], 2, "not all of it can be printed"),
+        (["create", "Bob\n"], 2, "not all of it can be printed"),
         (["create", "Bob", "--sessions", "-1"], 2, "--sessions"),
         (["create", "Bob", "--sessions", "many"], 2, "not a number"),
         (["create", "Bob", "--requests-per-minute", "0"], 2, "at least 1"),

@@ -1,94 +1,27 @@
-"""OpenAI's own client, sync and async, against a real server with a tiny model."""
+"""OpenAI's own client, sync and async, against a real server with a tiny model: what it is answered."""
 
-import asyncio
-import inspect
 import json
 import re
-import socket
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from support.models import write_tiny_checkpoint
+from support.openai_client import CHAT, EOS, GREEDY, MODEL, STORY, Driver
 from support.servers import LiveServer, free_port
 from titans.backbone import load_backbone
-from titans.tokenizer import Tokenizer
-from titans_server.api.openai.answers import check_scores
-from titans_server.api.openai.schemas import MAX_CHOICES, CreateCompletion
 from titans_server.events import AnswerPiece
 from titans_server.service import SessionService
 from titans_server.settings import Settings
 from tokenizers.pre_tokenizers import ByteLevel
 
-API = Path(__file__).parents[2] / "docs/api.md"
-STORY = "a rather long story about a lighthouse. " * 20
-EOS = 2
-GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 20}
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "what now"}]
-MODEL = "tiny-0"
-
-
-@pytest.fixture(scope="module")
-def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"max_prompt_tokens": 1_000, "max_requests": 8, "max_completion_tokens": 4_096})
-
-
-class Driver:
-    """Either client: what it returns is awaited where that is needed."""
-
-    def __init__(self, client: OpenAI | AsyncOpenAI) -> None:
-        self.client: Any = client
-
-    async def text(self, prompt: Any, **options: Any) -> Any:
-        return await self._settle(self.client.completions.create(model=MODEL, prompt=prompt, **GREEDY | options))
-
-    async def chat(self, messages: Any = CHAT, **options: Any) -> Any:
-        return await self._settle(
-            self.client.chat.completions.create(model=MODEL, messages=messages, **GREEDY | options)
-        )
-
-    async def models(self) -> Any:
-        return await self._settle(self.client.models.list())
-
-    async def model(self, name: str) -> Any:
-        return await self._settle(self.client.models.retrieve(name))
-
-    async def _settle(self, result: Any) -> Any:
-        result = await result if inspect.isawaitable(result) else result
-        if isinstance(result, openai.AsyncStream):
-            return [chunk async for chunk in result]
-        return list(result) if isinstance(result, openai.Stream) else result
-
-
-@pytest.fixture(params=[OpenAI, AsyncOpenAI])
-async def ai(request: pytest.FixtureRequest, server: LiveServer) -> AsyncIterator[Driver]:
-    client = request.param(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-    yield Driver(client)
-    closed = client.close()
-    if inspect.isawaitable(closed):
-        await closed
-
-
-@pytest.fixture
-def client(server: LiveServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def told(http: httpx.Client, session: str) -> str:
-    """A session that has read the story."""
-    headers = {"Content-Type": "text/plain"}
-    assert http.post(f"/v1/sessions/{session}/documents", content=STORY, headers=headers).status_code == 200
-    return session
+API = Path(__file__).parents[3] / "docs/api.md"
 
 
 def native(http: httpx.Client, session: str, **options: Any) -> dict[str, Any]:
@@ -361,6 +294,8 @@ class Watch:
 
 
 PROMPT = "what now, and then? " * 50
+
+
 MUCH: dict[str, dict[str, Any]] = {
     "completions": {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20},
     "chat/completions": {"messages": CHAT, "n": 8, "max_tokens": 500, "logprobs": True, "top_logprobs": 20},
@@ -380,24 +315,6 @@ def test_others_are_served_while_much_is_told(server: LiveServer, http: httpx.Cl
     assert answer.status_code == 200
     assert int(answer.headers["content-length"]) == len(answer.content) > 2_000_000
     assert watch.longest < 0.15
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_one_object_tells_is_bounded(http: httpx.Client, stream: bool) -> None:
-    body = {"model": MODEL, "messages": CHAT, "n": 7, "logprobs": True, "top_logprobs": 20, "stream": stream}
-    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        if stream:
-            assert answer.status_code == 200
-            return
-        error = json.loads(answer.read())["error"]
-    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", "top_logprobs")
-
-
-def test_as_much_is_told_as_an_evaluation_asks_for() -> None:
-    """lm-eval's local-completions: all of its prompts echoed, and the likeliest token at each place."""
-    body = CreateCompletion(model=MODEL, prompt=["a"], max_tokens=1, echo=True, logprobs=1)
-    (request,) = body.to_requests(4_096, "read")
-    check_scores(body, [replace(request, prompt=[5] * 4_096)] * MAX_CHOICES)
 
 
 async def test_several_answers_are_of_one_version_whatever_is_learnt_meanwhile(
@@ -443,201 +360,6 @@ async def test_without_a_session_a_prompt_may_be_longer_than_the_window(
     assert answer.choices[0].text == native(http, session, prompt=long)["text"], "as a session that has read nothing"
 
 
-@pytest.mark.parametrize("session", ["ses_nobody", "", "../etc"])
-@pytest.mark.parametrize("stream", [True, False])
-async def test_an_unknown_session_is_not_found(ai: Driver, session: str, stream: bool) -> None:
-    for options in ({"extra_body": {"session": session}}, {"extra_headers": {"X-Session-ID": session}}):
-        with pytest.raises(openai.NotFoundError) as caught:
-            await ai.chat(stream=stream, **options)
-        assert (caught.value.code, caught.value.type) == ("session_not_found", "invalid_request_error")
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(
-    ("fields", "param", "code"),
-    [
-        ({"temperature": 3}, "temperature", "invalid_request"),
-        ({"top_p": 0}, "top_p", "invalid_request"),
-        ({"max_tokens": 0}, "max_tokens", "invalid_request"),
-        ({"max_tokens": 4_097}, "max_tokens", "invalid_request"),
-        ({"n": 0}, "n", "invalid_request"),
-        ({"n": 33}, "n", "invalid_request"),
-        ({"stop": ["a"] * 5}, "stop", "invalid_request"),
-        ({"stop": ""}, "stop.0", "invalid_request"),
-        ({"seed": 1 << 63}, "seed", "invalid_request"),
-        ({"presence_penalty": 2.1}, "presence_penalty", "invalid_request"),
-        ({"frequency_penalty": -2.1}, "frequency_penalty", "invalid_request"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_request"),
-        ({"logit_bias": {"259": 1}}, "logit_bias", "invalid_request"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_request"),
-        ({"extra_body": {"min_p": 2}}, "min_p", "invalid_request"),
-        ({"extra_body": {"memory": "maybe"}}, "memory", "invalid_request"),
-        ({"extra_body": {"memory": "write"}}, "memory", "invalid_request"),
-        ({"extra_body": {"tempratur": 1}}, "tempratur", "unsupported_parameter"),
-        ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format", "unsupported_parameter"),
-        ({"extra_body": {"best_of": 2}}, "best_of", "unsupported_parameter"),
-        ({"extra_body": {"tools": [{"type": "function"}]}}, "tools", "unsupported_parameter"),
-    ],
-)
-async def test_what_makes_no_sense_is_named(
-    ai: Driver, fields: dict[str, Any], param: str, code: str, stream: bool
-) -> None:
-    for ask, asked in ((ai.text, "what now"), (ai.chat, CHAT)):
-        with pytest.raises(openai.BadRequestError) as caught:
-            await ask(asked, stream=stream, **fields)
-        assert (caught.value.param, caught.value.code, caught.value.status_code) == (param, code, 400)
-
-
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        ([], "messages"),
-        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages"),
-        ([{"role": "clown", "content": "x"}], "messages.0.role"),
-        ([{"role": "user"}], "messages.0.content"),
-        ([{"role": "assistant", "content": None}], "messages.0.content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages"),
-        ([{"role": "user", "content": "x" * 1_001}], "messages"),
-    ],
-)
-async def test_a_message_that_is_not_text_is_refused(ai: Driver, messages: Any, param: str) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        await ai.chat(messages)
-    assert caught.value.param == param
-
-
-@pytest.fixture
-def rendering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the threads in which conversations were made tokens."""
-    threads: list[str] = []
-    encode = Tokenizer.encode_chat
-
-    def encode_chat(self: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        threads.append(threading.current_thread().name)
-        return encode(self, messages)
-
-    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
-    return threads
-
-
-@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
-def test_more_empty_messages_than_tokens_are_refused_unread(
-    http: httpx.Client, rendering: list[str], path: str, param: str
-) -> None:
-    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [{"role": "user", "content": ""}] * 1_001})
-    error = refused.json()["error"]
-    assert (refused.status_code, error["code"], error["param"]) == (400, "prompt_too_long", param)
-    assert not rendering
-
-
-@pytest.mark.parametrize(("path", "param"), [("chat/completions", "messages"), ("responses", "input")])
-def test_what_follows_the_last_message_that_is_taken_is_not_looked_at(
-    http: httpx.Client, path: str, param: str
-) -> None:
-    messages: list[Any] = [{"role": "user", "content": ""}] * 2_049
-    refused = http.post(f"/v1/{path}", json={"model": MODEL, param: [*messages, "no message"]})
-    error = refused.json()["error"]
-    assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
-
-
-def test_many_empty_messages_are_made_tokens_beside_the_event_loop(http: httpx.Client, rendering: list[str]) -> None:
-    messages = [{"role": "user", "content": ""}]
-    assert http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages}).status_code == 200
-    (loop,) = set(rendering)
-    rendering.clear()
-    refused = http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages * 900})
-    assert refused.json()["error"]["code"] == "prompt_too_long"
-    assert rendering and loop not in rendering
-
-
-@pytest.mark.parametrize("prompt", ["", [], [""], [[]], 5, [5, "a"], [5.5], [True], [[1], [259]], [-1], ["a"] * 33])
-async def test_a_prompt_that_is_none_is_refused(ai: Driver, prompt: Any) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        await ai.text(prompt)
-    assert caught.value.param in {"prompt", "n"}
-
-
-async def test_another_model_than_the_served_one_is_not_found(client: OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(model="gpt-5", prompt="a")
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-
-
-def test_two_sessions_in_one_request_are_refused(client: OpenAI, told: str) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(
-            model=MODEL, prompt="a", extra_body={"session": told}, extra_headers={"X-Session-ID": "ses_other"}
-        )
-    assert caught.value.param == "session"
-
-
-def test_a_session_learns_one_answer_at_a_time(client: OpenAI, told: str) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model=MODEL, prompt="a", n=2, extra_body={"session": told, "memory": "write"})
-    assert caught.value.param == "memory"
-
-
-def test_values_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
-    nothing = {"tools": [], "response_format": {"type": "text"}, "store": False, "user": "me", "n": None, "audio": None}
-    body = {"model": MODEL, "messages": CHAT, "max_tokens": 2, "parallel_tool_calls": True, **nothing}
-    assert http.post("/v1/chat/completions", json=body).status_code == 200
-
-
-@pytest.mark.parametrize(("annotations", "status"), [([], 200), ([{"type": "url_citation"}], 400)])
-def test_an_answer_of_openais_may_be_given_back_where_it_was_text(
-    http: httpx.Client, annotations: list[Any], status: int
-) -> None:
-    nothing: dict[str, Any] = {"refusal": None, "audio": None, "function_call": None, "tool_calls": []}
-    answer = {"role": "assistant", "content": "a", "annotations": annotations, **nothing}
-    body = {"model": MODEL, "messages": [*CHAT, answer, *CHAT], "max_tokens": 2}
-    assert http.post("/v1/chat/completions", json=body).status_code == status
-
-
-@pytest.mark.parametrize("options", [None, {}, {"include_obfuscation": False}])
-@pytest.mark.parametrize(
-    ("path", "asked"),
-    [
-        ("completions", {"prompt": "a", "max_tokens": 2}),
-        ("chat/completions", {"messages": CHAT, "max_tokens": 2}),
-        ("responses", {"input": "a", "max_output_tokens": 2}),
-    ],
-)
-def test_stream_options_that_ask_for_nothing_are_taken(
-    http: httpx.Client, path: str, asked: dict[str, Any], options: dict[str, Any] | None
-) -> None:
-    body = {"model": MODEL, "stream": True, "stream_options": options, **asked}
-    answer = http.post(f"/v1/{path}", json=body)
-    assert answer.status_code == 200, answer.text
-    assert answer.text.rstrip().endswith("data: [DONE]")
-
-
-@pytest.mark.parametrize(("path", "asked"), [("completions", {"prompt": "a"}), ("responses", {"input": "a"})])
-def test_stream_options_that_ask_for_more_are_refused(http: httpx.Client, path: str, asked: dict[str, Any]) -> None:
-    body = {"model": MODEL, "stream": True, "stream_options": {"include_obfuscation": True}, **asked}
-    refused = http.post(f"/v1/{path}", json=body)
-    error = refused.json()["error"]
-    assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "stream_options")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"{",
-        b"",
-        b"[]",
-        b'"text"',
-        b'{"model": "tiny-0", "prompt": "\\ud800"}',
-        b'{"model": "tiny-0", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"model": "\\ud800", "\\ud800": 1}',
-    ],
-)
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_body_that_is_no_request_is_refused_in_the_same_shape(http: httpx.Client, path: str, content: bytes) -> None:
-    response = http.post(path, content=content, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-
-
 def test_a_stream_ends_with_done(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 3, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as response:
@@ -646,96 +368,6 @@ def test_a_stream_ends_with_done(http: httpx.Client) -> None:
     assert lines[-1] == "data: [DONE]"
     assert all(line.startswith("data: ") for line in lines), "no event has a name"
     assert {json.loads(line[6:])["object"] for line in lines[:-1]} == {"text_completion"}
-
-
-def endless(n: int) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "a", "max_tokens": 4_096, "n": n, "logit_bias": {str(EOS): -100}}
-
-
-def wait_until_there_is_room(client: OpenAI) -> None:
-    deadline = time.monotonic() + 5
-    while True:
-        try:
-            client.completions.create(model=MODEL, prompt="a", max_tokens=1)
-            return
-        except openai.InternalServerError as error:
-            assert error.status_code == 503
-            assert error.response.headers["retry-after"] == "1"
-            assert time.monotonic() < deadline, "the answers that nobody reads go on"
-            time.sleep(0.05)
-
-
-def test_an_answer_that_nobody_reads_is_stopped(client: OpenAI) -> None:
-    with client.completions.create(**endless(8), stream=True) as stream:
-        next(iter(stream))
-        with pytest.raises(openai.InternalServerError):
-            client.completions.create(model=MODEL, prompt="a")
-    wait_until_there_is_room(client)
-
-
-async def test_an_answer_that_nobody_waits_for_is_stopped(server: LiveServer, client: OpenAI) -> None:
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as waiting:
-        with pytest.raises(openai.APITimeoutError):
-            await waiting.completions.create(**endless(8), timeout=0.5)
-    await asyncio.to_thread(wait_until_there_is_room, client)
-
-
-def num_counted(http: httpx.Client, status: int) -> float:
-    """Conversations that were answered so."""
-    counted = f'http_requests_total{{method="POST",route="/v1/chat/completions",status="{status}"}} (.*)'
-    return sum(map(float, re.findall(counted, http.get("/metrics").text)))
-
-
-def wait_until_counted_as_gone(http: httpx.Client, before: float) -> None:
-    deadline = time.monotonic() + 30
-    while num_counted(http, 499) == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_client_that_leaves_before_its_answer_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
-    before = {status: num_counted(http, status) for status in (200, 499)}
-    body = {"model": MODEL, "messages": CHAT, "max_tokens": 4_096, "logit_bias": {str(EOS): -100}}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
-    wait_until_counted_as_gone(http, before[499])
-    assert num_counted(http, 200) == before[200]
-
-
-def test_a_client_that_leaves_amid_its_request_is_counted_as_gone(server: LiveServer, http: httpx.Client) -> None:
-    before = {status: num_counted(http, status) for status in (400, 499)}
-    with socket.create_connection(("127.0.0.1", server.port)) as raw:
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 99"
-        )
-        raw.sendall(f'{head}\r\n\r\n{{"model":'.encode())
-        time.sleep(0.2)
-    wait_until_counted_as_gone(http, before[499])
-    assert num_counted(http, 400) == before[400]
-
-
-def test_more_answers_than_there_is_room_for_fail_as_one(client: OpenAI) -> None:
-    for asked in (endless(6), endless(6) | {"stream": True}):
-        with client.completions.create(**endless(5), stream=True) as others:
-            next(iter(others))
-            with pytest.raises(openai.InternalServerError) as refused:
-                client.completions.create(**asked)
-            assert refused.value.code == "overloaded"
-        wait_until_there_is_room(client)
-
-
-def test_a_model_without_a_chat_template_says_so(tmp_path: Path, settings: Settings) -> None:
-    checkpoint = write_tiny_checkpoint(tmp_path, 1)
-    (checkpoint.body / "tokenizer_config.json").unlink()
-    paths = {"body": checkpoint.body, "memory": checkpoint.memory, "store": "memory://", "port": free_port()}
-    with (
-        LiveServer(settings.model_copy(update=paths)) as server,
-        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(model="tiny-1", messages=[{"role": "user", "content": "a"}])
-        assert (caught.value.code, caught.value.param) == ("no_chat_template", "messages")
-        assert client.completions.create(model="tiny-1", prompt="a", max_tokens=2).usage
 
 
 def test_an_answer_ends_at_any_of_the_tokens_that_its_body_ends_with(tmp_path: Path, settings: Settings) -> None:

@@ -1,9 +1,8 @@
 """OpenAI's own client, sync and async, on responses and conversations: a conversation is a session."""
 
-import inspect
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +13,11 @@ from httpx_sse import connect_sse
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
+from support.openai_client import EOS, MODEL, STORY, Driver
 from support.servers import LiveServer
-from titans_server.settings import Settings
 
-API = Path(__file__).parents[2] / "docs/api.md"
-MODEL = "tiny-0"
-EOS = 2
-STORY = "a rather long story about a lighthouse. " * 20
+API = Path(__file__).parents[3] / "docs/api.md"
 LOGPROBS = ["message.output_text.logprobs"]
-
-
-@pytest.fixture(scope="module")
-def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"max_prompt_tokens": 1_000, "max_completion_tokens": 4_096})
-
-
-class Driver:
-    """Either client: what it returns is awaited where that is needed."""
-
-    def __init__(self, client: OpenAI | AsyncOpenAI) -> None:
-        self.client: Any = client
-
-    async def respond(self, text: Any = "what now", **options: Any) -> Any:
-        asked = {"model": MODEL, "input": text, "temperature": 0, "max_output_tokens": 20} | options
-        result = await self.settle(self.client.responses.create(**asked))
-        if isinstance(result, openai.AsyncStream):
-            return [event async for event in result]
-        return list(result) if isinstance(result, openai.Stream) else result
-
-    async def converse(self, **options: Any) -> Any:
-        return await self.settle(self.client.conversations.create(**options))
-
-    async def settle(self, result: Any) -> Any:
-        return await result if inspect.isawaitable(result) else result
-
-
-@pytest.fixture(params=[OpenAI, AsyncOpenAI])
-async def ai(request: pytest.FixtureRequest, server: LiveServer) -> AsyncIterator[Driver]:
-    client = request.param(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-    yield Driver(client)
-    closed = client.close()
-    if inspect.isawaitable(closed):
-        await closed
 
 
 def show(http: httpx.Client, session: str) -> dict[str, Any]:
