@@ -209,6 +209,9 @@ def test_a_share_of_the_recipe_is_the_recipe_with_less_of_everything_that_takes_
     assert (tenth.key_steps, tenth.num_facts) == (whole.key_steps // 10, whole.num_facts // 10)
     assert [s.num_steps for s in tenth.stages] == [s.num_steps // 10 for s in whole.stages]
     assert whole.scaled(1.0) == whole
+    for lesson in (whole.answering(), whole.adapting()):
+        assert lesson.scaled(1.0) == lesson, "without the lessons before it"
+        assert (lesson.scaled(0.1).key_steps, lesson.scaled(0.1).value_steps) == (0, 0)
     least = whole.scaled(1e-6)
     assert least.num_facts - least.held_out_facts >= least.held_out_facts, "enough to learn from, and to ask for"
     assert least.haystack_tokens > max(stage.num_tokens for stage in least.stages), "a document has room in the texts"

@@ -75,10 +75,13 @@ class TrainingConfig:
     )
 
     def scaled(self, share: float) -> "TrainingConfig":
-        """The same with a share, 0 to 1, of its facts, texts and steps: where it leads, sooner."""
+        """The same with a share, 0 to 1, of its facts, texts and steps: where it leads, sooner.
+
+        What has no steps gets none: one alone changes every weight by a whole learning rate.
+        """
 
         def some(count: int, least: int = 1) -> int:
-            return max(least, round(share * count))
+            return max(least, round(share * count)) if count else 0
 
         return replace(
             self,
