@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from titans.files import make_folder
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.tenants.keys import Key
@@ -115,7 +114,7 @@ class SqliteKeys:
             return database.execute(statement, values).fetchall()
 
     def _insert(self, key: Key) -> None:
-        make_folder(self._path.parent)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._database() as database:
             database.execute("PRAGMA synchronous=FULL")
             database.execute(_TABLE)
