@@ -1,9 +1,8 @@
 """OpenAI's own client, sync and async, against a real server with a tiny model: what it is answered."""
 
 import json
-import re
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
@@ -20,8 +19,6 @@ from titans_server.events import AnswerPiece
 from titans_server.service import SessionService
 from titans_server.settings import Settings
 from tokenizers.pre_tokenizers import ByteLevel
-
-API = Path(__file__).parents[3] / "docs/api.md"
 
 
 def native(http: httpx.Client, session: str, **options: Any) -> dict[str, Any]:
@@ -385,13 +382,3 @@ def test_an_answer_ends_at_any_of_the_tokens_that_its_body_ends_with(tmp_path: P
             chosen: dict[str, Any] = {"temperature": 0, "max_tokens": 3, "logit_bias": {str(letter): 100}}
             said.append(client.completions.create(model="tiny-1", prompt="a", **chosen).choices[0])
     assert [(choice.text, choice.finish_reason) for choice in said] == [("ooo", "length"), ("", "stop")]
-
-
-def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
-    section = API.read_text(encoding="utf-8").partition("\n## OpenAI's API\n")[2].partition("\n### ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    address = "http://127.0.0.1:8000"
-    assert address in example
-    run: Callable[..., None] = exec
-    run(example.replace(address, server.url), {})
-    assert capsys.readouterr().out.strip()

@@ -1,9 +1,6 @@
 """OpenAI's own client, sync and async, on responses and conversations: a conversation is a session."""
 
-import re
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +13,6 @@ from pydantic import TypeAdapter
 from support.openai_client import EOS, MODEL, STORY, Driver
 from support.servers import LiveServer
 
-API = Path(__file__).parents[3] / "docs/api.md"
 LOGPROBS = ["message.output_text.logprobs"]
 
 
@@ -269,13 +265,3 @@ def test_a_stream_that_fails_raises_with_the_same_name(server: LiveServer, http:
         with pytest.raises(openai.APIError) as caught:
             list(stream)
     assert caught.value.code == "stream_stopped"
-
-
-def test_the_example_of_the_documentation_runs(server: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
-    section = API.read_text(encoding="utf-8").partition("\n### Responses and conversations\n")[2].partition("\n## ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    address = "http://127.0.0.1:8000"
-    assert address in example
-    run: Callable[..., None] = exec
-    run(example.replace(address, server.url), {})
-    assert capsys.readouterr().out.strip()
