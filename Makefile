@@ -21,8 +21,9 @@ demo: setup
 serve: setup
 	$(BIN)/titans serve
 
+# Two at a time, for much of it is waiting; a file's tests share servers, and stay together.
 test: setup redis
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 chaos: setup redis strace
 	CHAOS=whole $(BIN)/python -m pytest tests/chaos --timeout 3600
