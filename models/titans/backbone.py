@@ -71,7 +71,8 @@ def load_backbone(path: Path) -> Backbone:
     try:
         return _from_hugging_face(path) if path.is_dir() else _from_gguf(path)
     except _UNREADABLE as error:
-        raise BackboneError(f"{path} is not a body that can be loaded: {error!r}") from error
+        reason = error if isinstance(error, OSError) else repr(error)  # which has the file; of others it may be a word
+        raise BackboneError(f"{path} is not a body that can be loaded: {reason}") from error
 
 
 def weight_files(path: Path) -> list[Path]:

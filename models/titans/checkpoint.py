@@ -214,7 +214,8 @@ def read_header(path: Path) -> tuple[TitansConfig, str]:
             header = file.metadata() or {}
         return TitansConfig.from_dict(json.loads(header["config"])), header[_BODY_DIGEST]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a memory checkpoint: {error!r}") from error
+        reason = error if isinstance(error, OSError) else repr(error)
+        raise CheckpointError(f"{path} is not a memory checkpoint: {reason}") from error
 
 
 def _fingerprint(config: TitansConfig, body_digest: str, memory: Path) -> str:

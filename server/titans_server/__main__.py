@@ -13,7 +13,7 @@ from titans_server import failpoints
 from titans_server.api.deps import AppContext
 from titans_server.app import create_app
 from titans_server.lifecycle import Lifecycle
-from titans_server.serving import DrainingServer, PunctualProtocol
+from titans_server.serving import DrainingServer, PunctualProtocol, SaysWhy
 from titans_server.sessions.open import open_store
 from titans_server.settings import Settings, not_settings, told
 from titans_server.telemetry import logs
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     lifecycle = Lifecycle[AppContext]()
     config = uvicorn.Config(
-        create_app(settings, lifecycle, tracing),
+        SaysWhy(create_app(settings, lifecycle, tracing)),
         host=settings.host,
         port=settings.port,
         http=PunctualProtocol,

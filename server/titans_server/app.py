@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from fastapi import FastAPI
 from titans import checkpoint
+from titans.backbone import BackboneError
 
 from titans_server.api import ingestions, versions
 from titans_server.api.deps import AppContext
@@ -29,7 +30,8 @@ from titans_server.api.streams.registry import StreamLimits, Streams
 from titans_server.api.streams.routes import router as streams_router
 from titans_server.engine import Engine
 from titans_server.engine.runner import Runner
-from titans_server.lifecycle import Lifecycle
+from titans_server.errors import TitansError
+from titans_server.lifecycle import CannotStart, Lifecycle
 from titans_server.observer import Observers
 from titans_server.service import Limits, ServedModel, SessionService
 from titans_server.sessions.cache import StateCache
@@ -56,10 +58,6 @@ _NO_KEY = (
 )
 
 
-class NoAPIKey(Exception):
-    """The server would be open to the world. It does not start."""
-
-
 def create_app(
     settings: Settings, lifecycle: Lifecycle[AppContext] | None = None, tracing: "Tracing | None" = None
 ) -> FastAPI:
@@ -74,10 +72,9 @@ def create_app(
                 stack.push_async_callback(asyncio.to_thread, tracing.close)
             store = open_store(settings.store)
             stack.push_async_callback(store.close)
-            await store.open()
             keys = open_keys(settings.store)
             stack.push_async_callback(keys.close)
-            gatekeeper = await _gatekeeper(keys, settings)
+            gatekeeper = await _open(store, keys, settings)
             load = partial(_serve, settings, store=store, metrics=metrics, tracing=tracing, life=life, stack=stack)
             async with life.loading(load):
                 yield {"lifecycle": life, "gatekeeper": gatekeeper, "stall_seconds": settings.stream_stall_seconds}
@@ -145,8 +142,19 @@ async def _serve(
     log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
 
 
+async def _open(store: SessionStore, keys: KeyStore, settings: Settings) -> Gatekeeper:
+    """What the server begins with. Raises CannotStart where the store cannot be used, or a stranger could come in."""
+    try:
+        await store.open()
+        return await _gatekeeper(keys, settings)
+    except TitansError as error:
+        cause = error.__cause__
+        more = "" if cause is None or str(cause) in str(error) else f": {cause}"
+        raise CannotStart(f"{error}{more}") from error
+
+
 async def _gatekeeper(keys: KeyStore, settings: Settings) -> Gatekeeper:
-    """Raises NoAPIKey where a stranger could come in."""
+    """Raises CannotStart where a stranger could come in."""
     exposed = settings.is_reachable_from_elsewhere
     gatekeeper = Gatekeeper(
         keys,
@@ -155,8 +163,7 @@ async def _gatekeeper(keys: KeyStore, settings: Settings) -> Gatekeeper:
         quotas=Quotas(**{quota.name: getattr(settings, f"quota_{quota.name}") for quota in fields(Quotas)}),
     )
     if exposed and not settings.allow_anonymous and not await gatekeeper.has_keys():
-        log.critical(_NO_KEY)
-        raise NoAPIKey(_NO_KEY)
+        raise CannotStart(_NO_KEY)
     return gatekeeper
 
 
@@ -195,6 +202,18 @@ def _stream_limits(settings: Settings) -> StreamLimits:
 def _load(settings: Settings, name: str) -> checkpoint.Loaded:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = None if name == "auto" else torch.device(name)
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return checkpoint.load(settings.body, settings.memory, device=device, dtype=dtype)
+    try:
+        return checkpoint.load(settings.body, settings.memory, device=_device(name), dtype=dtype)
+    except (BackboneError, checkpoint.CheckpointError) as error:
+        raise CannotStart(str(error)) from error
+
+
+def _device(name: str) -> torch.device | None:
+    """None: whichever there is. Raises CannotStart for one that there is not."""
+    if name == "auto":
+        return None
+    device, num_gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise CannotStart(f"TITANS_DEVICE has {name}, and PyTorch {torch.__version__} finds {num_gpus} CUDA devices")
+    return device

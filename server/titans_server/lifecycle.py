@@ -21,6 +21,10 @@ _POLL_SECONDS = 0.05
 _FAREWELL_SECONDS = 5.0  # for what was ended to tell its clients
 
 
+class CannotStart(Exception):
+    """What ends a server before it serves, and is for its operator to mend: the message says what, in one line."""
+
+
 class Worker(Protocol):
     """What does the work: the engine."""
 
@@ -70,6 +74,9 @@ class Lifecycle(Generic[T]):
         async def run() -> None:
             try:
                 await load()
+            except CannotStart as error:
+                self.has_failed = True
+                log.error("the model cannot be loaded: %s", error)
             except Exception:
                 self.has_failed = True
                 log.exception("the model cannot be loaded")

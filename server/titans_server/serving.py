@@ -1,4 +1,4 @@
-"""uvicorn, but for its end and for slow clients.
+"""uvicorn, but for its end, for slow clients, and for what it says of a start that fails.
 
 It drains while it still listens, so that whoever asks is told so; a connection has to make a request, and to take what
 is sent to it.
@@ -16,15 +16,34 @@ import termios
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from titans_server.lifecycle import Lifecycle
+from titans_server.lifecycle import CannotStart, Lifecycle
 
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5  # for connections of clients that do not read
 HEAD_SECONDS = 30.0
 _USED_UP = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # after which asyncio waits a second
+
+
+class SaysWhy:
+    """An app of which uvicorn logs why it cannot start, where its operator can mend that, with no traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+
+        async def tell(message: Message) -> None:
+            reason = sys.exception()  # that starlette is handling, which has made its traceback the message
+            if message["type"] == "lifespan.startup.failed" and isinstance(reason, CannotStart):
+                message = {**message, "message": str(reason)}
+            await send(message)
+
+        await self._app(scope, receive, tell if scope["type"] == "lifespan" else send)
 
 
 class PunctualProtocol(H11Protocol):

@@ -17,7 +17,8 @@ from support.keys import new_key, put
 from support.models import TinyCheckpoint, write_tiny_checkpoint
 from support.servers import LiveServer, free_port
 from titans_client.cli import main
-from titans_server.app import NoAPIKey, create_app
+from titans_server.app import create_app
+from titans_server.lifecycle import CannotStart
 from titans_server.settings import Settings
 from titans_server.tenants.quotas import Quotas
 
@@ -358,7 +359,7 @@ async def test_a_server_without_a_key_does_not_start_where_others_reach_it(
     checkpoint: TinyCheckpoint, tmp_path: Path, exposed: dict[str, str]
 ) -> None:
     app = create_app(settings_for(checkpoint, tmp_path, **exposed))
-    with pytest.raises(NoAPIKey, match="TITANS_API_KEY"):
+    with pytest.raises(CannotStart, match="TITANS_API_KEY"):
         async with app.router.lifespan_context(app):
             pass
 

@@ -1,9 +1,6 @@
 """The end of a server: asked to stop, it says so, finishes what it can, and cuts nobody off."""
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 import httpx
 from httpx_sse import connect_sse
 from support.models import TinyCheckpoint
-from support.servers import ServerProcess, Upload, free_port
+from support.servers import ServerProcess, Upload
 from titans_server.sessions.open import open_store
 from titans_server.sessions.record import SessionRecord
 
@@ -127,16 +124,3 @@ async def stored(url: str, session: str) -> SessionRecord:
         return await store.get(session)
     finally:
         await store.close()
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(
-    checkpoint: TinyCheckpoint, tmp_path: Path
-) -> None:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("TITANS_")}
-    own = {"TITANS_BODY": str(tmp_path), "TITANS_STORE": "memory://", "TITANS_PORT": str(free_port())}
-    command = [sys.executable, "-m", "titans_server"]
-    done = subprocess.run(
-        command, env=clean | checkpoint.environment | own, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 1
-    assert "the model cannot be loaded" in done.stderr and "config.json" in done.stderr
