@@ -74,12 +74,9 @@ class Lifecycle(Generic[T]):
         async def run() -> None:
             try:
                 await load()
-            except CannotStart as error:
+            except Exception as error:
                 self.has_failed = True
-                log.error("the model cannot be loaded: %s", error)
-            except Exception:
-                self.has_failed = True
-                log.exception("the model cannot be loaded")
+                log.error("the model cannot be loaded: %s", error, exc_info=not isinstance(error, CannotStart))
 
         task = asyncio.create_task(run())
         try:
