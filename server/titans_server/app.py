@@ -20,6 +20,7 @@ from titans_server.api.deps import AppContext
 from titans_server.api.gate import Gate, RequestLimits
 from titans_server.api.handlers import add_handlers
 from titans_server.api.head import HeadAsGet
+from titans_server.api.lingering import Lingering
 from titans_server.api.observed import Observed
 from titans_server.api.openai.responses.routes import router as responses_router
 from titans_server.api.openai.routes import router as openai_router
@@ -96,6 +97,7 @@ def create_app(
         everybody=frozenset({LIVE, READY, METRICS} if settings.metrics == "open" else {LIVE, READY}),
     )
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
+    app.add_middleware(Lingering)
     return app
 
 

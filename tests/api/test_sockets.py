@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.models import write_tiny_checkpoint
 from support.servers import LiveServer, free_port
+from titans_server.api import lingering
 from titans_server.settings import Settings
 
 EOS = 2
@@ -193,12 +194,37 @@ def test_chunks_without_end_stop_at_the_limit(raw: Raw, http: httpx.Client, sess
     head = "Content-Type: text/plain\nTransfer-Encoding: chunked\nConnection: close"
     raw.send(f"POST /v1/sessions/{session}/documents HTTP/1.1\n{head}")
     chunk = b"1000\r\n" + b"word " * 819 + b"a\r\n"
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        for _ in range(30):
-            raw.socket.sendall(chunk)
-    assert raw.answer()[0] in {0, 413}
+    for _ in range(30):
+        raw.socket.sendall(chunk)
+    assert raw.socket.recv(1, socket.MSG_PEEK), "it is refused already"
+    raw.socket.sendall(b"0\r\n\r\n")
+    assert raw.answer()[0] == 413
     assert version(http, session) == 0
     assert is_served(http)
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+def test_a_refusal_reaches_who_goes_on_sending(raw: Raw, http: httpx.Client, session: str, http_version: str) -> None:
+    """As nginx does, which asks for a connection that is closed."""
+    size = 90_000
+    head = f"Content-Type: text/plain\nContent-Length: {size}\nConnection: close"
+    raw.send(f"POST /v1/sessions/{session}/documents HTTP/{http_version}\n{head}", b"\xff")
+    assert raw.socket.recv(1, socket.MSG_PEEK), "it is refused already"
+    for _ in range(10):
+        raw.socket.sendall(b"a" * (size // 10))
+        time.sleep(0.01)
+    assert raw.answer()[0] == 422
+    assert is_served(http)
+
+
+def test_a_client_that_was_refused_and_falls_silent_is_left(
+    raw: Raw, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`answer` reads until the connection is closed."""
+    monkeypatch.setattr(lingering, "_SILENCE_SECONDS", 0.1)
+    head = "Content-Type: text/plain\nContent-Length: 900\nConnection: close"
+    raw.send(f"POST /v1/sessions/{session}/documents HTTP/1.1\n{head}", b"\xff")
+    assert raw.answer()[0] == 422
 
 
 @pytest.mark.parametrize("length", [3, 10])

@@ -1,4 +1,4 @@
-"""The outermost layer of the app: every request has an id, a line in the log and a place in the metrics."""
+"""The first layer of the app that looks at a request: each has an id, a line in the log and a place in the metrics."""
 
 import logging
 import time
