@@ -308,8 +308,8 @@ def test_what_has_no_mean_is_told(
         ([str(tiny.memory), str(stranger)], 1, "another body"),
         ([str(tmp_path / "none")], 1, "not a memory checkpoint"),
         ([str(tiny.memory), "--shares", "1", "2"], 2, "2 shares for 1 memories"),
-        ([str(tiny.memory), "--shares", "-1"], 2, "not a share"),
-        ([str(tiny.memory), "--shares", "nan"], 2, "not a share"),
+        ([str(tiny.memory), "--shares", "-1"], 2, "not a number above 0"),
+        ([str(tiny.memory), "--shares", "nan"], 2, "not a number above 0"),
         ([str(tiny.memory), "--write-bias", "inf"], 2, "not a number"),
         ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
     ):

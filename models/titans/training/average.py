@@ -2,7 +2,7 @@
 
 For memories that were trained one from the other, or from the same one: what the last was taught and what the first
 could already do then stand in one, and mistakes that they do not share grow less (Wortsman et al., "Robust fine-tuning
-of zero-shot models", CVPR 2022; "Model soups", ICML 2022).
+of zero-shot models", CVPR 2022; "Model soups", ICML 2022). How evenly and strongly the mean writes can be set, too.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> float:
     """A finite number above 0."""
     if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"not a share: {text!r}")
+        raise argparse.ArgumentTypeError(f"not a number above 0: {text!r}")
     return value
 
 
