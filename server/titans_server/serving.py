@@ -24,6 +24,7 @@ from titans_server.lifecycle import CannotStart, Lifecycle
 log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 5  # for connections of clients that do not read
+_IDLE_SECONDS = 75  # longer than clients and proxies keep one: who closes it first may be sent a request that is lost
 HEAD_SECONDS = 30.0
 _USED_UP = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # after which asyncio waits a second
 
@@ -144,6 +145,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle[Any], drain_seconds: float) -> None:
         config.timeout_graceful_shutdown = _CLOSE_SECONDS
+        config.timeout_keep_alive = _IDLE_SECONDS
         super().__init__(config)
         self._lifecycle = lifecycle
         self._drain_seconds = drain_seconds
