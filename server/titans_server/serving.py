@@ -153,7 +153,11 @@ class DrainingServer(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve. Returns, or raises SystemExit(0) after SIGTERM: being asked to end is no failure."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again at its end
-        super().run(sockets)
+        try:
+            super().run(sockets)
+        except SystemExit as end:
+            if end.code == 0:
+                raise  # the others are uvicorn's, for a start that failed: `started` tells of these
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
