@@ -117,6 +117,7 @@ def test_retry_after_is_seconds_or_a_date_or_nothing() -> None:
     assert parse_retry_after("nan") is None
     assert parse_retry_after("-1") is None
     assert parse_retry_after("") is None
+    assert parse_retry_after("Wed, 21 Oct 9999999999 07:28:00 GMT") is None
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert 50 < (parse_retry_after(formatdate(time.time() + 60, usegmt=True)) or 0) <= 60
 
