@@ -14,7 +14,15 @@ from typing import Literal
 from titans.tokenizer import Tokenizer
 
 from titans_server.accepted import Accepted
-from titans_server.errors import IngestionInFlight, IngestionNotFound, InvalidRequest, KeyReused, SessionNotFound
+from titans_server.errors import (
+    DocumentTooLarge,
+    IngestionInFlight,
+    IngestionNotFound,
+    InvalidRequest,
+    KeyReused,
+    SessionNotFound,
+    UnsupportedMediaType,
+)
 from titans_server.events import DocumentLearnt, Fault, IngestionStatus, Progress
 from titans_server.learning import Learning, Work, check_match, replayed
 from titans_server.leases import Leases
@@ -26,6 +34,8 @@ from titans_server.sessions.record import Draft, Outcome, SessionRecord
 from titans_server.states import States
 from titans_server.takeover import TakeOver
 from titans_server.writers import Writers
+
+_REFUSALS = (InvalidRequest, DocumentTooLarge, UnsupportedMediaType)  # for what it is: nobody can go on with it
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class Ingestions:
                             yield event
             assert work.learnt is not None
             yield work.learnt
-        except InvalidRequest:
-            work.draft = replace(work.draft, key="")  # nobody can go on with it
+        except _REFUSALS:
+            work.draft = replace(work.draft, key="")
             raise
         finally:
             self._leave(work)
@@ -116,7 +126,7 @@ class Ingestions:
         try:
             async with self._leases.held(work):
                 await self._receive(work, document)
-        except InvalidRequest:
+        except _REFUSALS:
             work.draft = replace(work.draft, key="")
             raise
         finally:

@@ -12,6 +12,8 @@ from support.servers import LiveServer
 from titans_server.sessions.record import SessionRecord
 
 TEXT = "The keeper kept a key under the third stone, and told nobody of it. " * 6
+HALF = TEXT.encode() * 8
+FILE = b"--b\r\nContent-Disposition: form-data; name=f; filename=f\r\n"
 
 
 def learn(http: httpx.Client, session: str, content: Any, **headers: str) -> httpx.Response:
@@ -203,6 +205,47 @@ def test_an_empty_or_broken_document_leaves_nothing(
     assert code(send(http, session, TEXT.encode() + b"\xff", **key)) == (422, "invalid_utf8")
     while http.get(f"/v1/sessions/{session}").json()["ingestions"]:
         time.sleep(0.02)
+    assert send(http, session, TEXT, **key).is_success
+
+
+@pytest.mark.parametrize("send", [learn, later])
+@pytest.mark.parametrize(
+    ("kind", "first", "rest", "refusal"),
+    [
+        ("text/plain", HALF, b"\xff", (422, "invalid_utf8")),
+        ("text/plain", HALF, HALF * 6, (413, "document_too_large")),
+        (
+            "multipart/form-data; boundary=b",
+            FILE + b"\r\n" + HALF,
+            b"\r\n" + FILE + b"Content-Type: text/plain; charset=latin-1\r\n\r\n",
+            (415, "unsupported_media_type"),
+        ),
+    ],
+)
+def test_a_document_that_is_refused_half_way_leaves_nothing(
+    http: httpx.Client,
+    session: str,
+    send: Callable[..., httpx.Response],
+    kind: str,
+    first: bytes,
+    rest: bytes,
+    refusal: tuple[int, str],
+) -> None:
+    begun: list[str] = []
+
+    def body() -> Iterator[bytes]:
+        yield first
+        while not begun:
+            begun.extend(http.get(f"/v1/sessions/{session}").json()["ingestions"])
+        yield rest
+
+    key = {"Idempotency-Key": "k"}
+    assert code(send(http, session, body(), **key, **{"Content-Type": kind})) == refusal
+    deadline = time.monotonic() + 20
+    while http.get(f"/v1/sessions/{session}").json()["ingestions"]:
+        assert time.monotonic() < deadline, "it waits for what can never be"
+        time.sleep(0.02)
+    assert code(http.get(f"/v1/ingestions/{begun[0]}")) == (404, "ingestion_not_found")
     assert send(http, session, TEXT, **key).is_success
 
 

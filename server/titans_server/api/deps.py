@@ -167,7 +167,7 @@ class Upload:
         self._check_size(int(request.headers.get("content-length", 0)))  # refuse at once what says that it is too large
 
     async def pieces(self) -> AsyncGenerator[str, None]:
-        """The text. Raises DocumentTooLarge, InvalidRequest, and ClientDisconnect where the client leaves."""
+        """The text. Raises what a document is refused with, and ClientDisconnect where the client leaves."""
         num_bytes = 0
         try:
             async for data in self._request.stream():

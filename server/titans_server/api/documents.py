@@ -28,7 +28,7 @@ class DocumentReader(Protocol):
     """Turns a body's bytes into its text."""
 
     def feed(self, data: bytes) -> str:
-        """The text that is certain by now. Raises InvalidRequest."""
+        """The text that is certain by now. Raises InvalidRequest, UnsupportedMediaType."""
 
     def finish(self) -> str:
         """The rest. Raises InvalidRequest where something is missing."""
