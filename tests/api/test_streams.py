@@ -265,6 +265,27 @@ def test_a_fault_before_an_answer_begins_is_a_500(
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("headers", [{}, RESUMABLE], ids=["plain", "resumable"])
+def test_an_answer_begins_also_where_each_event_fills_the_ring(
+    server: LiveServer,
+    http: httpx.Client,
+    session: str,
+    endpoint: str,
+    headers: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = server.context.streams
+    monkeypatch.setattr(streams, "limits", replace(streams.limits, max_bytes=1))
+    monkeypatch.setattr(deps, "_BEGIN_SECONDS", 60)
+    request = streamed(endpoint, session) | {"timeout": 20}
+    refused = http.request(**request, headers=headers | {"If-Match": '"7"'})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (412, "version_conflict")
+    with http.stream(**request, headers=headers) as response:
+        *_, done = events(response)
+    assert done.data == "[DONE]"
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_an_answer_that_is_long_in_beginning_fails_in_its_stream(
     http: httpx.Client, session: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

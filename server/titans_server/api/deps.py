@@ -131,8 +131,9 @@ class Replying:
         events: Callable[[AsyncGenerator[T, None]], AsyncGenerator[Any, None]] = lambda pieces: pieces,
         framing: Framing | None = None,
     ) -> EventStream:
-        """The response that tells the events of an answer's pieces.
+        """The response that tells the events of an answer's pieces, of which none may come before the first piece.
 
+        The reader comes with that piece, and events that fill the ring before would wait for the reader.
         Raises Overloaded, and what the answer fails with before its first piece, so that it is answered with a status.
         """
         beginning = Beginning()

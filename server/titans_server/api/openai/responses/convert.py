@@ -61,17 +61,17 @@ class ResponseForm:
         return filled(as_json(fields), [self._told])
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[Json, None]:
-        """The response as it comes, for `ResponseFraming`."""
+        """The response as it comes, for `ResponseFraming`; none of it before the first piece: see `stream_answer`."""
         at = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        item = self._item("", "in_progress")
-        begun = self._response("in_progress", [])
-        yield {"type": "response.created", "response": begun}
-        yield {"type": "response.in_progress", "response": begun}
-        yield {"type": "response.output_item.added", "output_index": 0, "item": item | {"content": []}}
-        yield {"type": "response.content_part.added", **at, "part": item["content"][0]}
-        texts = []
+        texts: list[str] = []
         async with aclosing(pieces) as source:
             async for last in source:
+                if not texts:
+                    item, begun = self._item("", "in_progress"), self._response("in_progress", [])
+                    yield {"type": "response.created", "response": begun}
+                    yield {"type": "response.in_progress", "response": begun}
+                    yield {"type": "response.output_item.added", "output_index": 0, "item": item | {"content": []}}
+                    yield {"type": "response.content_part.added", **at, "part": item["content"][0]}
                 texts.append(last.text)
                 told = _logprobs(last.tokens)
                 self._told.extend(told)
