@@ -220,9 +220,8 @@ class Ingestions:
         await self._leases.release(work)
 
     async def _record_of(self, ingestion: str) -> SessionRecord:
-        session = ingestion.removeprefix("ing_").rpartition("_")[0]
         try:
-            record = await self._ledger.store.get(f"ses_{session}")
+            record = await self._ledger.store.get(session_of(ingestion))
         except SessionNotFound:
             raise IngestionNotFound(f"no ingestion {ingestion}") from None
         if record.outcome(ingestion) is None and record.draft(ingestion) is None:
@@ -246,3 +245,8 @@ class Ingestions:
         return IngestionStatus(
             ingestion, record.id, status, draft.num_bytes, draft.tokens, num_learnt, None, draft.created_at
         )
+
+
+def session_of(ingestion: str) -> str:
+    """The id of the session that a document goes into, by the document's own."""
+    return f"ses_{ingestion.removeprefix('ing_').rpartition('_')[0]}"

@@ -76,6 +76,12 @@ def seen(response: httpx.Response) -> tuple[Any, ...]:
     return response.status_code, response.json(), headers
 
 
+def tear(server: LiveServer, *sessions: str) -> None:
+    """Have records that cannot be read."""
+    with closing(sqlite3.connect(server.store.removeprefix("sqlite:///"))) as database, database:  # type: ignore[attr-defined]
+        database.executemany("UPDATE sessions SET record = '{torn' WHERE id = ?", [(each,) for each in sessions])
+
+
 def routes() -> list[tuple[str, str]]:
     paths = create_app(Settings()).openapi()["paths"]
     found = [(method.upper(), path) for path, methods in paths.items() for method in methods if "{session_id}" in path]
@@ -85,9 +91,20 @@ def routes() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("method", "path"), routes())
 @pytest.mark.parametrize("body", [{"json": ASK}, {"content": b"\xff", "headers": PLAIN}, {}])
+@pytest.mark.parametrize("torn", [False, True])
 def test_a_foreign_session_is_answered_exactly_like_an_unknown_one(
-    mallory: httpx.Client, alice: httpx.Client, session: str, method: str, path: str, body: dict[str, Any]
+    server: LiveServer,
+    mallory: httpx.Client,
+    alice: httpx.Client,
+    session: str,
+    method: str,
+    path: str,
+    body: dict[str, Any],
+    *,
+    torn: bool,
 ) -> None:
+    if torn:
+        tear(server, session)
     before = alice.get(f"/v1/sessions/{session}").json()
     named = path.replace("{session_id}", "{}")
     named = named if named.count("{") == 1 else named.rpartition("/")[0] + "/1"
@@ -100,6 +117,21 @@ def test_a_foreign_session_is_answered_exactly_like_an_unknown_one(
 
 def json_with(response: httpx.Response, this: str, other: str) -> Any:
     return json.loads(response.text.replace(this, other))
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_a_document_into_a_foreign_session_is_answered_exactly_like_an_unknown_one(
+    server: LiveServer, mallory: httpx.Client, alice: httpx.Client, session: str, method: str
+) -> None:
+    ingestion = learn(alice, session, "more words").json()["ingestion"]
+    unknown = ingestion.replace(*(name.removeprefix("ses_") for name in (session, UNKNOWN)))
+    expected = mallory.request(method, f"/v1/ingestions/{unknown}")
+    assert (expected.status_code, expected.json()["error"]["code"]) == (404, "ingestion_not_found")
+    for own in (200, 500):
+        foreign = mallory.request(method, f"/v1/ingestions/{ingestion}")
+        assert seen(foreign) == (404, json_with(expected, unknown, ingestion), seen(expected)[2])
+        assert alice.request(method, f"/v1/ingestions/{ingestion}").status_code == own
+        tear(server, session)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
@@ -192,8 +224,7 @@ def test_a_session_that_cannot_be_read_is_deleted_by_its_own_key_alone(
     server: LiveServer, alice: httpx.Client, mallory: httpx.Client
 ) -> None:
     names = [alice.post("/v1/sessions").json()["id"] for _ in range(2)]
-    with closing(sqlite3.connect(server.store.removeprefix("sqlite:///"))) as database, database:  # type: ignore[attr-defined]
-        database.executemany("UPDATE sessions SET record = '{torn' WHERE id = ?", [(name,) for name in names])
+    tear(server, *names)
     for path in (f"/v1/sessions/{names[0]}", f"/v1/conversations/{names[1]}"):
         assert mallory.delete(path).json()["error"]["code"] == "session_not_found"
         torn = alice.get(path)

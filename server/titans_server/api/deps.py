@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
@@ -60,23 +61,28 @@ From = Annotated[Caller, Depends(get_caller)]
 
 
 async def own_session(session_id: str, caller: From, service: Service) -> str:
-    """The id of a session of the caller's. Raises SessionNotFound for another's, as for none."""
-    record = await service.get(session_id)
-    if record.owner != caller.owner:
+    """The id of a session of the caller's. Raises SessionNotFound for another's, as for none.
+
+    Raises StateCorrupted where its record cannot be read, and it is the caller's by the store's list.
+    """
+    try:
+        is_own = (await service.get(session_id)).owner == caller.owner
+    except StateCorrupted:
+        if await service.is_listed(session_id, caller.owner):
+            request_info.about_session(session_id)
+            raise
+        is_own = False
+    if not is_own:
         raise not_found(session_id)
     request_info.about_session(session_id)
     return session_id
 
 
 async def own_session_to_delete(session_id: str, caller: From, service: Service) -> str:
-    """`own_session`, and where its record cannot be read, whose it is by the store's list."""
-    try:
-        return await own_session(session_id, caller, service)
-    except StateCorrupted as error:
-        if not await service.is_listed(session_id, caller.owner):
-            raise not_found(session_id) from error
-        request_info.about_session(session_id)
-        return session_id
+    """`own_session`, also where its record cannot be read."""
+    with suppress(StateCorrupted):
+        await own_session(session_id, caller, service)
+    return session_id
 
 
 async def room(caller: From, service: Service) -> None:

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from titans_server.api.deps import Context, From, OwnSession, Reply, Room, Service, Upload
+from titans_server.api.deps import Context, From, OwnSession, Reply, Room, Service, Upload, own_session
 from titans_server.api.documents import reader_for
 from titans_server.api.preconditions import AskedTerms, accepts, prefers
 from titans_server.api.routes import SESSION
-from titans_server.errors import IngestionNotFound
+from titans_server.errors import IngestionNotFound, SessionNotFound
 from titans_server.events import DocumentLearnt, IngestionStatus
-from titans_server.ingesting import Terms
+from titans_server.ingesting import Terms, session_of
 from titans_server.service import SessionService
 
 router = APIRouter()
@@ -36,10 +36,11 @@ async def post_document(
 
 async def own_ingestion(ingestion_id: str, caller: From, service: Service) -> IngestionStatus:
     """A document into a session of the caller's. Raises IngestionNotFound for another's, as for none."""
-    status = await service.ingestion(ingestion_id)
-    if (await service.get(status.session)).owner != caller.owner:
-        raise IngestionNotFound(f"no ingestion {ingestion_id}")
-    return status
+    try:
+        await own_session(session_of(ingestion_id), caller, service)
+    except SessionNotFound:
+        raise IngestionNotFound(f"no ingestion {ingestion_id}") from None
+    return await service.ingestion(ingestion_id)
 
 
 OwnIngestion = Annotated[IngestionStatus, Depends(own_ingestion)]
