@@ -173,7 +173,8 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     scores = _tempered(logits, max(params.temperature, COLDEST))
     num_left = min(params.top_k or len(scores), len(scores))
     if params.min_p:
-        num_left = min(num_left, int((scores >= math.log(params.min_p)).sum()))
+        num_near = int((scores >= math.log(params.min_p)).sum())
+        num_left = min(num_left, max(1, num_near))  # of NaN none is near: who is drawn with them is not to fail for it
     if params.min_p or num_left < len(scores):
         scores, tokens = scores.topk(num_left)
         return _cut(tokens, scores.softmax(-1), params.top_p)

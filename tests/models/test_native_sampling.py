@@ -55,6 +55,12 @@ def test_a_token_is_the_one_that_torch_picks(kind: dict[str, Any], spread: float
         assert token == expected or changed_N[token].item() == pytest.approx(changed_N[expected].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", _KINDS, ids=str)
+def test_of_scores_that_are_none_some_token_is_picked(kind: dict[str, Any]) -> None:
+    picked = NativePick(Team(2))(torch.full((3, 1_023), torch.nan), choices_of(kind, 1_023, 3))
+    assert all(0 <= token < 1_023 for token in picked)
+
+
 @pytest.mark.parametrize("kind", [{}, {"top_p": 0.75}, {"top_k": 3}, {"min_p": 0.2}], ids=str)
 def test_chance_from_one_end_to_the_other_picks_what_torch_picks(kind: dict[str, Any]) -> None:
     scores_N = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()

@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from titans.sampling import Drawn, Sampler, SamplingParams, biased, candidates, draw_together, penalties_of, told
+from titans.sampling import (
+    Drawn,
+    Sampler,
+    SamplingParams,
+    biased,
+    candidates,
+    draw_each,
+    draw_together,
+    penalties_of,
+    told,
+)
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -73,6 +83,18 @@ def test_sequences_are_drawn_together_as_alone(kinds: list[dict[str, Any]]) -> N
         assert draw_together(together, scores) == [
             sampler.draw(row) for sampler, row in zip(alone, scores, strict=True)
         ]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", [*KINDS, {"min_p": 0.1}, {"min_p": 0.1, "top_k": 5, "top_p": 0.9}], ids=str)
+def test_scores_that_are_not_finite_fail_nothing_that_is_drawn_with_them(kind: dict[str, Any], bad: float) -> None:
+    scores = torch.randn(2, 1_000, generator=torch.Generator().manual_seed(0))
+    alone = Sampler(SamplingParams(seed=1, **kind)).draw(scores[1])
+    scores[0] = bad
+    for draw in (draw_each, draw_together):
+        spoilt, whole = draw([Sampler(SamplingParams(seed=1, **kind)) for _ in scores], scores)
+        assert whole == alone
+        assert 0 <= spoilt.token < 1_000
 
 
 def test_what_takes_scores_and_a_temperature_alone_is_plain() -> None:
