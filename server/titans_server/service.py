@@ -190,7 +190,11 @@ class SessionService:
         self._states.check(await self.get(session_id))
         try:
             state = await asyncio.to_thread(
-                codec.decode, blob, fingerprint=self.model.fingerprint, like=self._states.empty
+                codec.decode,
+                blob,
+                fingerprint=self.model.fingerprint,
+                like=self._states.empty,
+                most=codec.MOST_IMPORTED,
             )
         except StateCorrupted as error:
             raise InvalidState(error.message) from error

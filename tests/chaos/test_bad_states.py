@@ -287,6 +287,7 @@ def test_a_file_that_is_no_state_of_this_model_is_not_imported(world: World) -> 
         "one bit altered": state[:-9] + bytes([state[-9] ^ 1]) + state[-8:],
         "not a number": forged(state, own, **{name: torch.full_like(numbers, torch.nan)}),
         "infinite": forged(state, own, **{name: torch.full_like(numbers, torch.inf)}),
+        "larger than any text makes it": forged(state, own, **{name: torch.full_like(numbers, -3e38)}),
         "of another shape": forged(state, own, **{name: torch.zeros(1, 2, 3)}),
         "read fewer than none": forged(state, own, position=torch.full_like(load(state)["position"], -1)),
         "read all that 64 bits count": forged(state, own, position=torch.full_like(load(state)["position"], 2**63 - 1)),

@@ -1,15 +1,21 @@
 """A state survives being written down bit for bit, and nothing doubtful is ever read back."""
 
 import json
+import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
+from support.models import make_tiny
+from titans.checkpoint import ready
 from titans.config import tiny
 from titans.model import TitansModel
+from titans.sampling import Sampler, SamplingParams
 from titans.state import State
 from titans_server.errors import StateCorrupted, StateMismatch
+from titans_server.sessions import codec
 from titans_server.sessions.codec import decode, encode, sha256
 from torch import Tensor
 
@@ -53,7 +59,7 @@ def test_what_is_read_back_is_bit_equal(dtype: torch.dtype, momentum: bool) -> N
 
 def test_negative_zero_and_denormals_keep_their_bits() -> None:
     state = a_state()
-    state.tail.view(-1)[:3] = torch.tensor([-0.0, 1e-45, torch.finfo(torch.float32).max])
+    state.tail.view(-1)[:3] = torch.tensor([-0.0, 1e-45, codec.MOST_STORED])
     assert_bit_equal(state, decode(encode(state, MODEL), fingerprint=MODEL, like=state))
 
 
@@ -180,14 +186,68 @@ def test_another_kind_of_number_is_refused() -> None:
         decode(altered(encode(state, MODEL), position=torch.zeros(1)), fingerprint=MODEL, like=state)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38, 1.01e12, -1.01e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", ["2.weights", "2.momentum", "2.recent", "0.keys", "1.values", "tail"])
-def test_a_number_that_is_not_finite_is_refused(part: str, bad: float) -> None:
-    state = a_state()
+def test_a_number_that_no_text_makes_is_refused(part: str, dtype: torch.dtype, bad: float) -> None:
+    state = a_state(dtype)
     x = state.parts()[part].clone()
     x.view(-1)[-1] = bad
-    with pytest.raises(StateCorrupted, match=part):
+    with pytest.raises(StateCorrupted, match=f"{part} holds .* to be within 1e\\+12 of 0"):
         decode(encode(State.from_parts(state.parts() | {part: x}), MODEL), fingerprint=MODEL, like=state)
+
+
+@pytest.mark.parametrize("bound", [codec.MOST_IMPORTED, codec.MOST_STORED])
+def test_what_goes_beyond_the_bound_is_refused_and_what_reaches_it_is_not(bound: float) -> None:
+    state = filled(a_state(), bound)
+    assert_bit_equal(state, decode(encode(state, MODEL), fingerprint=MODEL, like=state, most=bound))
+    with pytest.raises(StateCorrupted, match="of 0"):
+        decode(encode(filled(state, 1.001 * bound), MODEL), fingerprint=MODEL, like=state, most=bound)
+
+
+def filled(like: State, number: float, *, signs: torch.Generator | None = None) -> State:
+    """A state of nothing but one number; where there are `signs`, each of either."""
+
+    def fill(name: str, x: Tensor) -> Tensor:
+        if name == "position":
+            return torch.tensor([103])  # within a chunk, and the window has been filled
+        numbers = torch.full_like(x, number)
+        return numbers if signs is None else numbers * torch.randint(0, 2, x.shape, generator=signs).mul(2).sub(1)
+
+    return like.map(fill)
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"readout": True},
+        {"momentum": True, "memory_layers": (1, 2)},
+        {"momentum": True, "products": 2, "output_norm": True},
+        {"momentum": True, "architecture": "mag"},
+        {"momentum": True, "architecture": "mac"},
+        {"momentum": True, "architecture": "lmm", "memory_layers": (0, 1, 2, 3)},
+        {"momentum": True, "rule": "chunk"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_state_of_the_largest_numbers_goes_on_as_any(form: dict[str, Any], dtype: torch.dtype, sign: int) -> None:
+    model = make_tiny(**form)
+    ready(model, torch.device("cpu"), dtype)
+    chance = torch.Generator().manual_seed(0)
+    largest = filled(model.new_state(), (sign or 1) * codec.MOST_IMPORTED, signs=None if sign else chance)
+    state = decode(encode(largest, MODEL), fingerprint=MODEL, like=largest, most=codec.MOST_IMPORTED)
+    sampler = Sampler(SamplingParams(min_p=0.1, num_logprobs=5, seed=1))
+    for _ in range(4):
+        hidden, _ = model.forward(torch.randint(3, 259, (1, 11), generator=chance), model.open(state))
+        told = sampler.draw(model.logits(hidden[0, -1]))
+        assert all(math.isfinite(logprob or 0.0) for logprob in (told.logprob, *dict(told.top).values()))
+        before, state = state, model.ingest(torch.randint(3, 259, (1, 37), generator=chance), state)
+        state = decode(encode(state, MODEL), fingerprint=MODEL, like=state)
+        weights = [name for name in state.parts() if name.endswith(".weights")]
+        assert all((state.parts()[name] - before.parts()[name]).square().sum().isfinite() for name in weights)
 
 
 @pytest.mark.gpu

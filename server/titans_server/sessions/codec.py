@@ -1,7 +1,7 @@
 """A session's state as bytes: safetensors, with the fingerprint of the model that it belongs to. Pure.
 
 What is read back is bit-equal to what was written, where the dtypes agree. Nothing that is doubtful is read:
-a state that is torn, of another model or not finite is an error, never a fresh start.
+a state that is torn, of another model or of numbers that no text makes is an error, never a fresh start.
 """
 
 import hashlib
@@ -19,6 +19,12 @@ _FORMAT = "titans-session"
 _FORMAT_VERSION = "2"  # 1 had no checksum of its own
 _READABLE = ("1", "2")
 
+# How far from 0 a state's numbers may be; texts make hundreds. What is computed with what is stored does not overflow
+# in float32, but in deep memories, whose steps are as steep as their weights are large. What is imported stays further
+# below, for learning makes it larger: some hundred times (measured), by attention to a window that is full of it.
+MOST_STORED = 1e12
+MOST_IMPORTED = 1e6
+
 
 def encode(state: State, fingerprint: str) -> bytes:
     """One session's state, in its own dtypes, from any device. The state may change once this has returned."""
@@ -28,11 +34,11 @@ def encode(state: State, fingerprint: str) -> bytes:
     return save(parts, metadata=header | {"sha256": _digest(parts)})
 
 
-def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
+def decode(blob: bytes, *, fingerprint: str, like: State, most: float = MOST_STORED) -> State:
     """The state that `encode` wrote, with the dtypes and on the devices of `like`; shares no memory with `blob`.
 
     Raises StateMismatch where it was written under another fingerprint, and StateCorrupted where it cannot be
-    read, has parts or shapes that `like` has not, or holds numbers that are not finite.
+    read, has parts or shapes that `like` has not, or holds numbers that are not within `most` of 0.
     """
     header = _read_header(blob)
     _check_header(header, fingerprint)
@@ -41,7 +47,7 @@ def decode(blob: bytes, *, fingerprint: str, like: State) -> State:
         raise StateCorrupted("the state's numbers are not those that were written")
     if stored.keys() != expected.keys():
         raise StateCorrupted(f"the state has the parts {sorted(stored)}, not {sorted(expected)}")
-    return State.from_parts({name: _fit(name, stored[name], x) for name, x in expected.items()})
+    return State.from_parts({name: _fit(name, stored[name], x, most) for name, x in expected.items()})
 
 
 def sha256(blob: bytes) -> str:
@@ -90,12 +96,14 @@ def _read_parts(blob: bytes) -> dict[str, Tensor]:
         raise StateCorrupted(f"the state cannot be read: {error}") from error
 
 
-def _fit(name: str, stored: Tensor, like: Tensor) -> Tensor:
+def _fit(name: str, stored: Tensor, like: Tensor, most: float) -> Tensor:
     if stored.shape != like.shape:
         raise StateCorrupted(f"{name} has the shape {tuple(stored.shape)}, not {tuple(like.shape)}")
     if stored.dtype != like.dtype and not (stored.is_floating_point() and like.is_floating_point()):
         raise StateCorrupted(f"{name} is of {stored.dtype}, which is not read as {like.dtype}")
     part = stored.to(like.dtype, copy=True)
-    if not torch.isfinite(part).all():
-        raise StateCorrupted(f"{name} holds numbers that are not finite")
+    if part.is_floating_point() and part.numel():
+        least, greatest = (float(x) for x in part.aminmax())  # a NaN is both
+        if not -most <= least <= greatest <= most:
+            raise StateCorrupted(f"{name} holds {least:g} to {greatest:g}: its numbers are to be within {most:g} of 0")
     return part.to(like.device)
