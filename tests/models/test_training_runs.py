@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.models import TinyCheckpoint
 from support.training import CONFIG, make_trainer
-from titans.checkpoint import memory_tensors
+from titans.checkpoint import load, memory_tensors
 from titans.training import loop
 from titans.training.batch import make_batch
 from titans.training.config import Rates, Stage
@@ -94,6 +94,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_lesson_with_the_body_begins_with_what_its_weights_have_adapted(
+    tiny: TinyCheckpoint, pool: Pool, tmp_path: Path
+) -> None:
+    """So it does where it was cut before anything but its beginning was saved. The pool is made by the body alone."""
+    plain = load(tiny.body, tiny.memory, device=torch.device("cpu"), dtype=torch.float32, adapted=False).model
+    pool, config = pool.renewed(plain), replace(CONFIG, key_steps=0, value_steps=0, stages=(Stage(400, 4, 2, 2, 8),))
+    whole = make_trainer(tiny, pool, tmp_path / "whole", config)
+    whole.train(tiny.memory)
+    stop_after(make_trainer(tiny, pool, tmp_path / "cut", config), 0, tiny.memory)
+    resumed = make_trainer(tiny, pool, tmp_path / "cut", config)
+    resumed.train(tiny.memory)
+    for ours, theirs in zip(resumed.history, whole.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    expected = memory_tensors(whole.model)
+    for name, tensor in memory_tensors(resumed.model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("first_save", [True, False])
 @pytest.mark.parametrize("file", [1, 2, 3], ids=["the memory", "the log", "what it goes on from"])
 def test_a_run_that_was_killed_while_it_was_saved_goes_on(
@@ -127,7 +145,7 @@ def test_a_run_that_was_killed_while_it_was_saved_goes_on(
     plot(tmp_path / "run" / "log.json", tmp_path / "run" / "training.png")
 
 
-def stop_after(trainer: Trainer, step: int) -> None:
+def stop_after(trainer: Trainer, step: int, start: Path | None = None) -> None:
     save = trainer._save
 
     def save_and_stop() -> None:
@@ -137,7 +155,7 @@ def stop_after(trainer: Trainer, step: int) -> None:
 
     trainer._save = save_and_stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+        trainer.train(start)
 
 
 def test_a_run_goes_on_from_weights(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:

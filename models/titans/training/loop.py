@@ -102,6 +102,7 @@ class Trainer:
                 self._start_readout()
             self._first_lessons()
             self._save()
+        self._renew_tails()  # the pool has those of the body as it was
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step")
         while self.step < self.config.num_steps:
             stage = self.config.stage_at(self.step)
@@ -357,7 +358,6 @@ class Trainer:
         self.step, self.history = fields["step"], fields["history"]
         for name, learner in self._learners().items():
             learner.load_state_dict(fields[name])
-        self._renew_tails()
         return True
 
 
