@@ -230,6 +230,16 @@ def test_a_run_whose_texts_were_too_short_leaves_its_folder_to_one_of_longer_tex
     assert len(ended) == 1
 
 
+def test_more_texts_than_the_lessons_have_room_for_are_refused_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", *[str(TEXT)] * 180, "--share", "1e-6", *rest]) == 1
+    error = "of 180 texts 512 tokens each are read, 652 are needed: give fewer texts"
+    assert capsys.readouterr().err == f"titans: train: {error}\n"
+    assert not [*(tmp_path / "run").glob("*.pt")]
+
+
 @pytest.mark.parametrize("settings", [None, "", '{"layer": 2', "[2]", "2"])
 def test_a_folder_that_does_not_tell_what_its_run_is_of_is_refused(
     tiny: TinyCheckpoint,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from support.models import TinyCheckpoint
 from support.training import CONFIG, TEXT, WINDOW, load_tiny, make_trainer
@@ -19,7 +20,7 @@ from titans.state import Parts
 from titans.tokenizer import Tokenizer
 from titans.training.batch import _hay, _how_many, _rows, make_batch, make_text_rows
 from titans.training.config import Stage, TrainingConfig
-from titans.training.pool import Pool, _make_facts, _repeat
+from titans.training.pool import Pool, _make_facts, _repeat, load_pool, save_pool
 from torch.nn import functional as F
 
 
@@ -106,6 +107,21 @@ def test_a_text_beside_a_document_counts_past_its_window_and_has_a_name_that_is_
             assert torch.equal(is_name[WINDOW:], names[after])
             places.add(place)
     assert len(places) > 5
+
+
+def test_as_many_texts_as_there_is_room_for_are_read_beside_documents(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    """Each has windows enough for a stretch of it, with what its first tokens are told from."""
+    model, tokenizer, path = load_tiny(tiny), load_backbone(tiny.body).tokenizer, tmp_path / "pool.pt"
+    save_pool(model, tokenizer, [TEXT] * 5, CONFIG, path)
+    pool = load_pool(path)
+    assert pool.haystack_tokens.shape == (5, 4 * WINDOW)
+    for names in (pool.names, torch.zeros_like(pool.names)):
+        for seed in range(20):
+            rows = make_text_rows(replace(pool, names=names), CONFIG, 4, random.Random(seed))
+            assert rows.before.shape[:2] == (CONFIG.text_rows, CONFIG.context)
+            assert (rows.targets != -100).sum() == CONFIG.text_rows * CONFIG.text_tokens
+    with pytest.raises(ValueError, match="of 6 texts 576 tokens each are read, 580 are needed: give fewer texts"):
+        save_pool(model, tokenizer, [TEXT] * 6, CONFIG, path)
 
 
 def test_a_text_beside_a_document_is_read_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:

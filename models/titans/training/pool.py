@@ -142,7 +142,7 @@ def _pack(pool: Pool) -> dict[str, object]:
 @torch.no_grad()
 def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config: TrainingConfig) -> Pool:
     window, num_texts = model.config.window, len(texts)
-    each = config.haystack_tokens // num_texts // window * window
+    each = _tokens_each(config, num_texts, window)
     tokens = torch.tensor([_take(tokenizer, path, each) for path in texts])
     _repeat(tokens, round(config.repeating_share * each), random.Random(config.seed))
     rng = random.Random(config.seed)
@@ -172,6 +172,15 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
             tails.append(_tails(model.open(state), end))
     names = _names(tokens, tokenizer, window)
     return Pool(torch.cat(hidden, dim=1), tokens, names, statements, questions, unanswered, _joined(tails))
+
+
+def _tokens_each(config: TrainingConfig, num_texts: int, window: int) -> int:
+    """Of each text, whole windows. Raises ValueError where a text would have too few to branch from, or to be read."""
+    each = config.haystack_tokens // num_texts // window * window
+    needed = window + max(window, config.context + config.text_tokens + 1)
+    if each < needed:
+        raise ValueError(f"of {num_texts} texts {each} tokens each are read, {needed} are needed: give fewer texts")
+    return each
 
 
 def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) -> list[Fact]:
