@@ -13,6 +13,7 @@ from titans import backbone
 from titans.backbone import load_backbone
 from titans.checkpoint import build, digest, load, memory_tensors, read_header, ready, save_memory
 from titans.config import TitansConfig
+from titans.evaluation.facts import words_of
 from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
@@ -236,6 +237,20 @@ def test_more_texts_than_the_lessons_have_room_for_are_refused_before_any_work(
     rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
     assert cli.main(["train", *[str(TEXT)] * 180, "--share", "1e-6", *rest]) == 1
     error = "of 180 texts 512 tokens each are read, 652 are needed: give fewer texts"
+    assert capsys.readouterr().err == f"titans: train: {error}\n"
+    assert not [*(tmp_path / "run").glob("*.pt")]
+
+
+@pytest.mark.parametrize("count", [0, 3, 190])
+def test_texts_with_too_few_words_to_make_facts_of_are_refused_before_any_work(
+    tiny: TinyCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    line = " ".join([*words_of([TEXT.read_text(encoding="utf-8")])[:count], "и так далее. "])
+    (tmp_path / "text").write_text(line * (140_000 // len(line)), encoding="utf-8")
+    rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
+    assert cli.main(["train", str(tmp_path / "text"), "--share", "1e-6", *rest]) == 1
+    what = "words of 4 to 10 letters, a to z, that are there three times"
+    error = f"the texts have {count} {what}, 191 are needed: give more or other texts"
     assert capsys.readouterr().err == f"titans: train: {error}\n"
     assert not [*(tmp_path / "run").glob("*.pt")]
 

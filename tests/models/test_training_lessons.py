@@ -12,7 +12,7 @@ import torch
 from support.models import TinyCheckpoint
 from support.training import CONFIG, TEXT, WINDOW, load_tiny, make_trainer
 from titans.backbone import load_backbone
-from titans.evaluation.facts import NOT_KNOWN, Fact, make_facts, make_families, words_of
+from titans.evaluation.facts import NOT_KNOWN, Fact, fewest_words, make_facts, make_families, words_of
 from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statement, an_asking
 from titans.memory import MemoryState
 from titans.model import next_token_loss
@@ -204,6 +204,16 @@ def test_training_says_nothing_as_the_test_does() -> None:
     assert known == {"The {a} of the {t} is", "The {t}'s {a} was"}, "docs/evaluation.md names them"
     for _ in range(100):
         assert a_statement("test", rng) in STATEMENTS["test"] and an_asking("test", rng) in ASKINGS["test"]
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 400])
+def test_the_fewest_words_make_as_many_facts_as_they_are_for(count: int) -> None:
+    """The last one of all there can be is drawn, too."""
+    words = words_of([TEXT.read_text(encoding="utf-8")])[: fewest_words(count)]
+    facts = make_families(count, random.Random(0), words, listed=False)
+    assert len({re.sub("-", " ", fact.thing) for fact in facts}) == count
+    with pytest.raises(AssertionError):
+        make_families(count, random.Random(0), words[1:], listed=False)
 
 
 def test_an_answer_that_is_the_models_own_always_begins_alike() -> None:

@@ -4,6 +4,7 @@ Things of the training and of the test split share neither an adjective nor a no
 """
 
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -145,6 +146,11 @@ def make_keys(count: int, rng: random.Random) -> list[str]:
     return [f"{adjectives[i % len(adjectives)]}-{nouns[j]}" for i, j in turns]
 
 
+def fewest_words(count: int) -> int:
+    """How many words `make_families` needs for `count` facts, without the lists: any two of them make a thing."""
+    return max(_FAMILY, math.ceil(math.sqrt(count)))
+
+
 def make_families(count: int, rng: random.Random, words: Sequence[str], *, listed: bool = True) -> list[Fact]:
     """`count` facts for training, about things that are all different, in families of four that are easily confused.
 
@@ -153,6 +159,8 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
     Some facts are plain ones.
     """
     lists = ADJECTIVES["train"], NOUNS["train"]
+    num_things = len(words) ** 2 + (len(lists[0]) * len(lists[1]) if listed else 0)
+    assert len(words) >= _FAMILY and count <= num_things
     source = Source("train", words)
     seen: set[tuple[str, str]] = set()
     facts: list[Fact] = []

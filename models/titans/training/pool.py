@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from titans.evaluation.facts import NOT_KNOWN, Fact, make_families, words_of
+from titans.evaluation.facts import NOT_KNOWN, Fact, fewest_words, make_families, words_of
 from titans.evaluation.names import met_again
 from titans.files import read_text
 from titans.model import TitansModel
@@ -184,7 +184,14 @@ def _tokens_each(config: TrainingConfig, num_texts: int, window: int) -> int:
 
 
 def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) -> list[Fact]:
-    """Those to train on, then those held out, which share no word with them."""
+    """Those to train on, then those held out, which share no word with them.
+
+    Raises ValueError where the texts have too few `words` for so many that are held out.
+    """
+    needed = _HELD_OUT_WORDS * (fewest_words(config.held_out_facts) - 1) + 1
+    if len(words) < needed:
+        what = "words of 4 to 10 letters, a to z, that are there three times"
+        raise ValueError(f"the texts have {len(words)} {what}, {needed} are needed: give more or other texts")
     known = [word for i, word in enumerate(words) if i % _HELD_OUT_WORDS]
     facts = make_families(config.num_facts - config.held_out_facts, rng, known)
     return facts + make_families(config.held_out_facts, rng, words[::_HELD_OUT_WORDS], listed=False)
