@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from titans.evaluation.__main__ import add_arguments, run
 from titans.evaluation.names import met_again
 from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.plot import by_depth, plot
-from titans.evaluation.results import Results, read_documents
+from titans.evaluation.results import Results, read_results
 from titans.evaluation.scoring import cells, wilson
 from titans.evaluation.task import EvaluationError
 from titans.tokenizer import Tokenizer
@@ -111,19 +111,28 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
         Results(path, {"seed": 1})
 
 
-def results_file(path: Path, *documents: dict[str, Any], **settings: object) -> Path:
-    Results(path, {"fingerprint": "f", "text": "t"} | settings).add(documents)
+def results_file(
+    path: Path, *documents: dict[str, Any], perplexity: Mapping[int, Perplexity] = {}, **settings: object
+) -> Path:
+    results = Results(path, {"fingerprint": "f", "text": "t"} | settings)
+    results.add(documents)
+    for tokens, nats in perplexity.items():
+        results.add_perplexity(tokens, nats)
     return path
+
+
+def run_eval(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def test_several_files_are_shown_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = results_file(tmp_path / "short.json", graded("facts", 100, 0, [True, False]), samples=2)
     long = results_file(tmp_path / "long.json", graded("facts", 200, 0, [True]), graded("varied", 100, 0, [False]))
-    assert [x["task"] for x in read_documents([short, long])] == ["facts", "facts", "varied"]
+    assert [x["task"] for x in read_results([short, long])[0]] == ["facts", "facts", "varied"]
     picture = tmp_path / "recall.png"
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert run(parser.parse_args(["--results", str(short), str(long), "--plot", str(picture)])) == 0
+    assert run_eval("--results", str(short), str(long), "--plot", str(picture)) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head == table.HEAD
     assert [row.split()[:4] for row in rows] == [
@@ -134,18 +143,52 @@ def test_several_files_are_shown_as_one(tmp_path: Path, capsys: pytest.CaptureFi
     assert picture.exists()
 
 
+def test_perplexity_is_shown_beside_what_is_recalled_or_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every, one, two = (Perplexity({"memory": nats, "off": 4.0}, {}, 0) for nats in (3.0, 2.0, 1.0))
+    both = results_file(tmp_path / "both.json", graded("facts", 100, 0, [True]), perplexity={100: every})
+    alone = results_file(tmp_path / "alone.json", perplexity={8_192: one, 2_048: two})
+    assert run_eval("--results", str(both), str(alone)) == 0
+    nats = [
+        "",
+        table.perplexity_head(),
+        *(table.perplexity_rows(tokens, x) for tokens, x in ((100, every), (2_048, two), (8_192, one))),
+    ]
+    assert capsys.readouterr().out.splitlines() == [table.HEAD, *map(table.row, cells(read_results([both])[0])), *nats]
+    assert run_eval("--results", str(alone)) == 0
+    assert capsys.readouterr().out.splitlines() == [*nats[:2], *nats[3:]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_perplexity_there_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = results_file(tmp_path / "alone.json", perplexity={100: Perplexity({"memory": 3.0, "off": 4.0}, {}, 0)})
+    picture = tmp_path / "recall.png"
+    with pytest.raises(SystemExit) as refused:
+        run_eval("--results", str(alone), "--plot", str(picture))
+    assert refused.value.code == "--plot draws what tasks recall, and there is none"
+    capsys.readouterr()
+    local = ["--in-process", "--body", "/nowhere", "--tasks", "perplexity"]
+    assert run_eval(*local, "--plot", str(picture)) == 2, "before any work"
+    assert capsys.readouterr().err == f"titans: eval: {refused.value.code}\n"
+    assert not picture.exists()
+
+
 def test_files_that_do_not_belong_together_are_not_shown_as_one(tmp_path: Path) -> None:
     ours = results_file(tmp_path / "ours.json", graded("facts", 100, 0, [True]))
     same = results_file(tmp_path / "same.json", graded("facts", 100, 1, [True]))
     other = results_file(tmp_path / "other.json", graded("facts", 200, 0, [True]), fingerprint="g")
     with pytest.raises(EvaluationError, match=r"both have facts at 100 tokens"):
-        read_documents([ours, same])
+        read_results([ours, same])
     with pytest.raises(EvaluationError, match=r"both have facts at 100 tokens"):
-        read_documents([ours, ours])
+        read_results([ours, ours])
+    nats = [results_file(tmp_path / name, perplexity={100: Perplexity({}, {}, 0)}) for name in ("one.json", "two.json")]
+    with pytest.raises(EvaluationError, match=r"one.json and .*two.json both have perplexity at 100 tokens"):
+        read_results(nats)
     with pytest.raises(EvaluationError, match=r"results of another fingerprint than"):
-        read_documents([ours, other])
+        read_results([ours, other])
     with pytest.raises(EvaluationError, match=r"missing.json cannot be read: No such file"):
-        read_documents([tmp_path / "missing.json"])
+        read_results([tmp_path / "missing.json"])
 
 
 def test_the_table_is_aligned() -> None:

@@ -19,7 +19,7 @@ from titans.evaluation.haystack import Haystack
 from titans.evaluation.local import LocalReader
 from titans.evaluation.perplexity import perplexity
 from titans.evaluation.reader import Reader, Report
-from titans.evaluation.results import Results, read_documents
+from titans.evaluation.results import Results, read_results
 from titans.evaluation.scoring import cells
 from titans.evaluation.server import ServerReader
 from titans.evaluation.suite import TASKS, Part, Plan, examine, make_tasks, parts
@@ -80,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.results and not args.in_process and (name := _first_local(args)):
         sys.stderr.write(f"titans: eval: {name} needs --in-process\n")
         return 2
+    if args.plot is not None and not args.results and {*args.tasks} == {PERPLEXITY}:
+        sys.stderr.write(f"titans: eval: {plot.NOTHING}\n")
+        return 2
     try:
         if args.plot is not None:
             plot.check(args.plot)
@@ -139,9 +142,13 @@ def _measure(args: argparse.Namespace, reader: Reader) -> None:
 
 
 def _show(files: Sequence[Path], target: Path | None) -> None:
-    documents = read_documents(files)
+    documents, nats = read_results(files)
     found = sorted(cells(documents), key=lambda cell: cell.tokens)
-    tqdm.write("\n".join([table.HEAD, *map(table.row, found)]))
+    if found:
+        tqdm.write("\n".join([table.HEAD, *map(table.row, found)]))
+    if nats:
+        rows = [table.perplexity_rows(tokens, nats[tokens]) for tokens in sorted(nats)]
+        tqdm.write("\n".join(["", table.perplexity_head(), *rows]))
     if target is not None:
         plot.plot(found, documents, target)
 

@@ -8,6 +8,7 @@ from typing import Any
 from titans.evaluation.scoring import Cell, wilson
 from titans.evaluation.task import EvaluationError
 
+NOTHING = "--plot draws what tasks recall, and there is none"
 _PARTS = 5  # of a document, in the picture by depth
 
 
@@ -20,7 +21,12 @@ def check(target: Path) -> None:
 
 
 def plot(cells: Sequence[Cell], documents: Iterable[dict[str, Any]], target: Path) -> None:
-    """Draw a PNG. Bars are 95 % intervals; dashed lines have the memory off."""
+    """Draw a PNG. Bars are 95 % intervals; dashed lines have the memory off.
+
+    Raises EvaluationError where there are no cells.
+    """
+    if not cells:
+        raise EvaluationError(NOTHING)
     import matplotlib as mpl  # noqa: PLC0415 — slow to import, and not always there
 
     mpl.use("Agg")

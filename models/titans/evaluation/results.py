@@ -73,29 +73,31 @@ class Results:
         write_whole(path, json.dumps(content, indent=1))
 
 
-def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The documents of several files, in order.
+def read_results(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[int, Perplexity]]:
+    """The documents of several files, in order, and their nats per token.
 
     Raises EvaluationError where one is no file of results, is of another model or text than the first, or has a cell
-    that another has.
+    or a length's nats that another has.
     """
     common: dict[str, Any] = {}
     having: dict[tuple[str, int], Path] = {}
     documents: list[dict[str, Any]] = []
+    perplexity: dict[int, Perplexity] = {}
     for path in paths:
         try:
-            settings, found, _ = _read(path)
+            settings, found, nats = _read(path)
         except OSError as error:
             raise EvaluationError(f"{path} cannot be read: {error.strerror}") from error
         for name in _COMMON:
             if common.setdefault(name, settings.get(name)) != settings.get(name):
                 raise EvaluationError(f"{path} has results of another {name} than {paths[0]}")
-        for task, tokens in {key[:2] for key in found}:
+        for task, tokens in {key[:2] for key in found} | {("perplexity", tokens) for tokens in nats}:
             if (task, tokens) in having:
                 raise EvaluationError(f"{having[task, tokens]} and {path} both have {task} at {tokens:,} tokens")
             having[task, tokens] = path
         documents += found.values()
-    return documents
+        perplexity |= nats
+    return documents, perplexity
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], dict[int, Perplexity]]:
