@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def load(
     if model.readout is not None:
         model.readout.to(model.dtype)
     pack(model, backbone.tensors)
-    name = body.absolute().name if body.is_dir() else body.stem  # a folder's name may have dots: SmolLM2-1.7B
+    whole = Path(os.path.abspath(body))  # noqa: PTH100 — takes `..` away, and follows no link, whose name is its own
+    name = whole.name if body.is_dir() else body.stem  # a folder's name may have dots: SmolLM2-1.7B
     return Loaded(model, backbone.tokenizer, _fingerprint(config, body_digest, memory), name)
 
 

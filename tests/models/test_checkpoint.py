@@ -92,11 +92,18 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-def test_a_model_has_the_whole_name_of_its_folder(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_has_the_whole_name_of_its_folder(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny.body.rename(tiny.body.parent / "tiny-1.7B-v0.2")
     assert load(folder, tiny.memory).name == "tiny-1.7B-v0.2"
     monkeypatch.chdir(folder)
     assert load(Path(), tiny.memory).name == "tiny-1.7B-v0.2"
+    (folder / "inside").mkdir()
+    monkeypatch.chdir(folder / "inside")
+    assert load(Path(".."), tiny.memory).name == "tiny-1.7B-v0.2"
+    (link := tmp_path / "link").symlink_to(folder)
+    assert load(link, tiny.memory).name == "link"
 
 
 def test_a_memory_may_lie_in_its_bodys_folder(tiny: TinyCheckpoint) -> None:
