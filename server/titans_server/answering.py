@@ -105,21 +105,22 @@ class Answers:
         """Generate, and collect in `said` the tokens of prompt and answer."""
         prompt = encode((await self.prepare(request)).prompt, self._tokenizer)
         said.extend(prompt)
-        text = AnswerText(self._tokenizer, request.stops, with_tokens=request.sampling.num_logprobs is not None)
         finish: Finish = "stop"
-        tokens = self._engine.generate(
-            state,
-            prompt,
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            recall=request.memory != "off",
-            echo=request.echo,
-            admitted=admitted,
-        )
         sampling = request.sampling
+        text = AnswerText(self._tokenizer, request.stops, with_tokens=sampling.num_logprobs is not None)
         asked = Asked(len(prompt), request.max_tokens, sampling.temperature, sampling.top_p)
-        async with aclosing(tokens):
-            with self._observer.answering(asked) as telling:
+        with self._observer.answering(asked) as telling:
+            tokens = self._engine.generate(
+                state,
+                prompt,
+                max_tokens=request.max_tokens,
+                sampling=sampling,
+                recall=request.memory != "off",
+                echo=request.echo,
+                admitted=admitted,
+                telling=telling,
+            )
+            async with aclosing(tokens):
                 async for drawn in tokens:
                     if isinstance(drawn, Read):
                         if piece := text.echo(drawn.drawn):
@@ -136,9 +137,9 @@ class Answers:
                         yield AnswerPiece(piece, text.take_tokens())
                     if text.stopped:
                         break
-                rest = text.finish()
-                finish = "stop" if text.stopped else finish
-                telling.finished(finish)
+            rest = text.finish()
+            finish = "stop" if text.stopped else finish
+            telling.finished(finish)
         usage = Usage(len(prompt), len(said) - len(prompt), len(said))
         yield AnswerPiece(rest, text.take_tokens(last=True), finish_reason=finish, usage=usage)
 

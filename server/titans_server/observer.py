@@ -27,6 +27,9 @@ class Asked:
 class Answering:
     """An answer under way."""
 
+    def read(self, num_tokens: int) -> None:
+        """So many tokens of its prompt have been read, in all; the last time when it ends, however it does."""
+
     def drawn(self) -> None:
         """A token of it is there."""
 
@@ -88,6 +91,10 @@ class Observers(Observer):
 class _All(Answering):
     def __init__(self, answers: Sequence[Answering]) -> None:
         self._answers = answers
+
+    def read(self, num_tokens: int) -> None:
+        for answer in self._answers:
+            answer.read(num_tokens)
 
     def drawn(self) -> None:
         for answer in self._answers:

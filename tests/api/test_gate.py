@@ -282,6 +282,23 @@ def test_a_prompt_that_is_only_scored_is_charged(http: httpx.Client, store: str)
     assert int(left) < 700
 
 
+def test_a_prompt_that_is_left_before_the_first_token_is_charged_as_far_as_it_was_read(
+    http: httpx.Client, store: str
+) -> None:
+    _, header = new_key(store, Quotas(tokens_per_minute=600))
+    model = http.get("/v1/models", headers=header).json()["data"][0]["id"]
+    scored = {"model": model, "prompt": "x" * 1_500, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": True}
+    with http.stream("POST", "/v1/completions", json=scored, headers=header) as response:
+        lines = response.iter_lines()
+        for _ in range(300):
+            next(line for line in lines if line.startswith("data: {"))
+
+    def left() -> int:
+        return int(http.get("/v1/models", headers=header).headers["x-ratelimit-remaining-tokens"])
+
+    _soon(lambda: left() < 400)  # 300 were read at least; ten come back in a second
+
+
 def test_streams_at_once_are_bounded_for_each_key(server: LiveServer, http: httpx.Client, store: str) -> None:
     _, header = new_key(store, Quotas(requests_at_once=2, tokens_per_minute=1_000_000))
     model = http.get("/v1/models", headers=header).json()["data"][0]["id"]

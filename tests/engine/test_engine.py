@@ -18,7 +18,7 @@ from titans_server.engine import Engine, Generation, Ingestion, Read, openings
 from titans_server.engine.pool import Pool
 from titans_server.engine.runner import Prefilled, Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
-from titans_server.observer import Computed, Observer
+from titans_server.observer import Answering, Computed, Observer
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -410,6 +410,38 @@ async def test_between_two_tokens_of_an_answer_there_is_no_more_than_a_portion_o
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(during)]
     assert all(count == 1 for kind, count in runs if kind == "ingest")
     assert during.count("ingest") >= sum(sizes) / engine.window
+
+
+class Far(Answering):
+    """How far a prompt was read."""
+
+    num_read = 0
+
+    def read(self, num_tokens: int) -> None:
+        assert num_tokens >= self.num_read
+        self.num_read = num_tokens
+
+
+@pytest.mark.parametrize("echo", [True, False])
+async def test_of_a_prompt_that_is_left_it_is_told_how_far_it_was_read(echo: bool) -> None:
+    diary, far, prompt = Diary(), Far(), tokens(50_000, seed=1)
+    engine = Engine([Runner(make_tiny())], ends={2}, observer=diary)
+    engine.start()
+    stream = engine.generate(engine.new_state(), prompt, max_tokens=1, sampling=GREEDY, echo=echo, telling=far)
+    if echo:
+        async with aclosing(stream):
+            for _ in range(100):
+                await anext(stream)
+            assert far.num_read >= 100
+    else:
+        first = asyncio.create_task(anext(stream))
+        while len(diary.did) < 50:  # noqa: ASYNC110 — the compute thread sets no event of asyncio's
+            await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+    assert 0 < far.num_read < len(prompt)
+    await engine.close()
 
 
 async def test_a_fault_ends_its_own_requests_and_not_the_engine(

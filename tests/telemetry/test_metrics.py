@@ -105,6 +105,20 @@ def test_a_client_that_leaves_is_an_abort_and_leaves_the_gauges_at_nothing(
     wait_until(lambda: Scrape(http)("titans_http_requests_in_flight") == 1)
 
 
+def test_a_prompt_that_is_left_before_the_first_token_is_counted_as_far_as_it_was_read(
+    http: httpx.Client, change: Change
+) -> None:
+    body = {"prompt": "x" * 4_000, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": True}
+    body |= {"model": http.get("/v1/models").json()["data"][0]["id"]}
+    with connect_sse(http, "POST", "/v1/completions", json=body) as events:
+        pieces = events.iter_sse()
+        for _ in range(100):
+            next(pieces)
+    wait_until(lambda: change("titans_request_success_total", finished_reason="abort") == 1)
+    assert 100 <= change("titans_prompt_tokens_total") < 4_000
+    assert change("titans_generation_tokens_total") == 0
+
+
 def test_a_cold_session_is_a_load_and_a_warm_one_is_none(http: httpx.Client, change: Change) -> None:
     cold, warm = create(http), create(http)
     for session in (cold, warm):

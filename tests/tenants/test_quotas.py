@@ -85,6 +85,7 @@ def test_tokens_are_charged_as_they_are_computed_and_refuse_the_next() -> None:
             pass
         with meter.answering(Asked(20, 8, 1.0, 1.0)) as answer:
             assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "30"
+            answer.read(20)
             answer.drawn()
             answer.drawn()
         assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "8"
@@ -96,15 +97,17 @@ def test_tokens_are_charged_as_they_are_computed_and_refuse_the_next() -> None:
     admitted(limiter, caller, costs_tokens=False)
 
 
-def test_a_prompt_that_is_only_read_is_charged_too() -> None:
+def test_a_prompt_is_charged_as_far_as_it_is_read_and_once() -> None:
     limiter, meter = Limiter(Clock()), Meter()
     with limiter.admit(Caller("a", Quotas(tokens_per_minute=100)), costs_tokens=True) as allowance:
         with meter.answering(Asked(20, 0, 1.0, 1.0)) as answer:
-            answer.finished("length")
-        assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "80"
+            for num_read, left in ((0, "100"), (16, "84"), (16, "84"), (20, "80")):
+                answer.read(num_read)
+                assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == left
         with meter.answering(Asked(20, 8, 1.0, 1.0)) as answer:
+            answer.read(20)
             answer.drawn()
-            answer.finished("stop")
+            answer.read(20)
         assert allowance.headers()["X-RateLimit-Remaining-Tokens"] == "59"
 
 

@@ -13,7 +13,7 @@ from titans_server.engine.request import Finish, Generation, Ingestion, Read
 from titans_server.engine.runner import Runner
 from titans_server.engine.worker import Worker
 from titans_server.errors import Overloaded
-from titans_server.observer import Observer
+from titans_server.observer import Answering, Observer
 
 
 class Engine:
@@ -140,12 +140,15 @@ class Engine:
         recall: bool = True,
         echo: bool = False,
         admitted: bool = False,
+        telling: Answering | None = None,
     ) -> AsyncGenerator[Read | Drawn | Finish, None]:
         """Tokens that follow `prompt`, then how it ended. Closing the iterator stops it within a step.
 
         The end-of-text token is not among them. `echo`: the prompt's tokens come before, and
-        the end-of-text token as one of them at the end. Raises Overloaded, unless `admitted`, and ShuttingDown.
+        the end-of-text token as one of them at the end. `telling` hears how much of the prompt was read, closed or not.
+        Raises Overloaded, unless `admitted`, and ShuttingDown.
         """
+        telling = telling or Answering()
         loop, answers = asyncio.get_running_loop(), asyncio.Queue[Answer]()
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
@@ -154,6 +157,7 @@ class Engine:
         try:
             while True:
                 answer = await answers.get()
+                telling.read(request.num_read)
                 if isinstance(answer, BaseException):
                     raise answer
                 yield answer
@@ -161,6 +165,7 @@ class Engine:
                     return
         finally:
             request.cancelled = True
+            telling.read(request.num_read)
 
     def _check(self, num_taken: int) -> None:
         if num_taken >= self._max_requests:

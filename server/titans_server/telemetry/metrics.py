@@ -163,8 +163,7 @@ class Metrics(Observer):
             self._generation_tokens.inc(answer.num_tokens)
             self._request_generation.observe(answer.num_tokens)
             self._request_prompt.observe(asked.num_prompt_tokens)
-            if answer.num_tokens or answer.reason != "abort":
-                self._prompt_tokens.inc(asked.num_prompt_tokens)
+            self._prompt_tokens.inc(answer.num_read)
             if answer.reason != "abort":
                 self._e2e.observe(time.perf_counter() - answer.started)
 
@@ -183,8 +182,12 @@ class _Timed(Answering):
     def __init__(self, first: Histogram, following: Histogram) -> None:
         self._first, self._following = first, following
         self.started = self._last = time.perf_counter()
-        self.num_tokens = 0
+        self.num_read = self.num_tokens = 0  # of the prompt, and drawn
         self.reason = "abort"  # vLLM's word for an answer that somebody or something stopped
+
+    def read(self, num_tokens: int) -> None:
+        """See Answering."""
+        self.num_read = num_tokens
 
     def drawn(self) -> None:
         """See Answering."""

@@ -152,26 +152,23 @@ class Meter(Observer):
     @contextmanager
     def answering(self, asked: Asked) -> Iterator[Answering]:
         """See Observer."""
-        yield _Charged(_current.get(), asked.num_prompt_tokens)
+        allowance = _current.get()
+        yield Answering() if allowance is None else _Charged(allowance)
 
 
 class _Charged(Answering):
-    def __init__(self, allowance: Allowance | None, num_prompt_tokens: int) -> None:
+    def __init__(self, allowance: Allowance) -> None:
         self._allowance = allowance
-        self._num_due = num_prompt_tokens  # read by the time the first token is there, or the end without any
+        self._num_read = 0  # and charged
+
+    def read(self, num_tokens: int) -> None:
+        """See Answering."""
+        self._allowance.charge(num_tokens - self._num_read)
+        self._num_read = num_tokens
 
     def drawn(self) -> None:
         """See Answering."""
-        self._charge(1)
-
-    def finished(self, reason: Literal["stop", "length"]) -> None:
-        """See Answering."""
-        self._charge(0)
-
-    def _charge(self, num_drawn: int) -> None:
-        if self._allowance is not None:
-            self._allowance.charge(self._num_due + num_drawn)
-        self._num_due = 0
+        self._allowance.charge(1)
 
 
 def _one_less(counts: Counter[str], owner: str) -> None:
