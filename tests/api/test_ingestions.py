@@ -76,6 +76,14 @@ def test_a_key_that_is_none_is_refused(http: httpx.Client, session: str, key: st
     assert code(learn(http, session, TEXT, **{"Idempotency-Key": key})) == (422, "invalid_request")
 
 
+def test_of_two_keys_neither_is_taken(http: httpx.Client, session: str) -> None:
+    headers = [("Idempotency-Key", "one"), ("Idempotency-Key", "other"), ("Content-Type", "text/plain")]
+    refused = http.post(f"/v1/sessions/{session}/documents", content=TEXT, headers=headers)
+    assert code(refused) == (422, "invalid_request")
+    assert "one Idempotency-Key, not several" in refused.json()["error"]["message"]
+    assert version(http, session) == 0
+
+
 def test_the_same_key_waits_while_its_document_is_on_its_way(http: httpx.Client, session: str) -> None:
     body, key = SlowBody(TEXT, TEXT), {"Idempotency-Key": "slow"}
     answers: list[httpx.Response] = []

@@ -117,6 +117,12 @@ def test_a_compressed_body_is_refused_unread(http: httpx.Client, session: str, p
     assert http.get(f"/v1/sessions/{session}").json()["version"] == 0
 
 
+def test_an_encoding_on_a_second_line_is_one_too(http: httpx.Client, session: str) -> None:
+    headers = [("Content-Encoding", "identity"), ("Content-Encoding", "gzip"), ("Content-Type", "text/plain")]
+    refused = http.post(f"/v1/sessions/{session}/documents", content=b"text", headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
 def test_a_body_that_says_that_it_is_as_it_is_is_read(http: httpx.Client, session: str) -> None:
     headers = {"Content-Encoding": "identity", "Content-Type": "text/plain"}
     assert http.post(f"/v1/sessions/{session}/documents", content=b"text", headers=headers).status_code == 200

@@ -69,6 +69,7 @@ def test_a_write_is_done_at_the_version_it_names_and_at_no_other(http: httpx.Cli
         learn(http, session, "two", **{"If-Match": '"no version"'}),
         learn(http, session, "two", **{"If-Match": '"0", "1"'}),  # one, not several
         http.post(f"{path}/restore", json={"version": 0}, headers=stale),
+        http.post(f"{path}/restore", json={"version": 0}, headers=[("If-Match", '"1"'), ("If-Match", '"99"')]),
         http.put(f"{path}/state", content=http.get(f"{path}/state").content, headers=stale),
         http.delete(path, headers=stale),
     ):

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_server.api.handlers import answer
 from titans_server.api.names import foreign_name
+from titans_server.api.preconditions import field
 from titans_server.errors import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -82,7 +83,7 @@ class Gate:
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._limits.max_header_bytes:
             raise HeadersTooLarge(f"the headers may have {self._limits.max_header_bytes} bytes")
         headers = Headers(scope=scope)
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
+        if field(headers, "Content-Encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("a body is read as it is: send it without Content-Encoding")
         shown = headers.getlist("Authorization")
         if len(shown) > 1:
