@@ -14,7 +14,7 @@ from support.models import make_tiny
 from titans.model import TitansModel
 from titans.sampling import Drawn, SamplingParams
 from titans.state import State, Stream
-from titans_server.engine import Engine, Generation, Ingestion, Read, openings
+from titans_server.engine import Engine, Generation, Ingestion, Read, StepFailed, openings
 from titans_server.engine.pool import Pool
 from titans_server.engine.runner import Prefilled, Runner
 from titans_server.errors import Overloaded, ShuttingDown, TitansError
@@ -477,6 +477,19 @@ async def test_a_stride_tells_how_far_a_token_moved_the_memories() -> None:
     moved = sum(float((new - old).double().square().sum()) for old, new in weights) ** 0.5
     assert observer.heard == [pytest.approx(moved / 40, rel=1e-5)]
     assert moved > 0
+
+
+async def test_what_takes_the_weights_out_of_all_bounds_is_not_learnt_and_fails_nothing_else() -> None:
+    """A memory of another training, or of several layers, may get there by itself."""
+    observer, read = Surprised(), tokens(40, seed=1)
+    engine = Engine([Runner(make_tiny())], ends={2}, observer=observer)
+    engine.start()
+    sound = engine.new_state()
+    far = State.from_parts({k: x + 1e37 if k.endswith(".weights") else x for k, x in sound.parts().items()})
+    failed, learnt = await asyncio.gather(engine.ingest(far, read), engine.ingest(sound, read), return_exceptions=True)
+    await engine.close()
+    assert isinstance(failed, StepFailed) and "out of all bounds" in failed.message
+    assert isinstance(learnt, State) and len(observer.heard) == 1
 
 
 async def test_a_session_is_opened_between_the_tokens_of_others() -> None:

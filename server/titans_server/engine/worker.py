@@ -5,6 +5,7 @@ work at hand is done, or when not even a fault can be dealt with; whoever is lef
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -181,11 +182,18 @@ class Worker:
         self._runner.ingest(chunks)
         for request, _ in chunks:
             if request.num_done == len(request.tokens):
-                self._observer.surprised(self._runner.surprise(request))
-                self._end(request)
-                if request.done.set_running_or_notify_cancel():
-                    request.done.set_result(request.state)
+                self._learnt(request)
         return len(chunks) * max(size for _, size in chunks)
+
+    def _learnt(self, request: Ingestion) -> None:
+        surprise = self._runner.surprise(request)
+        if not math.isfinite(surprise):  # a state that no store would give back, and of which nothing can be asked
+            self._fail(request, StepFailed("learning this text has taken the memory's weights out of all bounds"))
+            return
+        self._observer.surprised(surprise)
+        self._end(request)
+        if request.done.set_running_or_notify_cancel():
+            request.done.set_result(request.state)
 
     def _open(self, request: Generation, seconds: float) -> int:
         self._runner.open(request, seconds)
