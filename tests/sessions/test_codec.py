@@ -186,23 +186,25 @@ def test_another_kind_of_number_is_refused() -> None:
         decode(altered(encode(state, MODEL), position=torch.zeros(1)), fingerprint=MODEL, like=state)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38, 1.01e12, -1.01e12])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", ["2.weights", "2.momentum", "2.recent", "0.keys", "1.values", "tail"])
-def test_a_number_that_no_text_makes_is_refused(part: str, dtype: torch.dtype, bad: float) -> None:
+def test_a_number_that_is_not_finite_is_refused(part: str, dtype: torch.dtype, bad: float) -> None:
     state = a_state(dtype)
     x = state.parts()[part].clone()
     x.view(-1)[-1] = bad
-    with pytest.raises(StateCorrupted, match=f"{part} holds .* to be within 1e\\+12 of 0"):
+    with pytest.raises(StateCorrupted, match=f"{part} holds .* to be within 3.40282e\\+38 of 0"):
         decode(encode(State.from_parts(state.parts() | {part: x}), MODEL), fingerprint=MODEL, like=state)
 
 
-@pytest.mark.parametrize("bound", [codec.MOST_IMPORTED, codec.MOST_STORED])
-def test_what_goes_beyond_the_bound_is_refused_and_what_reaches_it_is_not(bound: float) -> None:
-    state = filled(a_state(), bound)
-    assert_bit_equal(state, decode(encode(state, MODEL), fingerprint=MODEL, like=state, most=bound))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_what_is_imported_what_goes_beyond_the_bound_is_refused_and_what_reaches_it_is_not(sign: int) -> None:
+    state, most = filled(a_state(), sign * codec.MOST_IMPORTED), codec.MOST_IMPORTED
+    assert_bit_equal(state, decode(encode(state, MODEL), fingerprint=MODEL, like=state, most=most))
+    beyond = encode(filled(state, 1.001 * sign * most), MODEL)
     with pytest.raises(StateCorrupted, match="of 0"):
-        decode(encode(filled(state, 1.001 * bound), MODEL), fingerprint=MODEL, like=state, most=bound)
+        decode(beyond, fingerprint=MODEL, like=state, most=most)
+    assert decode(beyond, fingerprint=MODEL, like=state), "what is stored was acknowledged"
 
 
 def filled(like: State, number: float, *, signs: torch.Generator | None = None) -> State:

@@ -1,7 +1,7 @@
 """A session's state as bytes: safetensors, with the fingerprint of the model that it belongs to. Pure.
 
 What is read back is bit-equal to what was written, where the dtypes agree. Nothing that is doubtful is read:
-a state that is torn, of another model or of numbers that no text makes is an error, never a fresh start.
+a state that is torn, of another model or not finite is an error, never a fresh start.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ _FORMAT = "titans-session"
 _FORMAT_VERSION = "2"  # 1 had no checksum of its own
 _READABLE = ("1", "2")
 
-# How far from 0 a state's numbers may be; texts make hundreds. What is computed with what is stored does not overflow
-# in float32, but in deep memories, whose steps are as steep as their weights are large. What is imported stays further
-# below, for learning makes it larger: some hundred times (measured), by attention to a window that is full of it.
-MOST_STORED = 1e12
+# How far from 0 a state's numbers may be. What is stored was acknowledged, and is read whatever it is, if it is finite.
+# Of what is imported nothing that is computed may overflow in float32; texts make hundreds, and learning makes what is
+# there larger: some hundred times (measured), by attention to a window that is full of it.
+MOST_STORED = torch.finfo(torch.float32).max
 MOST_IMPORTED = 1e6
 
 
