@@ -1,6 +1,7 @@
 """What a model is made of: frozen, comparable, serialisable."""
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -61,6 +62,7 @@ class MemoryConfig:
     learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
     output_norm: bool = False  # True: an RMSNorm on what a head answers
     write_threshold: float = 0.0  # a gate theta below it writes nothing; from twice that on it is what it is
+    read_threshold: float = 0.0  # an answer whose root mean square is below it is none; from twice that on likewise
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
@@ -73,6 +75,8 @@ class MemoryConfig:
             raise ValueError("a key has products with none to key_dim / 2 neighbours")
         if not 0 <= self.write_threshold < 0.5:
             raise ValueError("a threshold that a step of one half could not pass would let nothing be written")
+        if not 0 <= self.read_threshold < math.inf:
+            raise ValueError("a threshold of answers is 0 or above, and finite")
         if self.residual and self.feature_dim != self.value_dim:
             raise ValueError("with residual, key_dim and value_dim must be equal, and products at most 1")
         sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)

@@ -21,6 +21,7 @@ _MEMORIES: list[dict[str, Any]] = [
     {"num_heads": 3, "key_dim": 48, "value_dim": 224, "products": 2, "gate_width": 2, "momentum": True},
     {"gate_width": 2, "momentum": True, "write_threshold": 0.35},
     {"write_threshold": 0.25},
+    {"read_threshold": 0.3},
 ]
 
 

@@ -13,7 +13,7 @@ PRODUCTS = replace(LINEAR, conv_width=6, gate_width=4, products=3)
 TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
-CHOOSY = replace(PRODUCTS, write_threshold=0.3)
+CHOOSY = replace(PRODUCTS, write_threshold=0.3, read_threshold=0.02)
 LASTING = replace(DEEP, forgetting=False, conv_width=1)
 EVERY_FORM = [
     pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
@@ -79,6 +79,36 @@ def test_small_steps_are_none_and_large_ones_are_as_they_are(form: MemoryConfig,
     torch.testing.assert_close(taken, torch.full_like(taken, written / chunk), rtol=0, atol=1e-6)
     state = memory.write(h, memory.new_state(1))
     assert torch.equal(state.weights, memory.new_state(1).weights) == (written == 0)
+
+
+@pytest.mark.parametrize("form", [PRODUCTS, DEEP])
+def test_small_answers_are_none_and_large_ones_are_as_they_are(form: MemoryConfig) -> None:
+    whole, h = make_memory(form), torch.randn(2, 50, SIZE)
+    expected, _ = whole(h, whole.new_state(2))
+    sizes = expected.square().mean(-1, keepdim=True).sqrt()
+    choosy = make_memory(replace(form, read_threshold=sizes.median().item() / 1.5))
+    choosy.load_state_dict(whole.state_dict())
+    y, _ = choosy(h, choosy.new_state(2))
+    torch.testing.assert_close(y, expected * (1.5 * sizes / sizes.median() - 1).clamp(0, 1), rtol=1e-4, atol=1e-6)
+    mute = NeuralMemory(replace(choosy.config, read_threshold=2 * sizes.max().item()), SIZE)
+    mute.load_state_dict(whole.state_dict())
+    assert not mute(h, mute.new_state(2))[0].any()
+    heard = NeuralMemory(replace(choosy.config, read_threshold=0.49 * sizes.min().item()), SIZE)
+    heard.load_state_dict(whole.state_dict())
+    assert torch.equal(heard(h, heard.new_state(2))[0], expected)
+
+
+def test_an_answer_of_nothing_has_gradients() -> None:
+    memory, h = make_memory(CHOOSY).requires_grad_(True), torch.randn(1, 5, SIZE).requires_grad_(True)
+    y, _ = memory.read(h, memory.new_state(1).weights, memory.new_state(1).recent)
+    y.sum().backward()
+    assert not y.any() and h.grad is not None and h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
+def test_a_threshold_that_nothing_could_pass_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold of answers"):
+        replace(LINEAR, read_threshold=threshold)
 
 
 @pytest.mark.parametrize("config", EVERY_FORM)

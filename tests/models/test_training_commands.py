@@ -44,7 +44,7 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
 ) -> None:
     ended = run_nothing(monkeypatch)
     body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
-    memory = replace(MEMORY, write_threshold=0.0)  # which may be any
+    memory = replace(MEMORY, write_threshold=0.0, read_threshold=0.1)  # which may be any
     shape = TitansConfig(body.config, memory, memory_layers=(2,), readout=True)
     files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
     train = ["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer"]
@@ -63,19 +63,19 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
 
 
 @pytest.mark.parametrize(
-    ("lessons", "threshold"), [(["--answers"], 0.3), (["--norms"], 0.3), ([], MEMORY.write_threshold)]
+    ("lessons", "kept"), [(["--answers"], (0.3, 0.2)), (["--norms"], (0.3, 0.2)), ([], (MEMORY.write_threshold, 0.0))]
 )
-def test_what_is_not_taught_to_write_keeps_its_threshold(
-    lessons: list[str], threshold: float, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_not_taught_to_write_keeps_its_thresholds(
+    lessons: list[str], kept: tuple[float, float], tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_nothing(monkeypatch)
     body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
-    memory = replace(MEMORY, write_threshold=0.3)
+    memory = replace(MEMORY, write_threshold=0.3, read_threshold=0.2)
     save_memory(build(body, TitansConfig(body.config, memory, (2,), readout=True)), digest(tiny.body), start)
     files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
     assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer", "2", *lessons]) == 0
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
-    assert config["memory"]["write_threshold"] == threshold
+    assert (config["memory"]["write_threshold"], config["memory"]["read_threshold"]) == kept
 
 
 def test_a_layer_that_the_body_has_not_is_told(
@@ -278,7 +278,8 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     first = {name: x.clone() for name, x in memory_tensors(model).items()}
     adapted, other = set(model.adapted), tmp_path / "other.safetensors"
     model.load_state_dict({name: x + 1 for name, x in first.items()}, strict=False)
-    model.config = replace(model.config, memory=replace(model.config.memory, write_threshold=0.1))
+    choosy = replace(model.config.memory, write_threshold=0.1, read_threshold=0.4)
+    model.config = replace(model.config, memory=choosy)
     save_memory(model, digest(tiny.body), other)
     memories = [str(tiny.memory), str(other)]
     body = ["--body", str(tiny.body), "--out", str(tmp_path / "mean.safetensors")]
@@ -290,9 +291,10 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     mean = load(tiny.body, tmp_path / "mean.safetensors", device=torch.device("cpu"), dtype=torch.float32).model
     for name, x in memory_tensors(mean).items():
         torch.testing.assert_close(x, first[name] + 0.75, msg=name)
-    assert mean.memories[0].config.write_threshold == 0.1, "the last one's"
-    assert cli.main(["average", *memories, "--write-threshold", "0.2", *body]) == 0
-    assert read_header(tmp_path / "mean.safetensors")[0].memory.write_threshold == 0.2
+    assert mean.memories[0].config == choosy, "the last one's"
+    assert cli.main(["average", *memories, "--write-threshold", "0.2", "--read-threshold", "0.3", *body]) == 0
+    set_ones = replace(choosy, write_threshold=0.2, read_threshold=0.3)
+    assert read_header(tmp_path / "mean.safetensors")[0].memory == set_ones
     plain = replace(model.config, adapted=False)
     unadapted = build(load_backbone(tiny.body), plain)
     ready(unadapted, torch.device("cpu"), torch.float32)
@@ -337,6 +339,7 @@ def test_what_has_no_mean_is_told(
         ([str(tiny.memory), "--shares", "nan"], 2, "not a number above 0"),
         ([str(tiny.memory), "--write-bias", "inf"], 2, "not a number"),
         ([str(tiny.memory), "--write-threshold", "0.5"], 1, "let nothing be written"),
+        ([str(tiny.memory), "--read-threshold=-1"], 1, "threshold of answers"),
         ([str(tiny.memory), "--answer-scale", "1e300"], 1, "out.weight of the mean would not be finite"),
         ([str(tiny.memory), "--write-scale", "1e300"], 1, "gates.weight of the mean would not be finite"),
         ([str(tiny.memory), "--write-bias", "1e308"], 1, "gates.bias of the mean would not be finite"),

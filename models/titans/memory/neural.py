@@ -290,7 +290,8 @@ class NeuralMemory(nn.Module):
             gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
         theta, *more = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
-        theta = _above(self.config.write_threshold if threshold is None else threshold, theta.sigmoid())
+        theta, threshold = theta.sigmoid(), self.config.write_threshold if threshold is None else threshold
+        theta = theta * _passed(threshold, theta) if threshold else theta
         log_keep = F.logsigmoid(-more.pop(0)) if self.config.forgetting else torch.zeros_like(theta)
         eta = more.pop() if self.config.momentum else None
         if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
@@ -333,7 +334,12 @@ class NeuralMemory(nn.Module):
     def _answer(self, reads_BHTV: Tensor, x_BTD: Tensor) -> Tensor:
         gate = F.linear(x_BTD, self.out_gate.weight.to(x_BTD.dtype)) + self.out_gate.bias
         reads = gate.float().sigmoid() * self.read_norm(reads_BHTV).transpose(1, 2).flatten(2)
-        return F.linear(reads.to(x_BTD.dtype), self.out.weight.to(x_BTD.dtype))
+        y = F.linear(reads.to(x_BTD.dtype), self.out.weight.to(x_BTD.dtype))
+        threshold = self.config.read_threshold
+        if not threshold:
+            return y
+        size = y.float().norm(dim=-1, keepdim=True) / math.sqrt(y.shape[-1])
+        return (y.float() * _passed(threshold, size)).to(y.dtype)
 
     @staticmethod
     def _recent(joined: Tensor, reach: int, lengths_B: Tensor | None) -> Tensor:
@@ -351,12 +357,12 @@ def _convolve(x: Tensor, taps: Tensor) -> Tensor:
     return reduce(lambda total, part: torch.addcmul(total, *part), others, first[0] * first[1])
 
 
-def _above(threshold: float, theta: Tensor) -> Tensor:
-    """Steps worth taking: none below the threshold, and from twice that on they are as they are.
+def _passed(threshold: float, x: Tensor) -> Tensor:
+    """The share of x that counts: none below the threshold, and from twice that on all.
 
-    Without a jump: two ways to compute a step differ in its last bits, and must not differ by all of it.
+    Without a jump: two ways to compute x differ in its last bits, and must not differ by all of it.
     """
-    return theta * (theta / threshold - 1).clamp(0, 1) if threshold else theta
+    return (x / threshold - 1).clamp(0, 1)
 
 
 def _as_written(x: Tensor) -> torch.autocast:

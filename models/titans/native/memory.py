@@ -22,7 +22,7 @@ class _Memory(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_double) for name in ("eps", "most_momentum", "write_threshold")),
+        *((name, ctypes.c_double) for name in ("eps", "most_momentum", "write_threshold", "read_threshold")),
         *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, MatrixStruct) for name in _MATRICES),
     )
@@ -60,6 +60,7 @@ class NativeMemory:
             eps=memory.norm.eps,
             most_momentum=memory.most_momentum,
             write_threshold=config.write_threshold,
+            read_threshold=config.read_threshold,
             **{name: self._held.vector(x.float()) for name, x in vectors.items()},
             **{name: self._matrix(memory.get_submodule(name)) for name in _MATRICES},
         )

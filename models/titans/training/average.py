@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
+    parser.add_argument("--read-threshold", type=float, metavar="X", help="likewise")
     parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
     parser.add_argument(
         "--write-bias", type=finite, default=0.0, metavar="X", help="more: writes more strongly (--write-bias=-X: less)"
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             shares,
             args.out,
             write_threshold=args.write_threshold,
+            read_threshold=args.read_threshold,
             write_scale=args.write_scale,
             write_bias=args.write_bias,
             answer_scale=args.answer_scale,
@@ -89,6 +91,7 @@ def average(
     out: Path,
     *,
     write_threshold: float | None = None,
+    read_threshold: float | None = None,
     write_scale: float = 1.0,
     write_bias: float = 0.0,
     answer_scale: float = 1.0,
@@ -96,7 +99,7 @@ def average(
     """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
 
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
-    `write_threshold`: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of is the mean's times
+    The thresholds: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of is the mean's times
     `write_scale` plus `write_bias`; what is read is larger by these, which an `answer_scale` below 1 makes up for.
     Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold, and
     where a weight of the mean would not be finite.
@@ -110,6 +113,8 @@ def average(
     config = replace(headers[-1][0], adapted=any(config.adapted for config, _ in headers))
     if write_threshold is not None:
         config = replace(config, memory=replace(config.memory, write_threshold=write_threshold))
+    if read_threshold is not None:
+        config = replace(config, memory=replace(config.memory, read_threshold=read_threshold))
     model = build(load_backbone(body), config)
     ready(model, torch.device("cpu"), torch.float32)
     untouched = {name: x.clone() for name, x in memory_tensors(model).items()}

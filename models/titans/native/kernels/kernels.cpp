@@ -160,6 +160,10 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
         team->barrier.wait();
         multiply(m.out, team->share(size / BLOCK, index), answers, rows,
                  [&](int64_t r, int64_t n, __m512 x) { narrow(x, y + r * size + n); });
+        if (m.read_threshold > 0) {
+            team->barrier.wait();
+            for (int64_t r = ours.begin; r < ours.end; ++r) let_pass(m.read_threshold, size, y + r * size);
+        }
     });
     heard.move(lengths, moved);
 }

@@ -16,7 +16,7 @@ namespace {
 
 struct Memory {  // a linear memory, and what tokens ask and write it through
     int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum;
-    double eps, most_momentum, write_threshold;
+    double eps, most_momentum, write_threshold, read_threshold;
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
     const float *gate_taps;                           // [gate_reach + 1, D]
@@ -87,6 +87,18 @@ void feature(const Memory &m, int64_t head, const float *projected, const float 
         }
     const __m512 by = _mm512_set1_ps(1.0f / std::max(std::sqrt(_mm512_reduce_add_ps(squares)), 1e-12f));
     for (int64_t f = 0; f < m.features(); f += 16) _mm512_storeu_ps(to + f, _mm512_mul_ps(_mm512_loadu_ps(to + f), by));
+}
+
+// An answer [D] as far as it counts: not at all where its root mean square is below the threshold, from twice that on whole.
+void let_pass(double threshold, int64_t size, uint16_t *y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = widen(y + i);
+        squares = _mm512_fmadd_ps(x, x, squares);
+    }
+    const double mean = std::sqrt(_mm512_reduce_add_ps(squares) / size);
+    const __m512 by = _mm512_set1_ps(std::clamp(mean / threshold - 1, 0.0, 1.0));
+    for (int64_t i = 0; i < size; i += 16) narrow(_mm512_mul_ps(widen(y + i), by), y + i);
 }
 
 // Calls f with <N> and the first column for all columns of a matrix, 16 N at a time.
