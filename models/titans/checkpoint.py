@@ -222,7 +222,11 @@ def read_header(path: Path) -> tuple[TitansConfig, str]:
 
 
 def _fingerprint(config: TitansConfig, body_digest: str, memory: Path) -> str:
+    """Of the same weights the same, also where they were made again: a header has its fields in any order."""
     total = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     total.update(body_digest.encode())
-    total.update(memory.read_bytes())
+    file = memory.read_bytes()
+    start = 8 + int.from_bytes(file[:8], "little")
+    total.update(json.dumps(json.loads(file[8:start]), sort_keys=True).encode())
+    total.update(file[start:])
     return total.hexdigest()[:32]

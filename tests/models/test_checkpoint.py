@@ -112,6 +112,16 @@ def test_a_memory_may_lie_in_its_bodys_folder(tiny: TinyCheckpoint) -> None:
     assert load_tiny(inside).fingerprint == before
 
 
+def test_weights_that_are_made_again_have_the_same_fingerprint(tiny: TinyCheckpoint) -> None:
+    before, file = load_tiny(tiny).fingerprint, tiny.memory.read_bytes()
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = dict(reversed(json.loads(file[8:start]).items()))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items(), reverse=True))
+    again = json.dumps(header, indent=1).encode()
+    tiny.memory.write_bytes(len(again).to_bytes(8, "little") + again + file[start:])
+    assert load_tiny(tiny).fingerprint == before
+
+
 def test_another_memory_is_another_fingerprint(tiny: TinyCheckpoint, tmp_path: Path) -> None:
     other = write_tiny_checkpoint(tmp_path, seed=1)
     assert load_tiny(other).fingerprint != load_tiny(tiny).fingerprint
