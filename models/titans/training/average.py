@@ -2,7 +2,8 @@
 
 For memories that were trained one from the other, or from the same one: what the last was taught and what the first
 could already do then stand in one, and mistakes that they do not share grow less (Wortsman et al., "Robust fine-tuning
-of zero-shot models", CVPR 2022; "Model soups", ICML 2022). How evenly and strongly the mean writes can be set, too.
+of zero-shot models", CVPR 2022; "Model soups", ICML 2022). How strongly the mean writes, and which of its answers
+count, can be set, too.
 """
 
 import argparse
@@ -35,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "memories", nargs="+", type=Path, metavar="MEMORY", help="trained one from the other, or from the same"
     )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
-    parser.add_argument("--write-threshold", type=float, metavar="X", help="of the mean (default: the last one's)")
-    parser.add_argument("--read-threshold", type=float, metavar="X", help="likewise")
+    of_last = "(default: the last one's)"
+    parser.add_argument("--write-threshold", type=float, metavar="X", help=f"steps below it write nothing {of_last}")
+    parser.add_argument("--read-threshold", type=float, metavar="X", help=f"answers below it are none {of_last}")
     parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
     parser.add_argument(
         "--write-bias", type=finite, default=0.0, metavar="X", help="more: writes more strongly (--write-bias=-X: less)"
