@@ -42,8 +42,8 @@ class MemoryConfig:
     """What every neural memory of a model is made of, and its rule.
 
     Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, a
-    gate is made of more tokens than a key, a key has too few neighbours for its products, no gate could pass the
-    threshold, or with `residual` what the memory is asked with and values differ in size.
+    gate is made of more tokens than a key, a key has too few neighbours for its products, no gate or no answer could
+    pass its threshold, or with `residual` what the memory is asked with and values differ in size.
     """
 
     num_heads: int = 4  # each with weights of its own

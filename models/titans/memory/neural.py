@@ -290,8 +290,10 @@ class NeuralMemory(nn.Module):
             gates = F.linear(x, self.gates.weight.float(), self.gates.bias.float())
         shape = (self.config.num_gates, self.config.num_heads, self.config.depth)
         theta, *more = gates.unflatten(-1, shape).permute(2, 0, 3, 4, 1)
-        theta, threshold = theta.sigmoid(), self.config.write_threshold if threshold is None else threshold
-        theta = theta * _passed(threshold, theta) if threshold else theta
+        theta = theta.sigmoid()
+        threshold = self.config.write_threshold if threshold is None else threshold
+        if threshold:
+            theta = theta * _passed(threshold, theta)
         log_keep = F.logsigmoid(-more.pop(0)) if self.config.forgetting else torch.zeros_like(theta)
         eta = more.pop() if self.config.momentum else None
         if self.rule.bound_to_chunks:  # all steps of a chunk start from one place: together they are one step
