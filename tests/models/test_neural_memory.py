@@ -106,7 +106,7 @@ def test_an_answer_of_nothing_has_gradients() -> None:
 
 
 @pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
-def test_a_threshold_that_nothing_could_pass_is_refused(threshold: float) -> None:
+def test_a_threshold_of_answers_is_a_finite_size(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold of answers"):
         replace(LINEAR, read_threshold=threshold)
 

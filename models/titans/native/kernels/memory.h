@@ -89,15 +89,15 @@ void feature(const Memory &m, int64_t head, const float *projected, const float 
     for (int64_t f = 0; f < m.features(); f += 16) _mm512_storeu_ps(to + f, _mm512_mul_ps(_mm512_loadu_ps(to + f), by));
 }
 
-// An answer [D] as far as it counts: not at all where its root mean square is below the threshold, from twice that on whole.
+// An answer [D] as far as it counts: not where its root mean square is below the threshold, from twice that on whole.
 void let_pass(double threshold, int64_t size, uint16_t *y) {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
         const __m512 x = widen(y + i);
         squares = _mm512_fmadd_ps(x, x, squares);
     }
-    const double mean = std::sqrt(_mm512_reduce_add_ps(squares) / size);
-    const __m512 by = _mm512_set1_ps(std::clamp(mean / threshold - 1, 0.0, 1.0));
+    const double rms = std::sqrt(_mm512_reduce_add_ps(squares) / size);
+    const __m512 by = _mm512_set1_ps(std::clamp(rms / threshold - 1, 0.0, 1.0));
     for (int64_t i = 0; i < size; i += 16) narrow(_mm512_mul_ps(widen(y + i), by), y + i);
 }
 
