@@ -224,12 +224,17 @@ _RING = "keys", "values"
 
 
 def _state_of(parts: Parts, position_B: Tensor) -> MemoryState:
-    return MemoryState(position_B, parts["weights"], parts["momentum"], parts["recent"])
+    none = parts["recent"].new_empty(*parts["weights"].shape[:2], 0, 0)
+    return MemoryState(position_B, parts["weights"], parts["momentum"], parts["recent"], parts.get("kept", none))
 
 
 def _parts_of(state: MemoryState) -> Parts:
-    """weights and momentum [B, H, N], recent [B, R, D]: the position is the session's."""
-    return {"weights": state.weights, "momentum": state.momentum, "recent": state.recent}
+    """weights and momentum [B, H, N], recent [B, R, D] and, where keys are protected, kept [B, H, P, K].
+
+    The position is the session's.
+    """
+    parts = {"weights": state.weights, "momentum": state.momentum, "recent": state.recent}
+    return parts | {"kept": state.kept} if state.kept.shape[2] else parts
 
 
 def _consult(memory: NeuralMemory, x_BTD: Tensor, call: Run, parts: Parts) -> tuple[Tensor, Parts]:

@@ -163,8 +163,7 @@ def check_fit(path: Path, config: TitansConfig, body: Path, body_digest: str) ->
 
 
 def _check_shape(path: Path, of_memory: TitansConfig, config: TitansConfig) -> None:
-    ours = config.memory
-    memory = replace(of_memory.memory, write_threshold=ours.write_threshold, read_threshold=ours.read_threshold)
+    memory = replace(of_memory.memory, **config.memory.settings)
     if replace(of_memory, adapted=config.adapted, memory=memory) != config:
         raise CheckpointError(f"{path} is for a model of another shape")
 

@@ -41,9 +41,10 @@ class BackboneConfig:
 class MemoryConfig:
     """What every neural memory of a model is made of, and its rule.
 
-    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, a
-    gate is made of more tokens than a key, a key has too few neighbours for its products, no gate or no answer could
-    pass its threshold, or with `residual` what the memory is asked with and values differ in size.
+    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, keys
+    are protected and the rule is not exact, a gate is made of more tokens than a key, a key has too few neighbours for
+    its products, no gate or no answer could pass its threshold, or with `residual` what the memory is asked with and
+    values differ in size.
     """
 
     num_heads: int = 4  # each with weights of its own
@@ -61,6 +62,7 @@ class MemoryConfig:
     products: int = 0  # neighbours that each float of a key is multiplied with; 0: keys stay as they are
     learned_start: bool = False  # M_0 is trained; always so with rule "chunk"
     output_norm: bool = False  # True: an RMSNorm on what a head answers
+    protected_keys: int = 0  # written well last, whose answers a write leaves as it can; for rule "exact"
     write_threshold: float = 0.0  # a gate theta below it writes nothing; from twice that on it is what it is
     read_threshold: float = 0.0  # an answer whose root mean square is below it is none; from twice that on likewise
 
@@ -69,6 +71,8 @@ class MemoryConfig:
             raise ValueError(f"there is no rule {self.rule!r}")
         if self.rule == "exact" and (self.depth > 1 or self.residual):
             raise ValueError("the exact rule is for a linear memory: depth 1, no residual")
+        if self.protected_keys < 0 or (self.protected_keys and self.rule != "exact"):
+            raise ValueError("protected_keys is 0 or, under the exact rule, how many there are")
         if not 1 <= self.gate_width <= self.conv_width:
             raise ValueError("a gate is made of one to conv_width tokens")
         if not 0 <= self.products <= self.key_dim // 2:
@@ -82,6 +86,12 @@ class MemoryConfig:
         sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)
         if min(*sizes, self.depth, self.expansion) < 1:
             raise ValueError("the sizes of a memory start at 1")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What no tensor depends on, so that it can be set after training."""
+        names = "write_threshold", "read_threshold", "protected_keys"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def feature_dim(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 FORMS: dict[str, Any] = {
     "mal": {},
     "mal with momentum and readout": {"momentum": True, "readout": True},
+    "mal, protecting": {"protected_keys": 5, "products": 2, "write_threshold": 0.4},
     "mag": {"architecture": "mag", "memory_layers": (0, 2)},
     "lmm": {"architecture": "lmm", "memory_layers": (0, 1, 2, 3)},
 }

@@ -13,6 +13,7 @@ from titans_server.engine.pool import Pool, move_on
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, Any] = {
     "mal": {},
+    "mal, protecting": {"protected_keys": 5, "products": 2, "write_threshold": 0.4},
     "mag": {"architecture": "mag", "memory_layers": (0, 2)},
     "mac": {"architecture": "mac", "memory_layers": (1, 3), **DEEP},
     "lmm": {"architecture": "lmm", "memory_layers": (0, 1, 2, 3), **DEEP},

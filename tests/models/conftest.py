@@ -14,6 +14,7 @@ FORMS: dict[str, dict[str, object]] = {
     "linear": {},
     "momentum": {"momentum": True},
     "products": {"products": 2, "conv_width": 7, "gate_width": 3, "momentum": True},
+    "protecting": {"products": 2, "protected_keys": 5, "write_threshold": 0.4},
     "deep": DEEP,
     "readout": {"readout": True},
     "two memories, readout": {"memory_layers": (1, 3), "readout": True, **DEEP},

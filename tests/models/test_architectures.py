@@ -14,6 +14,7 @@ DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True, "output_n
 FORMS: dict[str, dict[str, Any]] = {
     "linear": {},
     "products": {"products": 3, "conv_width": 6, "gate_width": 4, "momentum": True},
+    "protecting": {"products": 3, "conv_width": 6, "protected_keys": 5},
     "deep": DEEP,
     "camera-ready": DEEP | {"expansion": 4, "residual": True},
 }

@@ -71,7 +71,7 @@ def test_a_memory_of_a_body_as_it_was_can_be_gone_on_from(tiny: TinyCheckpoint) 
     model, (tensors, header) = load_tiny(tiny).model, contents(tiny.memory)
     before = {name: x.clone() for name, x in model.adapted.items()}
     config = json.loads(header["config"])
-    choosy = config["memory"] | {"write_threshold": 0.1, "read_threshold": 0.1}
+    choosy = config["memory"] | {"write_threshold": 0.1, "read_threshold": 0.1, "protected_keys": 3}
     plain = json.dumps(config | {"adapted": False, "memory": choosy})
     memory = {name: x + 1 for name, x in tensors.items() if name not in before}
     save_file(memory, tiny.memory, header | {"config": plain})

@@ -22,6 +22,8 @@ _MEMORIES: list[dict[str, Any]] = [
     {"gate_width": 2, "momentum": True, "write_threshold": 0.35},
     {"write_threshold": 0.25},
     {"read_threshold": 0.3},
+    {"write_threshold": 0.35, "protected_keys": 5},
+    {"conv_width": 12, "gate_width": 12, "products": 4, "value_dim": 112, "momentum": True, "protected_keys": 24},
 ]
 
 
@@ -47,7 +49,12 @@ class Memories(NamedTuple):
         torchs.cast_projections(torch.bfloat16)
         weights, momentum = torch.randn(2, 5, config.num_heads, config.num_weights)[:, ::2]  # rows that stand apart
         recent = torch.randn(3, config.num_recent, 64).bfloat16()
-        state = MemoryState(torch.arange(3), weights, momentum if config.momentum else momentum[:, :0], recent)
+        momentum, kept = momentum if config.momentum else momentum[:, :0], torch.zeros(3, config.num_heads, 0, 0)
+        state = MemoryState(torch.arange(3), weights, momentum, recent, kept)
+        if config.protected_keys:
+            said = torch.randn(3, 2 * config.protected_keys, 64).bfloat16()
+            kept = torchs.write(said, torchs.new_state(3, torch.bfloat16)).kept
+            state = state._replace(kept=kept)
         return cls(NativeMemory(torchs, Team(2)), torchs, exact, state)
 
     def row(self, b: int) -> MemoryState:
@@ -63,7 +70,7 @@ def distance(x: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.inference_mode()
 def test_a_memory_answers_what_torch_does(form: dict[str, Any], num_tokens: int) -> None:
     memories = Memories.make(form, num_tokens)
-    read, (_, weights, _, recent) = memories.native.read, memories.state
+    read, (_, weights, _, recent, _) = memories.native.read, memories.state
     h_BTD, lengths_B = torch.randn(3, num_tokens, 64).bfloat16(), torch.tensor([num_tokens, 0, num_tokens - 1])
     expected, _ = memories.exact.read(h_BTD.float(), weights, recent.float())
     torchs, moved = memories.torchs.read(h_BTD, weights, recent, lengths_B)
@@ -99,11 +106,14 @@ def test_a_memory_learns_what_torch_does(form: dict[str, Any], num_tokens: int) 
         assert all(torch.equal(x[0], y[row]) for x, y in zip(alone, ours, strict=True)), "as alone to the last bit"
         torchs = memories.torchs.write(tokens, state)
         assert torch.equal(torchs.recent, alone.recent)
+        torch.testing.assert_close(alone.kept, torchs.kept, rtol=0.1, atol=0.02)
         if not count:
             assert torch.equal(alone.weights, state.weights) and torch.equal(alone.momentum, state.momentum)
             continue
         joined = torch.cat((state.recent, memories.torchs._input(tokens)), dim=1)
         writes = memories.exact._writes(joined.float())
+        if state.kept.shape[2]:
+            writes, _ = memories.exact._protect(writes, memories.exact._factors(joined.float()), state.kept, None)
         queries = torch.zeros_like(writes.keys)
         oracle = absorb_tokens(memories.exact.config, writes, state.weights, state.momentum, queries)
         for name in ("weights", "momentum")[: 1 + memories.exact.config.momentum]:
@@ -131,9 +141,10 @@ def test_where_no_token_writes_momentum_goes_on_and_the_memory_fades(momentum: b
             torch.testing.assert_close(after.momentum.double(), oracle.momentum, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [_MEMORIES[1], _MEMORIES[-2], _MEMORIES[-1]])
 @torch.inference_mode()
-def test_what_a_memory_learns_is_the_same_in_pieces() -> None:
-    memories = Memories.make(_MEMORIES[1], 5)
+def test_what_a_memory_learns_is_the_same_in_pieces(form: dict[str, Any]) -> None:
+    memories = Memories.make(form, 5)
     h_BTD = torch.randn(3, 60, 64).bfloat16()
     at_once, state = memories.native.write(h_BTD, memories.state), memories.state
     for piece in h_BTD.split([1, 20, 8, 31], dim=1):
@@ -141,6 +152,7 @@ def test_what_a_memory_learns_is_the_same_in_pieces() -> None:
     assert torch.equal(state.recent, at_once.recent)
     torch.testing.assert_close(state.weights, at_once.weights, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state.momentum, at_once.momentum, rtol=1e-4, atol=1e-5)
+    assert torch.equal(state.kept, at_once.kept)
 
 
 @pytest.mark.parametrize("form", [{"value_dim": 8}, {"rule": "chunk"}, {"output_norm": True}, {"num_heads": 1}])

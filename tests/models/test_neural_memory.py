@@ -14,6 +14,7 @@ TRAINED_START = replace(LINEAR, learned_start=True)
 DEEP = replace(LINEAR, rule="chunk", depth=2, expansion=2, output_norm=True)
 CAMERA_READY = replace(DEEP, value_dim=8, residual=True)
 CHOOSY = replace(PRODUCTS, write_threshold=0.3, read_threshold=0.02)
+PROTECTING = replace(PRODUCTS, write_threshold=0.3, protected_keys=5)
 LASTING = replace(DEEP, forgetting=False, conv_width=1)
 EVERY_FORM = [
     pytest.param(replace(form, momentum=momentum), id=f"{name}{'-momentum' * momentum}")
@@ -21,6 +22,7 @@ EVERY_FORM = [
         "linear": LINEAR,
         "products": PRODUCTS,
         "choosy": CHOOSY,
+        "protecting": PROTECTING,
         "deep": DEEP,
         "residual": CAMERA_READY,
         "lasting": LASTING,
@@ -234,7 +236,7 @@ def test_bfloat16_stays_near_float32(config: MemoryConfig) -> None:
 def test_products_make_keys_as_alike_as_their_squares() -> None:
     memory = make_memory(MemoryConfig(1, 256, 6, products=128))  # every pair of floats but a float with itself
     x = torch.nn.functional.normalize(torch.randn(1, 1, 40, 256), dim=-1)
-    kernel, alike = (rows @ rows.mT for rows in (memory._features(x), x))
+    kernel, alike = (rows @ rows.mT for rows in (torch.nn.functional.normalize(memory._expand(x), dim=-1), x))
     torch.testing.assert_close(kernel, alike.square(), rtol=0, atol=0.05)
 
 

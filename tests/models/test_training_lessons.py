@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.models import TinyCheckpoint
 from support.training import CONFIG, TEXT, WINDOW, load_tiny, make_trainer
+from titans.architecture import _state_of
 from titans.backbone import load_backbone
 from titans.evaluation.facts import NOT_KNOWN, Fact, fewest_words, make_facts, make_families, words_of
 from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statement, an_asking
-from titans.memory import MemoryState
 from titans.model import next_token_loss
 from titans.state import Parts
 from titans.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, p
     text, end = pool.tails.text[question.tail], pool.tails.position[question.tail]
     state = model.ingest(pool.haystack_tokens[text, :end][None], model.new_state())
     stream = model.open(state)
-    memory = MemoryState(state.position, *(stream.state.layers[-1][x] for x in ("weights", "momentum", "recent")))
+    memory = _state_of(stream.state.layers[-1], state.position)
     hidden, _ = model(torch.tensor([tokens]), stream)
     logits = model.logits(hidden[:, -question.answer - 1 : -1])
     expected = next_token_loss(logits, torch.tensor([tokens[-question.answer :]]))

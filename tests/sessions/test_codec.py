@@ -227,6 +227,7 @@ def filled(like: State, number: float, *, signs: torch.Generator | None = None) 
         {"readout": True},
         {"momentum": True, "memory_layers": (1, 2)},
         {"momentum": True, "products": 2, "output_norm": True},
+        {"momentum": True, "products": 2, "protected_keys": 5},
         {"momentum": True, "architecture": "mag"},
         {"momentum": True, "architecture": "mac"},
         {"momentum": True, "architecture": "lmm", "memory_layers": (0, 1, 2, 3)},

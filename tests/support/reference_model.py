@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from titans.config import MemoryConfig, TitansConfig
 from titans.memory.chunk import Writes
-from titans.memory.reference import absorb_tokens, answer, split
+from titans.memory.reference import absorb_tokens, answer, directions, split
 from titans.model import TitansModel
 from torch import Tensor
 from torch.nn import functional as F
@@ -152,7 +152,8 @@ def ask(config: TitansConfig, memory: Weights, h_TD: Tensor) -> tuple[Tensor, Wr
         theta = theta * (1 - eta)
     queries, keys = (features(form, convolve(config, memory, name, x_TD)) for name in ("query", "key"))
     values = convolve(config, memory, "value", x_TD)
-    return queries, Writes(keys, values, theta, (1 - alpha).log(), None if eta is None else eta.log())
+    along = directions(keys, theta[:, :, 0], form.protected_keys) if form.protected_keys else None
+    return queries, Writes(keys, values, theta, (1 - alpha).log(), None if eta is None else eta.log(), along)
 
 
 def features(form: MemoryConfig, x: Tensor) -> Tensor:

@@ -32,13 +32,16 @@ class Writes(NamedTuple):
     theta: Tensor  # [B, H, L, T]: step as taken: the gate / chunk_size in the chunk rule, * (1 - eta) with momentum
     log_keep: Tensor  # [B, H, L, T]: log(1 - alpha), finite
     log_eta: Tensor | None  # [B, H, L, T], finite; None: no momentum
+    directions: Tensor | None = None  # [B, H, T, K]: along which M moves (`titans.memory.protection`); None: the keys
 
     def split(self, sizes: list[int]) -> "list[Writes]":
         """One run of tokens after the other, of these sizes, T together: views."""
         keys, values = self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2)
         theta, log_keep = self.theta.split(sizes, dim=-1), self.log_keep.split(sizes, dim=-1)
-        log_eta = [None] * len(sizes) if self.log_eta is None else self.log_eta.split(sizes, dim=-1)
-        return [Writes(*parts) for parts in zip(keys, values, theta, log_keep, log_eta, strict=True)]
+        none = [None] * len(sizes)
+        log_eta = none if self.log_eta is None else self.log_eta.split(sizes, dim=-1)
+        directions = none if self.directions is None else self.directions.split(sizes, dim=2)
+        return [Writes(*parts) for parts in zip(keys, values, theta, log_keep, log_eta, directions, strict=True)]
 
 
 class Coefficients(NamedTuple):
@@ -55,6 +58,7 @@ class Chunk(NamedTuple):
     """Tokens that are learnt together, and what asks while they are."""
 
     keys: Tensor  # [B, H, C, K]
+    directions: Tensor  # [B, H, C, K]
     values: Tensor  # [B, H, C, V]
     theta: Tensor  # [B, H, L, C], as in `Writes`
     weighing: Coefficients  # [B, H, L, P] and [B, H, L, P, C]
@@ -82,9 +86,10 @@ def chunks(writes: Writes, size: int, queries: Tensor | None) -> Iterator[Chunk]
     log_eta = None if writes.log_eta is None else writes.log_eta.unflatten(3, (-1, size))
     weighing = coefficients(writes.log_keep.unflatten(3, (-1, size)), log_eta)
     keys, values, theta = cut(writes.keys, 2), cut(writes.values, 2), cut(writes.theta, 3)
+    directions = keys if writes.directions is None else cut(writes.directions, 2)
     asked = [None] * len(keys) if queries is None else cut(queries, 2)
     each = (Coefficients(*parts) for parts in zip(*(x.unbind(3) for x in weighing), strict=True))
-    return itertools.starmap(Chunk, zip(keys, values, theta, each, asked, strict=True))
+    return itertools.starmap(Chunk, zip(keys, directions, values, theta, each, asked, strict=True))
 
 
 def coefficients(log_keep_C: Tensor, log_eta_C: Tensor | None) -> Coefficients:

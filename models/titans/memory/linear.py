@@ -31,12 +31,12 @@ class LinearRule(Rule):
 
     def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """One chunk of any size. `titans.memory.reference` is the same, token by token."""
-        keys, theta = chunk.keys, chunk.theta  # [B, H, C, K], [B, H, 1, C]
+        keys, directions, theta = chunk.keys, chunk.directions, chunk.theta  # [B, H, C, K] twice, [B, H, 1, C]
         (memory,), num_tokens = weights, keys.shape[2]
         surprise = momentum[0] if momentum else None
         c = Coefficients(*(x[:, :, 0] for x in chunk.weighing))
-        # (I + strict_tril(W_1 * K K^T) diag(theta)) e = A_1 * (K M_0) + f_1 * (K S_0) - V, subscript 1: one token ago
-        system = c.weight_PC[..., :num_tokens, :] * (keys @ keys.transpose(-1, -2)) * theta
+        # (I + strict_tril(W_1 * K D^T) diag(theta)) e = A_1 * (K M_0) + f_1 * (K S_0) - V, subscript 1: one token ago
+        system = c.weight_PC[..., :num_tokens, :] * (keys @ directions.transpose(-1, -2)) * theta
         expected = c.keep_P[..., :num_tokens, None] * (keys @ memory) - chunk.values
         if surprise is not None:
             expected = expected + c.carry_P[..., :num_tokens, None] * (keys @ surprise)
@@ -45,19 +45,19 @@ class LinearRule(Rule):
 
         reads = None
         if (queries := chunk.queries) is not None:
-            similar = c.weight_PC[..., 1:, :] * (queries @ keys.transpose(-1, -2)) * theta
+            similar = c.weight_PC[..., 1:, :] * (queries @ directions.transpose(-1, -2)) * theta
             reads = c.keep_P[..., 1:, None] * (queries @ memory) - similar @ errors
             if surprise is not None:
                 reads = reads + c.carry_P[..., 1:, None] * (queries @ surprise)
 
         keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0] for x in chunk.weighing)
         step = theta[:, :, 0]
-        learnt = (keys * (-weight * step)[..., None]).transpose(-1, -2) @ errors
+        learnt = (directions * (-weight * step)[..., None]).transpose(-1, -2) @ errors
         after = torch.addcmul(learnt, keep[..., None, None], memory)
         if surprise is None:
             return Step([after], [], reads)
         after = torch.addcmul(after, carry[..., None, None], surprise)
-        pushed = (keys * (-share * step)[..., None]).transpose(-1, -2) @ errors
+        pushed = (directions * (-share * step)[..., None]).transpose(-1, -2) @ errors
         return Step([after], [torch.addcmul(pushed, decay[..., None, None], surprise)], reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:

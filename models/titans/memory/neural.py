@@ -7,7 +7,7 @@ rule's affair.
 
 Shapes: B batch · T tokens · D hidden · H memory heads · K feature dim · V value dim · N floats of weights a head ·
 R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun ·
-T' = T - conv_width + 1.
+P protected keys, of K' floats · T' = T - conv_width + 1.
 """
 
 import math
@@ -24,6 +24,7 @@ from titans.layers import RMSNorm
 from titans.memory.chunk import Writes, chunks, stretches
 from titans.memory.linear import LinearRule
 from titans.memory.mlp import MLPRule
+from titans.memory.protection import protect
 from titans.memory.rule import Rule, Step
 
 
@@ -34,6 +35,7 @@ class MemoryState(NamedTuple):
     weights: Tensor  # M [B, H, N], float32; of a rule bound to chunks, as they were when the chunk began
     momentum: Tensor  # S [B, H, N], float32, likewise; H = 0 where the memory has none
     recent: Tensor  # [B, R, D]: the last inputs, normed and centred, in the dtype of h; zeros before the first token
+    kept: Tensor  # [B, H, P, K']: the last keys written well (`titans.memory.protection`), in the dtype of h
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """|M| and |S|, the Frobenius norms [B, H]; no heads of S where there is no momentum."""
@@ -131,6 +133,7 @@ class NeuralMemory(nn.Module):
             self.rule.start(batch),
             torch.zeros(batch, heads, config.num_weights, device=device),
             torch.zeros(batch, config.num_recent, self.center.shape[0], dtype=dtype, device=device),
+            torch.zeros(batch, config.num_heads, config.protected_keys, config.key_dim, dtype=dtype, device=device),
         )
 
     def forward(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> tuple[Tensor, MemoryState]:
@@ -220,15 +223,34 @@ class NeuralMemory(nn.Module):
             aligned = self._from_chunk(joined, begun_B, most + num_tokens) if most else all_begin
             ends_B = begun_B + (num_tokens if lengths_B is None else lengths_B)
         queries = self._queries(aligned) if answering else None
-        writes = self._writes(aligned)
+        factors, kept = self._factors(aligned), state.kept
+        writes = self._writes(aligned, factors=factors)
         with _as_written(state.weights):
+            if self.config.protected_keys:
+                writes, kept = self._protect(writes, factors, kept, lengths_B)
             weights, momentum, reads = self._walk(writes, state, queries, ends_B)
         if reads is not None and most:
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
         position = state.position + (num_tokens if lengths_B is None else lengths_B)
         recent = self._recent(joined, self.config.num_recent, lengths_B)
-        return reads, MemoryState(position, weights, momentum, recent)
+        return reads, MemoryState(position, weights, momentum, recent, kept)
+
+    def _protect(
+        self, writes: Writes, factors: Tensor, kept: Tensor, lengths_B: Tensor | None
+    ) -> tuple[Writes, Tensor]:
+        """What is written along directions that leave the keys kept, and those kept after it."""
+        size = max(self.config.chunk_size, self.config.protected_keys)  # tokens at once: about as many as before them
+        parts = [x.split(size, 2) for x in (writes.keys, factors, writes.theta[:, :, 0])]
+        directions, degree = [], 2 if self.config.products else 1
+        for i, (keys, made_of, theta) in enumerate(zip(*parts, strict=True)):
+            if theta.is_cpu and not theta.any():  # (to know it another device would have to be waited for)
+                directions.append(keys)
+                continue
+            protection = protect(keys, made_of, theta, kept, expand=self._expand, degree=degree)
+            directions.append(protection.directions)
+            kept = protection.kept(None if lengths_B is None else lengths_B - i * size)
+        return writes._replace(directions=torch.cat(directions, dim=2) if directions else None), kept
 
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
@@ -282,7 +304,7 @@ class NeuralMemory(nn.Module):
         x_BTD: Tensor = self.norm(h_BTD) - self.center.to(h_BTD.dtype)
         return x_BTD
 
-    def _writes(self, joined: Tensor, threshold: float | None = None) -> Writes:
+    def _writes(self, joined: Tensor, *, threshold: float | None = None, factors: Tensor | None = None) -> Writes:
         x = joined[:, self.config.conv_width - self.config.gate_width :].float()
         if self.config.gate_width > 1:
             x = _convolve(x, self.gate_conv)
@@ -301,7 +323,7 @@ class NeuralMemory(nn.Module):
         if eta is not None:  # and so are all that momentum makes of one
             theta = theta * (1 - self.most_momentum + self.most_momentum * (-eta).sigmoid())
         return Writes(
-            keys=self._features(self._project(joined, self.key, self.key_conv)),
+            keys=F.normalize(self._expand(self._factors(joined) if factors is None else factors), dim=-1),
             values=self._project(joined, self.value, self.value_conv),
             theta=theta,
             log_keep=log_keep,
@@ -309,19 +331,22 @@ class NeuralMemory(nn.Module):
         )
 
     def _queries(self, joined: Tensor) -> Tensor:
-        return self._features(self._project(joined, self.query, self.query_conv))
+        return F.normalize(self._expand(self._factors(joined, asked=True)), dim=-1)
 
-    def _features(self, projected: Tensor) -> Tensor:
-        """A key or query as the memory sees it: of unit length, [B, H, T, key dim] to [B, H, T, K].
+    def _factors(self, joined: Tensor, *, asked: bool = False) -> Tensor:
+        """What keys, or queries where they are `asked`, are made of: [B, H, T, key dim]."""
+        projected = self._project(joined, *((self.query, self.query_conv) if asked else (self.key, self.key_conv)))
+        return projected if self.config.products else F.silu(projected)
+
+    def _expand(self, factors: Tensor) -> Tensor:
+        """Keys or queries as the memory sees them, but for their length: [B, H, T, key dim] to [B, H, T, K].
 
         Products of a projection's floats with their neighbours (DPFP, Schlag et al. 2021, section 5.3, without its
         rectifier) make two keys about as similar as the square of what their projections are: what is similar by half
         disturbs an answer by a quarter, and a head has room for more (Atlas, Behrouz et al. 2025, on polynomial keys).
         """
-        if not self.config.products:
-            return F.normalize(F.silu(projected), dim=-1)
         neighbours = range(1, self.config.products + 1)
-        return F.normalize(torch.cat([projected * projected.roll(i, -1) for i in neighbours], dim=-1), dim=-1)
+        return torch.cat([factors * factors.roll(i, -1) for i in neighbours], dim=-1) if neighbours else factors
 
     def _project(self, joined: Tensor, linear: nn.Linear, taps: Tensor) -> Tensor:
         """A causal depth-wise convolution of a projection: [B, H, T, K], float32."""

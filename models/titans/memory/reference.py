@@ -3,12 +3,15 @@
 The gradient is autograd's, of the forward pass below and nothing else.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from titans.config import MemoryConfig
 from titans.memory.chunk import Writes
+from titans.memory.protection import LEAST_STEP, MOST_WEIGHT, SLACK
 from titans.memory.rule import Absorbed
 
 
@@ -27,6 +30,9 @@ def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentu
         if config.rule == "exact" or t % config.chunk_size == 0:
             begun = memory  # where gradients are taken (eq. 16)
         gradients = _gradients(config, begun, keys[:, :, t], values[:, :, t])
+        if writes.directions is not None:  # the gradient is k e^T, and what is taken d e^T
+            errors = [keys[:, :, t, None].double() @ gradient for gradient in gradients]
+            gradients = [writes.directions[:, :, t, :, None].double() @ error for error in errors]
         rates = [x[:, :, i, t, None, None] for x in (eta, theta, log_keep) for i in range(config.depth)]
         etas, thetas, keeps = rates[: config.depth], rates[config.depth : -config.depth], rates[-config.depth :]
         steps = zip(etas, surprise, thetas, gradients, strict=True)
@@ -34,6 +40,24 @@ def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentu
         memory = [k.exp() * m + s for k, m, s in zip(keeps, memory, surprise, strict=True)]  # eq. 13
         reads.append(answer(config, memory, queries[:, :, t].double()))  # eq. 15
     return Absorbed(join(memory), join(surprise), torch.stack(reads, dim=2))
+
+
+def directions(keys: Tensor, theta: Tensor, num_kept: int) -> Tensor:
+    """`titans.memory.protection` by its definition, from a session's beginning: float64, like keys [B, H, T, K].
+
+    `theta` [B, H, T]. No key is rounded, as those that a state keeps in half precision are.
+    """
+    keys, theta, found = keys.double(), theta.double(), torch.empty_like(keys, dtype=torch.float64)
+    for b, h in itertools.product(*map(range, keys.shape[:2])):
+        for t, key in enumerate(keys[b, h]):
+            known = torch.eye(keys.shape[-1], dtype=torch.float64)
+            steps = [(i, step) for i, step in enumerate(theta[b, h, :t].tolist()) if step > LEAST_STEP]
+            for i, step in steps[-num_kept:]:
+                weight = step / max(1 - step, 1 / MOST_WEIGHT) * min(1, step / LEAST_STEP - 1)
+                known += weight * torch.outer(keys[b, h, i], keys[b, h, i])
+            free = torch.linalg.inv(known) @ key
+            found[b, h, t] = (free + SLACK * key) / (key @ free + SLACK)  # (a key has unit length, or none)
+    return found
 
 
 def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:

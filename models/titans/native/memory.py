@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from titans.memory.neural import MemoryState, NeuralMemory
+from titans.memory.protection import LEAST_STEP, MOST_WEIGHT, SLACK
 from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 
 _LANES = 16  # floats that the kernels take at once
-_SIZES = "size num_heads key_dim value_dim reach gate_reach products chunk forgets has_momentum".split()
+_SIZES = "size num_heads key_dim value_dim reach gate_reach products chunk forgets has_momentum protected_keys".split()
+_NUMBERS = "eps most_momentum write_threshold read_threshold slack most_weight least_step".split()
 _VECTORS = "norm center query_taps key_taps value_taps gate_taps gates gates_bias out_gate_bias".split()
 _MATRICES = "query key value out_gate out".split()
 
@@ -22,7 +24,7 @@ class _Memory(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_double) for name in ("eps", "most_momentum", "write_threshold", "read_threshold")),
+        *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, MatrixStruct) for name in _MATRICES),
     )
@@ -61,6 +63,10 @@ class NativeMemory:
             most_momentum=memory.most_momentum,
             write_threshold=config.write_threshold,
             read_threshold=config.read_threshold,
+            protected_keys=config.protected_keys,
+            slack=SLACK,
+            most_weight=MOST_WEIGHT,
+            least_step=LEAST_STEP,
             **{name: self._held.vector(x.float()) for name, x in vectors.items()},
             **{name: self._matrix(memory.get_submodule(name)) for name in _MATRICES},
         )
@@ -94,8 +100,11 @@ class NativeMemory:
             new_momentum = torch.empty_like(new_weights)
         else:
             rows += [None, 0]
-        self._call("titans_write", h_BTD, lengths_B, *rows, recent, new_weights, new_momentum, moved)
-        return MemoryState(state.position + lengths_B, new_weights, new_momentum, moved)
+        kept, newly_kept = state.kept.contiguous(), torch.empty_like(state.kept)
+        asked = kept if self._memory.protected_keys else None
+        after = new_weights, new_momentum, moved, newly_kept
+        self._call("titans_write", h_BTD, lengths_B, *rows, recent, asked, *after)
+        return MemoryState(state.position + lengths_B, *after)
 
     def _call(self, name: str, h_BTD: Tensor, lengths_B: Tensor, *others: Tensor | int | None) -> None:
         given = map(_argument, (*h_BTD.shape[:2], lengths_B, h_BTD, *others))

@@ -76,8 +76,7 @@ def _train(args: argparse.Namespace) -> None:
         config = config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
         if args.answers or args.norms:  # what is written stays as it is, and what is let pass
             before = read_header(args.start)[0].memory
-            write, read = before.write_threshold, before.read_threshold
-            config = replace(config, memory=replace(config.memory, write_threshold=write, read_threshold=read))
+            config = replace(config, memory=replace(config.memory, **before.settings))
     config = config.scaled(args.share)
     check_plot()
     backbone = load_backbone(body)

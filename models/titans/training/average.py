@@ -2,8 +2,8 @@
 
 For memories that were trained one from the other, or from the same one: what the last was taught and what the first
 could already do then stand in one, and mistakes that they do not share grow less (Wortsman et al., "Robust fine-tuning
-of zero-shot models", CVPR 2022; "Model soups", ICML 2022). How strongly the mean writes, and which of its answers
-count, can be set, too.
+of zero-shot models", CVPR 2022; "Model soups", ICML 2022). How strongly the mean writes, what it
+leaves as it was, and which of its answers count, can be set, too.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_last = "(default: the last one's)"
     parser.add_argument("--write-threshold", type=float, metavar="X", help=f"steps below it write nothing {of_last}")
     parser.add_argument("--read-threshold", type=float, metavar="X", help=f"answers below it are none {of_last}")
+    parser.add_argument("--protected-keys", type=int, metavar="N", help=f"written last, which a write leaves {of_last}")
     parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
     parser.add_argument(
         "--write-bias", type=finite, default=0.0, metavar="X", help="more: writes more strongly (--write-bias=-X: less)"
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             write_threshold=args.write_threshold,
             read_threshold=args.read_threshold,
+            protected_keys=args.protected_keys,
             write_scale=args.write_scale,
             write_bias=args.write_bias,
             answer_scale=args.answer_scale,
@@ -94,6 +97,7 @@ def average(
     *,
     write_threshold: float | None = None,
     read_threshold: float | None = None,
+    protected_keys: int | None = None,
     write_scale: float = 1.0,
     write_bias: float = 0.0,
     answer_scale: float = 1.0,
@@ -101,10 +105,11 @@ def average(
     """Write the mean of memories of `body`, each weighed by its share of the shares' sum, to `out`.
 
     Where one of them adapts what another leaves as the body has it, the body's stands for the other's.
-    The thresholds: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of is the mean's times
-    `write_scale` plus `write_bias`; what is read is larger by these, which an `answer_scale` below 1 makes up for.
-    Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold, and
-    where a weight of the mean would not be finite.
+    The thresholds and `protected_keys`: as in `MemoryConfig`; by default the last one's. What theta is the sigmoid of
+    is the mean's times `write_scale` plus `write_bias`; what is read is larger by these, which an `answer_scale` below
+    1 makes up for.
+    Raises BackboneError, CheckpointError where one is of another shape or body, ValueError for no such threshold or
+    number of keys, and where a weight of the mean would not be finite.
     """
     headers = [read_header(path) for path in memories]
     of_body = digest(body)
@@ -113,10 +118,9 @@ def average(
             raise CheckpointError(f"{path} was trained on another body than {body}")
         check_memory(path)
     config = replace(headers[-1][0], adapted=any(config.adapted for config, _ in headers))
-    if write_threshold is not None:
-        config = replace(config, memory=replace(config.memory, write_threshold=write_threshold))
-    if read_threshold is not None:
-        config = replace(config, memory=replace(config.memory, read_threshold=read_threshold))
+    asked = {"write_threshold": write_threshold, "read_threshold": read_threshold, "protected_keys": protected_keys}
+    settings: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
+    config = replace(config, memory=replace(config.memory, **settings))
     model = build(load_backbone(body), config)
     ready(model, torch.device("cpu"), torch.float32)
     untouched = {name: x.clone() for name, x in memory_tensors(model).items()}

@@ -19,6 +19,7 @@
 #include "memory.h"
 #include "numbers.h"
 #include "products.h"
+#include "protection.h"
 #include "sampling.h"
 #include "threads.h"
 
@@ -142,9 +143,11 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
             const float *asked = weights + b * stride + head * features * m.value_dim;
             for (int64_t t = 0; t < length; t += 4) {
                 const int64_t some = std::min<int64_t>(4, length - t);
-                for (int64_t i = 0; i < some; ++i)
-                    feature(m, head, projected.data() + (b * (m.reach + length) + t + i) * width, m.query_taps,
-                            own.data(), queries.data() + i * features);
+                for (int64_t i = 0; i < some; ++i) {
+                    const float *asked_by = projected.data() + (b * (m.reach + length) + t + i) * width;
+                    factors(m, head, asked_by, m.query_taps, own.data() + m.products);
+                    feature(m, own.data() + m.products, queries.data() + i * features);
+                }
                 look_up(queries.data(), some, asked, features, m.value_dim,
                         reads.data() + (b * length + t) * values + head * m.value_dim, values);
             }
@@ -170,11 +173,12 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
 
 // A memory after the first lengths[b] tokens of h [B, T, D] bfloat16, answering none. Session b's weights and momentum,
 // [H, F, V] float32, are at weights + b * stride and momentum + b * momentum_stride (null: it has none); they are not
-// changed. new_weights, new_momentum: the same after, [B, H, F, V]. recent and moved as in titans_read.
+// changed. new_weights, new_momentum: the same after, [B, H, F, V]. recent and moved as in titans_read. kept [B, H, N, K]
+// bfloat16: the keys written last (protection.h); newly_kept: the same after. Null where none is protected.
 void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
                   const uint16_t *h, const float *weights, int64_t stride, const float *momentum,
-                  int64_t momentum_stride, const uint16_t *recent, float *new_weights, float *new_momentum,
-                  uint16_t *moved) {
+                  int64_t momentum_stride, const uint16_t *recent, const uint16_t *kept, float *new_weights,
+                  float *new_momentum, uint16_t *moved, uint16_t *newly_kept) {
     const Memory &m = *memory;
     const int64_t size = m.size, rows = batch * length, joined = m.reach + length, head_size = m.features() * m.value_dim;
     const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim;
@@ -205,12 +209,14 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
             team->barrier.wait();
         }
         Chunk chunk(m);
+        Kept last(m);
         const Share units = team->share(batch * m.num_heads, index);
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
             const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
             const float *from = weights + b * stride + head * head_size;
             const float *moving = momentum ? momentum + b * momentum_stride + head * head_size : nullptr;
             float *to = new_weights + unit * head_size, *left = momentum ? new_momentum + unit * head_size : nullptr;
+            if (kept) last.take(kept + unit * last.size());
             if (!lengths[b]) {
                 std::copy_n(from, head_size, to);
                 if (momentum) std::copy_n(moving, head_size, left);
@@ -228,19 +234,22 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                 }
                 for (int64_t t = 0; t < count; ++t) {
                     const int64_t r = b * joined + start + t;
-                    feature(m, head, projected.data() + r * width, m.key_taps, own.data(),
-                            chunk.keys.data() + t * m.features());
+                    float *made_of = own.data() + m.products, *key = chunk.keys.data() + t * m.features();
+                    factors(m, head, projected.data() + r * width, m.key_taps, made_of);
+                    const float size = feature(m, made_of, key);
                     const int64_t v = head * m.value_dim;
                     for (int64_t i = 0; i < m.value_dim; i += 16) {
                         const __m512 x = convolve(offered.data() + r * values + v + i, m.value_taps + v + i, m.reach, values);
                         _mm512_storeu_ps(chunk.errors.data() + t * m.value_dim + i, _mm512_sub_ps(_mm512_setzero_ps(), x));
                     }
                     chunk.gates[t] = of_chunk[t * m.num_heads];
+                    if (kept) last.learn(m, key, made_of, size, chunk.gates[t].theta, chunk.along(t));
                 }
                 learn_chunk(m, chunk, count, from, moving, to, left);
                 from = to;
                 moving = left;
             }
+            if (kept) last.give(newly_kept + unit * last.size());
         }
     });
     heard.move(lengths, moved);

@@ -66,22 +66,26 @@ struct Fading {  // of memory and momentum over some tokens, whatever these writ
 };
 
 struct Chunk {  // room for one
-    std::vector<float> keys;                       // [S, F]
-    std::vector<float> similar;                    // [S, S]: keys with those before
+    std::vector<float> keys, directions;           // [S, F]; directions are the keys, where none is protected
+    std::vector<float> similar;                    // [S, S]: keys with the directions of those before
     std::vector<float> errors, expected, carried;  // [S, V]: what tokens miss; what memory and momentum had for them
     std::vector<float> left;                       // [S, V]
     std::vector<float> weight, share;              // [S]: how tokens weigh in the memory and in the momentum by now
     std::vector<float> some;                       // [S, 16]
     std::vector<Gates> gates;                      // [S]
 
+    int64_t features;
+
     Chunk(const Memory &m)
-        : keys(m.chunk * m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
+        : keys(m.chunk * m.features()), directions(m.protected_keys ? keys.size() : 0), features(m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
           expected(errors), carried(errors), left(errors), weight(m.chunk), share(m.chunk), some(m.chunk * 16),
           gates(m.chunk) {}
+
+    float *along(int64_t t) { return (directions.empty() ? keys : directions).data() + t * features; }
 };
 
-// Products of each key with those before it, four by four.
-void compare(const float *keys, int64_t length, int64_t features, int64_t stride, float *to) {
+// Products of each key with the directions of those before it, four by four.
+void compare(const float *keys, const float *directions, int64_t length, int64_t features, int64_t stride, float *to) {
     for (int64_t t = 0; t < length; t += 4)
         for (int64_t j = 0; j <= t; j += 4) {
             __m512 total[16];
@@ -89,7 +93,7 @@ void compare(const float *keys, int64_t length, int64_t features, int64_t stride
             const float *a[4], *b[4];
             for (int i = 0; i < 4; ++i) {
                 a[i] = keys + std::min(t + i, length - 1) * features;
-                b[i] = keys + std::min(j + i, length - 1) * features;
+                b[i] = directions + std::min(j + i, length - 1) * features;
             }
             for (int64_t f = 0; f < features; f += 16) {
                 __m512 x[4];
@@ -111,7 +115,7 @@ void compare(const float *keys, int64_t length, int64_t features, int64_t stride
 void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weights, const float *momentum,
                  float *new_weights, float *new_momentum) {
     const int64_t features = m.features(), values = m.value_dim;
-    compare(own.keys.data(), length, features, m.chunk, own.similar.data());
+    compare(own.keys.data(), own.along(0), length, features, m.chunk, own.similar.data());
     look_up(own.keys.data(), length, weights, features, values, own.expected.data(), values);
     if (momentum) look_up(own.keys.data(), length, momentum, features, values, own.carried.data(), values);
     Fading fading;
@@ -145,7 +149,7 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
         }
     for (int64_t f = 0; f < features; f += 16) {
         for (int64_t t = 0; t < length; ++t)  // as columns, which would else fall on one line of the cache
-            for (int i = 0; i < 16; ++i) own.some[i * length + t] = own.keys[t * features + f + i];
+            for (int i = 0; i < 16; ++i) own.some[i * length + t] = own.along(t)[f + i];
         const int64_t at = f * values;
         fading.apply(16 * values, weights + at, momentum ? momentum + at : nullptr, new_weights + at,
                      momentum ? new_momentum + at : nullptr);

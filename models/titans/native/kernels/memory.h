@@ -15,8 +15,8 @@
 namespace {
 
 struct Memory {  // a linear memory, and what tokens ask and write it through
-    int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum;
-    double eps, most_momentum, write_threshold, read_threshold;
+    int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum, protected_keys;
+    double eps, most_momentum, write_threshold, read_threshold, slack, most_weight, least_step;
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
     const float *gate_taps;                           // [gate_reach + 1, D]
@@ -67,26 +67,37 @@ __m512 convolve(const float *x, const float *taps, int64_t reach, int64_t width)
     return sum;
 }
 
-// A key or query as the memory sees it, of unit length: what its tokens project to [C + 1, H K], convolved, then products
-// of neighbours, or SiLU. `own`: room for products + K floats.
-void feature(const Memory &m, int64_t head, const float *projected, const float *taps, float *own, float *to) {
+// What a key or query is made of, K floats: what its tokens project to [C + 1, H K], convolved and, where there are no
+// products, through SiLU. `to` has room for as many floats as there are products before it.
+void factors(const Memory &m, int64_t head, const float *projected, const float *taps, float *to) {
     const int64_t dim = m.key_dim, width = m.num_heads * dim, first = head * dim;
-    float *key = own + m.products;
     for (int64_t k = 0; k < dim; k += 16) {
         const __m512 x = convolve(projected + first + k, taps + first + k, m.reach, width);
-        _mm512_storeu_ps(key + k, m.products ? x : _mm512_mul_ps(x, sigmoid(x)));
+        _mm512_storeu_ps(to + k, m.products ? x : _mm512_mul_ps(x, sigmoid(x)));
     }
-    std::copy(key + dim - m.products, key + dim, own);  // the first floats' neighbours are the last
+}
+
+// A key or query as the memory sees it, but for its length, which is returned: products of neighbours, if it has any.
+float expand(const Memory &m, float *made_of, float *to) {
+    const int64_t dim = m.key_dim;
+    std::copy_n(made_of + dim - m.products, m.products, made_of - m.products);  // the first floats' neighbours are the last
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = m.products ? 1 : 0; i <= m.products; ++i)
         for (int64_t k = 0; k < dim; k += 16) {
-            __m512 x = _mm512_loadu_ps(key + k);
-            if (i) x = _mm512_mul_ps(x, _mm512_loadu_ps(key + k - i));
+            __m512 x = _mm512_loadu_ps(made_of + k);
+            if (i) x = _mm512_mul_ps(x, _mm512_loadu_ps(made_of + k - i));
             _mm512_storeu_ps(to + (i ? i - 1 : 0) * dim + k, x);
             squares = _mm512_fmadd_ps(x, x, squares);
         }
-    const __m512 by = _mm512_set1_ps(1.0f / std::max(std::sqrt(_mm512_reduce_add_ps(squares)), 1e-12f));
+    return std::sqrt(_mm512_reduce_add_ps(squares));
+}
+
+// The same, of unit length; returns what its length was.
+float feature(const Memory &m, float *made_of, float *to) {
+    const float length = std::max(expand(m, made_of, to), 1e-12f);
+    const __m512 by = _mm512_set1_ps(1.0f / length);
     for (int64_t f = 0; f < m.features(); f += 16) _mm512_storeu_ps(to + f, _mm512_mul_ps(_mm512_loadu_ps(to + f), by));
+    return length;
 }
 
 // An answer [D] as far as it counts: not where its root mean square is below the threshold, from twice that on whole.

@@ -1,0 +1,96 @@
+"""Writing without disturbing: the direction in which a token is learnt, so that what was written last stays.
+
+The gradient of the inner loss moves M along the token's key k, and so changes what all keys answer that are like k.
+Every d with k^T d = 1 changes the answer to k as much. The one that changes the answers to the last N keys that were
+written well least, each weighed by w, while it stays short itself, is
+
+    d = P k / (k^T P k),   P = (I + sum_i w_i k_i k_i^T)^-1 + slack I
+
+w = theta / (1 - theta), as far as theta is above LEAST_STEP: none there, all from twice that on. A key that has none is
+not kept. P is what recursive least squares keeps, where it is of all keys and K x K (Plackett 1950; of memories that
+learn while they read: MesaNet, von Oswald et al. 2025). Of the last keys alone it need not be kept: these are, as rows
+sqrt(w) k, and no more of them than the state has room for. The step is theta as it was, so a key's newest value wins;
+without slack, keys that are nearly the same and have different values would let M grow.
+
+Shapes: B batch · H memory heads · C tokens of a call · K floats that a key is made of · F floats of a key as the memory
+sees it · N rows kept · S = N + C.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEAST_STEP = 0.3  # theta of a key that is kept: what is written faintly is little to lose, and a text has much of it
+SLACK = 0.3  # less: more of what was written stays; more: M grows less where keys are nearly the same
+MOST_WEIGHT = 16.0  # of a token that is written whole
+_STEPS = 20  # of the conjugate gradients, which are products alone, as any device has: 1e-8 from the end on real keys
+_TINY = 1e-30
+
+
+class Protection(NamedTuple):
+    """The keys of a run of tokens with those kept before them."""
+
+    directions: Tensor  # [B, H, C, F]: along which each of them is learnt
+    rows: Tensor  # [B, H, S, K]: those kept, and these
+    lasting: Tensor  # [B, H, C]: which of these are kept
+
+    def kept(self, ends_B: Tensor | None = None) -> Tensor:
+        """The last N rows [B, H, N, K], of those kept and of the first `ends_B[b]` tokens (all by default)."""
+        lasting, num_kept = self.lasting, self.rows.shape[2] - self.lasting.shape[2]
+        if ends_B is not None:
+            lasting = lasting & (torch.arange(lasting.shape[2], device=lasting.device) < ends_B[:, None, None])
+        counts = F.pad(lasting.int(), (num_kept, 0), value=1)
+        return self.rows.take_along_dim(counts.argsort(dim=-1, stable=True)[..., -num_kept:, None], dim=2)
+
+
+def protect(
+    keys: Tensor, factors: Tensor, theta: Tensor, kept: Tensor, *, expand: Callable[[Tensor], Tensor], degree: int
+) -> Protection:
+    """What to do for each of these tokens, each of which comes after those before it.
+
+    `keys` [B, H, C, F] have unit length; but for that `expand` makes them of `factors` [B, H, C, K], and c^degree times
+    as large of c times these. `theta` [B, H, C]. `kept` [B, H, N, K], the last one at the end; zeros where there is
+    none.
+    """
+    weight = weights(theta.detach())
+    lasting = weight > 0
+    own = (weight.where(lasting, 1).sqrt() / expand(factors).norm(dim=-1).clamp(min=_TINY)) ** (1 / degree)
+    new = (lasting * own)[..., None] * factors  # (0 to the power of a half would have no gradient)
+    rows = torch.cat((kept, new.to(kept.dtype)), dim=2)
+    seen = expand(rows.to(keys.dtype))
+    seen = seen / (seen.norm(dim=-1, keepdim=True) / math.sqrt(MOST_WEIGHT)).clamp(min=1)  # a state may be anyone's
+    return Protection(_directions(keys, seen, _in_sight(lasting, kept.shape[2])), rows, lasting)
+
+
+def weights(theta: Tensor) -> Tensor:
+    """w of tokens that are written with these steps."""
+    return theta / (1 - theta).clamp(min=1 / MOST_WEIGHT) * (theta / LEAST_STEP - 1).clamp(0, 1)
+
+
+def _in_sight(lasting: Tensor, num_kept: int) -> Tensor:
+    """Which rows [B, H, C, S] are the last N before each token: of those kept, and of the tokens before it."""
+    before = lasting.int().cumsum(dim=-1) - lasting.int()  # [B, H, C]
+    kept = torch.arange(num_kept, device=lasting.device) >= before[..., None]
+    new = (before[..., :, None] - before[..., None, :] <= num_kept) & lasting[..., None, :]
+    return torch.cat((kept, new.tril(-1)), dim=-1)
+
+
+def _directions(keys: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+    """d of each key, by conjugate gradients (Hestenes & Stiefel 1952): P k = k - R^T (I + R R^T)^-1 R k."""
+    gram = rows @ rows.mT
+    residual = seen * (keys @ rows.mT)
+    direction, solved = residual, torch.zeros_like(residual)
+    left = residual.square().sum(-1, keepdim=True)
+    for _ in range(_STEPS):
+        image = direction + seen * (direction @ gram)
+        step = left / (direction * image).sum(-1, keepdim=True).clamp(min=_TINY)
+        solved, residual = solved + step * direction, residual - step * image
+        remains = residual.square().sum(-1, keepdim=True)
+        direction, left = residual + remains / left.clamp(min=_TINY) * direction, remains
+    free = keys - solved @ rows
+    own = (keys * free).sum(-1, keepdim=True)
+    return (free + SLACK * keys) / (own + SLACK)
