@@ -66,6 +66,7 @@ struct Fading {  // of memory and momentum over some tokens, whatever these writ
 };
 
 struct Chunk {  // room for one
+    int64_t features;
     std::vector<float> keys, directions;           // [S, F]; directions are the keys, where none is protected
     std::vector<float> similar;                    // [S, S]: keys with the directions of those before
     std::vector<float> errors, expected, carried;  // [S, V]: what tokens miss; what memory and momentum had for them
@@ -74,12 +75,10 @@ struct Chunk {  // room for one
     std::vector<float> some;                       // [S, 16]
     std::vector<Gates> gates;                      // [S]
 
-    int64_t features;
-
     Chunk(const Memory &m)
-        : keys(m.chunk * m.features()), directions(m.protected_keys ? keys.size() : 0), features(m.features()), similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim),
-          expected(errors), carried(errors), left(errors), weight(m.chunk), share(m.chunk), some(m.chunk * 16),
-          gates(m.chunk) {}
+        : features(m.features()), keys(m.chunk * features), directions(m.protected_keys ? keys.size() : 0),
+          similar(m.chunk * m.chunk), errors(m.chunk * m.value_dim), expected(errors), carried(errors), left(errors),
+          weight(m.chunk), share(m.chunk), some(m.chunk * 16), gates(m.chunk) {}
 
     float *along(int64_t t) { return (directions.empty() ? keys : directions).data() + t * features; }
 };
