@@ -223,6 +223,8 @@ def read_header(path: Path) -> tuple[TitansConfig, str]:
 def _fingerprint(config: TitansConfig, body_digest: str, memory: Path) -> str:
     """Of the same weights the same, also where they were made again: a header has its fields in any order."""
     total = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    if config.memory.momentum_shapes != config.memory.layer_shapes:  # states that have S whole are of another model
+        total.update(str(config.memory.momentum_shapes).encode())
     total.update(body_digest.encode())
     file = memory.read_bytes()
     start = 8 + int.from_bytes(file[:8], "little")

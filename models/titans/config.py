@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 Architecture = Literal["mac", "mag", "mal", "lmm"]  # memory as context, as gate, as layer; memory alone
 RuleName = Literal["exact", "chunk"]
 
+MOMENTUM_REACH = 24  # tokens, after which momentum, of an eta below a half, has 2^-24 left of what was learnt
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -105,9 +107,25 @@ class MemoryConfig:
         return list(itertools.pairwise([self.feature_dim, *hidden, self.value_dim]))
 
     @property
+    def momentum_shapes(self) -> list[tuple[int, int]]:
+        """What S is kept as: I and O of each layer; of the exact rule the last steps, directions and what they moved.
+
+        There S is the sum of all steps so far, each times the etas after it. Those before the last MOMENTUM_REACH are
+        less than float32 tells from nothing beside the step that they were.
+        """
+        if self.rule == "chunk" or not self.momentum:
+            return self.layer_shapes
+        return [(MOMENTUM_REACH, self.feature_dim), (MOMENTUM_REACH, self.value_dim)]
+
+    @property
     def num_weights(self) -> int:
         """Floats of weights a head."""
         return sum(inputs * outputs for inputs, outputs in self.layer_shapes)
+
+    @property
+    def num_momentum(self) -> int:
+        """Floats of momentum a head, where there is any."""
+        return sum(rows * columns for rows, columns in self.momentum_shapes)
 
     @property
     def num_gates(self) -> int:

@@ -1,5 +1,6 @@
 """Every memory rule in closed form beside the oracle: token by token, float64, gradients by autograd."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,12 +43,13 @@ EVERY_FORM, CHUNKED = forms(), forms(chunked_only=True)
 def random_writes(config: MemoryConfig, num_tokens: int, seed: int, dtype: torch.dtype = torch.float64) -> Writes:
     torch.manual_seed(seed)
     gates = (BATCH, HEADS, config.depth, num_tokens)
+    most_eta = 0.5 if config.rule == "exact" else 1.0
     return Writes(
         keys=F.normalize(torch.randn(BATCH, HEADS, num_tokens, config.key_dim, dtype=dtype), dim=-1),
         values=torch.randn(BATCH, HEADS, num_tokens, config.value_dim, dtype=dtype),
         theta=torch.rand(gates, dtype=dtype) / (8 if config.rule == "chunk" else 1),
         log_keep=F.logsigmoid(torch.randn(gates, dtype=dtype) + 3),
-        log_eta=F.logsigmoid(torch.randn(gates, dtype=dtype)) if config.momentum else None,
+        log_eta=F.logsigmoid(torch.randn(gates, dtype=dtype)) + math.log(most_eta) if config.momentum else None,
     )
 
 
@@ -55,7 +57,11 @@ def random_start(config: MemoryConfig, dtype: torch.dtype = torch.float64) -> tu
     """Not large where it is deep: thrown far from its targets it amplifies rounding, and 1e-10 is to mean something."""
     size = 1.0 if config.rule == "exact" else 0.3
     weights = size * torch.randn(BATCH, HEADS, config.num_weights, dtype=dtype)
-    return weights, size * torch.randn_like(weights) if config.momentum else weights[:, :0]
+    momentum = size * torch.randn(*weights.shape[:2], config.num_momentum, dtype=dtype)
+    if config.rule == "exact" and config.momentum:  # of each step what is left of it
+        rows = make_rule(config).split_momentum(momentum)[1]
+        rows *= 0.25 ** torch.arange(rows.shape[2], dtype=dtype).flip(0)[:, None]
+    return weights, momentum if config.momentum else momentum[:, :0]
 
 
 def random_queries(writes: Writes) -> Tensor:
@@ -73,7 +79,15 @@ def walk(rule: Rule, writes: Writes, start: tuple[Tensor, Tensor], queries: Tens
     return Absorbed(weights, momentum, torch.cat(reads, dim=2))
 
 
+def tell(config: MemoryConfig, writes: Writes, start: tuple[Tensor, Tensor], queries: Tensor) -> Absorbed:
+    """The oracle, which keeps S as it is."""
+    weights, momentum = start
+    return absorb_tokens(config, writes, weights, make_rule(config).surprise(momentum), queries)
+
+
 def assert_close(ours: Absorbed, oracle: Absorbed, config: MemoryConfig, tolerance: float) -> None:
+    if config.momentum:
+        ours = ours._replace(momentum=make_rule(config).surprise(ours.momentum))
     for name in ("weights", "reads", "momentum")[: 3 if config.momentum else 2]:
         mine, theirs = getattr(ours, name).double(), getattr(oracle, name)
         message = partial("{}: {}".format, name)
@@ -88,7 +102,7 @@ def test_the_closed_form_is_the_token_loop(config: MemoryConfig, chunk_size: int
     config = replace(config, chunk_size=chunk_size)
     writes = random_writes(config, num_tokens, seed)
     start, queries = random_start(config), random_queries(writes)
-    oracle = absorb_tokens(config, writes, *start, queries)
+    oracle = tell(config, writes, start, queries)
     got = walk(make_rule(config), writes, start, queries, list(range(chunk_size, num_tokens, chunk_size)))
     assert_close(got, oracle, config, 1e-10)
 
@@ -99,7 +113,7 @@ def test_steps_of_a_memory_whose_answers_are_far_apart_are_the_oracles() -> None
     writes = random_writes(config, 3, seed=0)
     (weights, momentum), queries = random_start(config), random_queries(writes)
     start = 20 * weights, momentum
-    oracle = absorb_tokens(config, writes, *start, queries)
+    oracle = tell(config, writes, start, queries)
     assert_close(walk(make_rule(config), writes, start, queries, []), oracle, config, 1e-8)
 
 
@@ -111,7 +125,7 @@ def test_the_exact_rule_gives_one_result_for_chunks_of_any_size(momentum: bool, 
     cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=5)))
     writes = random_writes(config, num_tokens, data.draw(st.integers(0, 99)))
     start, queries = random_start(config), random_queries(writes)
-    oracle = absorb_tokens(config, writes, *start, queries)
+    oracle = tell(config, writes, start, queries)
     got = walk(make_rule(config), writes, start, queries, cuts)
     assert_close(got, oracle, config, 1e-10)
 
@@ -121,7 +135,7 @@ def test_float32_stays_near_the_oracle(config: MemoryConfig) -> None:
     config = replace(config, chunk_size=64)
     writes = random_writes(config, 500, seed=1)
     start, queries = random_start(config), random_queries(writes)
-    oracle = absorb_tokens(config, writes, *start, queries)
+    oracle = tell(config, writes, start, queries)
     single = Writes(*(None if x is None else x.float() for x in writes))  # type: ignore[arg-type]
     begin = (start[0].float(), start[1].float())
     got = walk(make_rule(config), single, begin, queries.float(), list(range(64, 500, 64)))

@@ -90,9 +90,10 @@ def test_a_memory_that_protects_is_the_token_loop(config: MemoryConfig) -> None:
     writes = memory._writes(joined)
     along = directions(writes.keys, writes.theta[:, :, 0], config.protected_keys)
     queries = memory._queries(joined)
-    oracle = absorb_tokens(config, writes._replace(directions=along), state.weights, state.momentum, queries)
+    start = state.weights, memory.rule.surprise(state.momentum)
+    oracle = absorb_tokens(config, writes._replace(directions=along), *start, queries)
     torch.testing.assert_close(after.weights.double(), oracle.weights, rtol=1e-4, atol=1e-5)
-    plain = absorb_tokens(config, writes, state.weights, state.momentum, queries)
+    plain = absorb_tokens(config, writes, *start, queries)
     assert (oracle.weights - plain.weights).norm() > 0.1 * plain.weights.norm()
 
 

@@ -5,7 +5,10 @@ a chunk depend on one another only through M_{t-1}, so ONE unit-lower-triangular
 size changes the speed and never the result. Without momentum this is the gated delta rule (Yang et al. 2024), but that
 they take the error after forgetting and we before it, as eq. 13 does.
 
-Shapes: as in `titans.memory.rule`, with L = 1 and N = K V · C tokens of the chunk · P = C + 1.
+S is kept as the steps that it is the sum of, the last R: d (x) u of each token, the direction and what it moved, of
+which momentum has left so much by now. They are far smaller than S, and the products with them cheaper.
+
+Shapes: as in `titans.memory.rule`, with L = 1, N = K V and N' = R (K + V) · C tokens of the chunk · P = C + 1.
 """
 
 import torch
@@ -31,35 +34,57 @@ class LinearRule(Rule):
 
     def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """One chunk of any size. `titans.memory.reference` is the same, token by token."""
-        keys, directions, theta = chunk.keys, chunk.directions, chunk.theta  # [B, H, C, K] twice, [B, H, 1, C]
+        keys, along, theta = chunk.keys, chunk.directions, chunk.theta  # [B, H, C, K] twice, [B, H, 1, C]
         (memory,), num_tokens = weights, keys.shape[2]
-        surprise = momentum[0] if momentum else None
         c = Coefficients(*(x[:, :, 0] for x in chunk.weighing))
         # (I + strict_tril(W_1 * K D^T) diag(theta)) e = A_1 * (K M_0) + f_1 * (K S_0) - V, subscript 1: one token ago
-        system = c.weight_PC[..., :num_tokens, :] * (keys @ directions.transpose(-1, -2)) * theta
+        system = c.weight_PC[..., :num_tokens, :] * (keys @ along.mT) * theta
         expected = c.keep_P[..., :num_tokens, None] * (keys @ memory) - chunk.values
-        if surprise is not None:
-            expected = expected + c.carry_P[..., :num_tokens, None] * (keys @ surprise)
+        if momentum:
+            expected = expected + c.carry_P[..., :num_tokens, None] * _times_sum(keys, momentum)
         # (the solver reads the strict lower triangle alone: the diagonal counts as 1)
         errors = torch.linalg.solve_triangular(system, expected, upper=False, unitriangular=True)
 
         reads = None
         if (queries := chunk.queries) is not None:
-            similar = c.weight_PC[..., 1:, :] * (queries @ directions.transpose(-1, -2)) * theta
+            similar = c.weight_PC[..., 1:, :] * (queries @ along.mT) * theta
             reads = c.keep_P[..., 1:, None] * (queries @ memory) - similar @ errors
-            if surprise is not None:
-                reads = reads + c.carry_P[..., 1:, None] * (queries @ surprise)
+            if momentum:
+                reads = reads + c.carry_P[..., 1:, None] * _times_sum(queries, momentum)
 
-        keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0] for x in chunk.weighing)
-        step = theta[:, :, 0]
-        learnt = (directions * (-weight * step)[..., None]).transpose(-1, -2) @ errors
-        after = torch.addcmul(learnt, keep[..., None, None], memory)
-        if surprise is None:
-            return Step([after], [], reads)
-        after = torch.addcmul(after, carry[..., None, None], surprise)
-        pushed = (directions * (-share * step)[..., None]).transpose(-1, -2) @ errors
-        return Step([after], [torch.addcmul(pushed, decay[..., None, None], surprise)], reads)
+        keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0, ..., None] for x in chunk.weighing)
+        steps = -theta[:, :, 0, :, None] * errors
+        moved, after_it = weight * steps, []
+        if momentum:
+            before, steps_before = momentum
+            along = torch.cat((before, along), dim=2)
+            moved = torch.cat((carry[..., None] * steps_before, moved), dim=2)
+            left = torch.cat((decay[..., None] * steps_before, share * steps), dim=2)
+            after_it = [_last(x, before.shape[2], ends_B) for x in (along, left)]
+        after = torch.addcmul(along.mT @ moved, keep[..., None], memory)
+        return Step([after], after_it, reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """q M: [B, H, N] and [B, H, T, K] to [B, H, T, V]."""
         return queries @ self.split(weights)[0]
+
+    def surprise(self, momentum: Tensor) -> Tensor:
+        """See `Rule.surprise`."""
+        if not momentum.shape[1]:
+            return momentum
+        along, steps = self.split_momentum(momentum)
+        return (along.mT @ steps).flatten(2)
+
+
+def _times_sum(x: Tensor, momentum: list[Tensor]) -> Tensor:
+    """x S, which is not built: [B, H, C, K] to [B, H, C, V]."""
+    along, steps = momentum
+    return (x @ along.mT) @ steps
+
+
+def _last(rows: Tensor, count: int, ends_B: Tensor | None) -> Tensor:
+    """Of `count` rows and those of a chunk [B, H, count + C, .], as many: the last ones as of its first `ends_B[b]`."""
+    if ends_B is None:
+        return rows[:, :, rows.shape[2] - count :]
+    index = ends_B[:, None] + torch.arange(count, device=rows.device)
+    return rows.take_along_dim(index[:, None, :, None], dim=2)

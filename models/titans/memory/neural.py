@@ -5,9 +5,9 @@ keys pass SiLU, or become products of their own floats, and have unit length; st
 gates of every token, head and layer of the memory (Titans, section 4.4). How the memory learns and answers is its
 rule's affair.
 
-Shapes: B batch · T tokens · D hidden · H memory heads · K feature dim · V value dim · N floats of weights a head ·
-R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the chunk begun ·
-P protected keys, of K' floats · T' = T - conv_width + 1.
+Shapes: B batch · T tokens · D hidden · H memory heads · K feature dim · V value dim · N floats of weights a head,
+N' of momentum · R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the
+chunk begun · P protected keys, of K' floats · T' = T - conv_width + 1.
 """
 
 import math
@@ -33,13 +33,9 @@ class MemoryState(NamedTuple):
 
     position: Tensor  # [B] int64: tokens written
     weights: Tensor  # M [B, H, N], float32; of a rule bound to chunks, as they were when the chunk began
-    momentum: Tensor  # S [B, H, N], float32, likewise; H = 0 where the memory has none
+    momentum: Tensor  # S as its rule keeps it [B, H, N'], float32, likewise; H = 0 where the memory has none
     recent: Tensor  # [B, R, D]: the last inputs, normed and centred, in the dtype of h; zeros before the first token
     kept: Tensor  # [B, H, P, K']: the last keys written well (`titans.memory.protection`), in the dtype of h
-
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """|M| and |S|, the Frobenius norms [B, H]; no heads of S where there is no momentum."""
-        return self.weights.norm(dim=-1), self.momentum.norm(dim=-1)
 
 
 class Kernels(Protocol):
@@ -131,7 +127,7 @@ class NeuralMemory(nn.Module):
         return MemoryState(
             torch.zeros(batch, dtype=torch.int64, device=device),
             self.rule.start(batch),
-            torch.zeros(batch, heads, config.num_weights, device=device),
+            torch.zeros(batch, heads, config.num_momentum, device=device),
             torch.zeros(batch, config.num_recent, self.center.shape[0], dtype=dtype, device=device),
             torch.zeros(batch, config.num_heads, config.protected_keys, config.key_dim, dtype=dtype, device=device),
         )
@@ -182,6 +178,10 @@ class NeuralMemory(nn.Module):
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
         y = self._answer(self._ask(weights, queries), x_BTD)
         return y, self._recent(joined, recent.shape[1], lengths_B)
+
+    def norms(self, state: MemoryState) -> tuple[Tensor, Tensor]:
+        """|M| and |S|, the Frobenius norms [B, H]; no heads of S where there is no momentum."""
+        return state.weights.norm(dim=-1), self.rule.surprise(state.momentum).norm(dim=-1)
 
     @torch.no_grad()
     def surprise(self, h_BTD: Tensor, state: MemoryState) -> Tensor:
@@ -256,7 +256,8 @@ class NeuralMemory(nn.Module):
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         walk = partial(checkpoint, self._stretch, use_reentrant=False) if self.checkpointing else self._stretch
-        weights, momentum, reads, start = self.rule.split(state.weights), self.rule.split(state.momentum), [], 0
+        weights, momentum = self.rule.split(state.weights), self.rule.split_momentum(state.momentum)
+        reads, start = [], 0
         for some, asked in stretches(writes, self.config.chunk_size, queries):
             after = walk(some, asked, weights, momentum, None if ends_B is None else ends_B - start)
             weights, momentum, start = after.weights, after.momentum, start + some.keys.shape[2]

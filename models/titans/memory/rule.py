@@ -1,11 +1,11 @@
 """What every memory does, whatever its weights are: absorb a run of tokens, and answer queries.
 
 The inner loss is l(M; x_t) = 1/2 |M(k_t) - v_t|^2 (Titans, eq. 12, which has no 1/2: our theta is twice the paper's).
-A rule is a function from state to state. Its weights are one flat row of N floats a head, so that everything that
-keeps, saves or batches states knows one shape whatever the memory is made of.
+A rule is a function from state to state. Its weights are one flat row of N floats a head, and its momentum one of N',
+so that everything that keeps, saves or batches states knows one shape whatever the memory is made of.
 
 Shapes: B batch · H memory heads · L layers of the memory · T tokens · K key dim · V value dim · N floats of weights ·
-I, O inputs and outputs of a layer.
+N' floats that S is kept as · I, O inputs and outputs of a layer.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Absorbed(NamedTuple):
     """The memory after a run of tokens, and what it answered on the way."""
 
     weights: Tensor  # M [B, H, N]
-    momentum: Tensor  # S [B, H, N]; as given where there is none
+    momentum: Tensor  # S [B, H, N']; as given where there is none
     reads: Tensor | None  # [B, H, T, V]: q_t answered by the memory as of token t; None where nobody asked
 
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
     """The same, layer by layer: no copy into one row and out again between two chunks."""
 
     weights: list[Tensor]  # [B, H, I, O] of each layer
-    momentum: list[Tensor]  # likewise; empty where there is none
+    momentum: list[Tensor]  # of the shapes that `MemoryConfig.momentum_shapes` names; empty where there is none
     reads: Tensor | None  # [B, H, C, V]
 
 
@@ -42,7 +42,7 @@ class Rule(nn.Module):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.shapes = config.layer_shapes  # (I, O) of each layer
-        self._sizes = [inputs * outputs for inputs, outputs in self.shapes]
+        self.momentum_shapes = config.momentum_shapes
 
     def start(self, batch: int) -> Tensor:
         """M_0 for each of a batch, [B, H, N]: a view of `start_weights`."""
@@ -50,10 +50,15 @@ class Rule(nn.Module):
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """[B, H, N] to [B, H, I, O] of each layer: views. Nothing where there are no heads."""
-        if not flat.shape[1]:
-            return []
-        parts = flat.split(self._sizes, dim=-1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return _split(flat, self.shapes)
+
+    def split_momentum(self, flat: Tensor) -> list[Tensor]:
+        """The same of momentum [B, H, N']."""
+        return _split(flat, self.momentum_shapes)
+
+    def surprise(self, momentum: Tensor) -> Tensor:
+        """S itself (eq. 10), [B, H, N], of what it is kept as [B, H, N']."""
+        return momentum
 
     @staticmethod
     def join(layers: list[Tensor], like: Tensor) -> Tensor:
@@ -68,9 +73,9 @@ class Rule(nn.Module):
         queries: Tensor | None = None,
         ends_B: Tensor | None = None,
     ) -> Absorbed:
-        """`step` on flat weights [B, H, N], all the tokens (one or more) one chunk; no momentum is [B, 0, N]."""
+        """`step` on flat weights [B, H, N], all the tokens (one or more) one chunk; no momentum is [B, 0, N']."""
         (chunk,) = chunks(writes, writes.keys.shape[2], queries)
-        after = self.step(chunk, self.split(weights), self.split(momentum), ends_B)
+        after = self.step(chunk, self.split(weights), self.split_momentum(momentum), ends_B)
         return Absorbed(self.join(after.weights, weights), self.join(after.momentum, momentum), after.reads)
 
     def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
@@ -78,14 +83,21 @@ class Rule(nn.Module):
 
         Each query asks after the token of its place has been written (eq. 15). Where `bound_to_chunks`, the run is a
         chunk or the beginning of one, for gradients are taken at the weights given. These, [B, H, I, O] of each layer,
-        are not changed. `ends_B` [B] int64, 0 to C: tokens past it weigh nothing, but must be finite, and what is read
-        there means nothing.
+        and the momentum are not changed. `ends_B` [B] int64, 0 to C: tokens past it weigh nothing, but must be finite,
+        and what is read there means nothing.
         """
         raise NotImplementedError
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """[B, H, T, V]: what one memory [B, H, N] answers to all the queries [B, H, T, K]; no update (eq. 15)."""
         raise NotImplementedError
+
+
+def _split(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if not flat.shape[1]:
+        return []
+    parts = flat.split([rows * columns for rows, columns in shapes], dim=-1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def row_at(rows: Tensor, ends_B: Tensor | None) -> Tensor:

@@ -8,12 +8,14 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
+from titans.config import MOMENTUM_REACH
 from titans.memory.neural import MemoryState, NeuralMemory
 from titans.memory.protection import LEAST_STEP, MOST_WEIGHT, SLACK
 from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 
 _LANES = 16  # floats that the kernels take at once
-_SIZES = "size num_heads key_dim value_dim reach gate_reach products chunk forgets has_momentum protected_keys".split()
+_SHAPE = "size num_heads key_dim value_dim reach gate_reach products".split()
+_RULE = "chunk forgets momentum_reach protected_keys".split()
 _NUMBERS = "eps most_momentum write_threshold read_threshold slack most_weight least_step".split()
 _VECTORS = "norm center query_taps key_taps value_taps gate_taps gates gates_bias out_gate_bias".split()
 _MATRICES = "query key value out_gate out".split()
@@ -23,7 +25,7 @@ class _Memory(ctypes.Structure):
     """kernels/memory.h's Memory."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_int64) for name in (*_SHAPE, *_RULE)),
         *((name, ctypes.c_double) for name in _NUMBERS),
         *((name, ctypes.c_void_p) for name in _VECTORS),
         *((name, MatrixStruct) for name in _MATRICES),
@@ -36,6 +38,7 @@ class NativeMemory:
     def __init__(self, memory: NeuralMemory, team: Team) -> None:
         config, size, self._team, self._held = memory.config, memory.center.shape[0], team, Held()
         self._shape = config.num_heads, config.num_weights
+        self._momentum_shape = config.num_heads, config.num_momentum
         gate_taps = memory.gate_conv if config.gate_width > 1 else torch.ones(size, 1)
         vectors = {
             "norm": memory.norm.weight,
@@ -58,7 +61,7 @@ class NativeMemory:
             products=config.products,
             chunk=config.chunk_size,
             forgets=config.forgetting,
-            has_momentum=config.momentum,
+            momentum_reach=MOMENTUM_REACH if config.momentum else 0,
             eps=memory.norm.eps,
             most_momentum=memory.most_momentum,
             write_threshold=config.write_threshold,
@@ -95,9 +98,9 @@ class NativeMemory:
         rows: list[Tensor | int | None] = [*_rows(state.weights)]
         new_weights, moved = torch.empty(h_BTD.shape[0], *self._shape), torch.empty_like(recent)
         new_momentum = state.momentum
-        if self._memory.has_momentum:
+        if self._memory.momentum_reach:
             rows += _rows(state.momentum)
-            new_momentum = torch.empty_like(new_weights)
+            new_momentum = torch.empty(h_BTD.shape[0], *self._momentum_shape)
         else:
             rows += [None, 0]
         kept, newly_kept = state.kept.contiguous(), torch.empty_like(state.kept)

@@ -171,9 +171,10 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
     heard.move(lengths, moved);
 }
 
-// A memory after the first lengths[b] tokens of h [B, T, D] bfloat16, answering none. Session b's weights and momentum,
-// [H, F, V] float32, are at weights + b * stride and momentum + b * momentum_stride (null: it has none); they are not
-// changed. new_weights, new_momentum: the same after, [B, H, F, V]. recent and moved as in titans_read. kept [B, H, N, K]
+// A memory after the first lengths[b] tokens of h [B, T, D] bfloat16, answering none. Session b's weights, [H, F, V]
+// float32, are at weights + b * stride, its momentum, of each head the last R steps' directions [R, F] and what is left
+// of what they moved [R, V], at momentum + b * momentum_stride (null: it has none); neither is changed. new_weights,
+// new_momentum: the same after, of all sessions in a row. recent and moved as in titans_read. kept [B, H, N, K]
 // bfloat16: the keys written last (protection.h); newly_kept: the same after. Null where none is protected.
 void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
                   const uint16_t *h, const float *weights, int64_t stride, const float *momentum,
@@ -181,6 +182,7 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                   float *new_momentum, uint16_t *moved, uint16_t *newly_kept) {
     const Memory &m = *memory;
     const int64_t size = m.size, rows = batch * length, joined = m.reach + length, head_size = m.features() * m.value_dim;
+    const int64_t steps_size = m.momentum_reach * (m.features() + m.value_dim);
     const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim;
     Heard heard(m, batch, length, recent);
     std::vector<float> projected(heard.rows() * width), offered(heard.rows() * values);
@@ -214,22 +216,18 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
             const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
             const float *from = weights + b * stride + head * head_size;
-            const float *moving = momentum ? momentum + b * momentum_stride + head * head_size : nullptr;
-            float *to = new_weights + unit * head_size, *left = momentum ? new_momentum + unit * head_size : nullptr;
+            float *to = new_weights + unit * head_size;
             if (kept) last.take(kept + unit * last.size());
-            if (!lengths[b]) {
-                std::copy_n(from, head_size, to);
-                if (momentum) std::copy_n(moving, head_size, left);
-            }
+            if (momentum) chunk.take_steps(momentum + b * momentum_stride + head * steps_size);
+            if (!lengths[b]) std::copy_n(from, head_size, to);
             for (int64_t start = 0; start < lengths[b]; start += m.chunk) {
                 const int64_t count = std::min(m.chunk, lengths[b] - start);
                 const Gates *of_chunk = gates.data() + (b * length + start) * m.num_heads + head;
                 if (!writes(of_chunk, count, m.num_heads)) {
                     Fading fading;
                     for (int64_t t = 0; t < count; ++t) fading.pass(of_chunk[t * m.num_heads]);
-                    fading.apply(head_size, from, moving, to, left);
+                    fade(chunk, fading, count, from, to);
                     from = to;
-                    moving = left;
                     continue;
                 }
                 for (int64_t t = 0; t < count; ++t) {
@@ -244,12 +242,13 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                     }
                     chunk.gates[t] = of_chunk[t * m.num_heads];
                     if (kept) last.learn(m, key, made_of, size, chunk.gates[t].theta, chunk.along(t));
+                    else std::copy_n(key, m.features(), chunk.along(t));
                 }
-                learn_chunk(m, chunk, count, from, moving, to, left);
+                learn_chunk(m, chunk, count, from, to);
                 from = to;
-                moving = left;
             }
             if (kept) last.give(newly_kept + unit * last.size());
+            if (momentum) chunk.give_steps(new_momentum + unit * steps_size);
         }
     });
     heard.move(lengths, moved);

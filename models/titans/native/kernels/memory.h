@@ -15,7 +15,7 @@
 namespace {
 
 struct Memory {  // a linear memory, and what tokens ask and write it through
-    int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, has_momentum, protected_keys;
+    int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, momentum_reach, protected_keys;
     double eps, most_momentum, write_threshold, read_threshold, slack, most_weight, least_step;
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
@@ -139,6 +139,18 @@ void add_product(const float *x, int64_t x_stride, const float *y, int64_t strid
     }
     for (int t = 0; t < T; ++t)
         for (int n = 0; n < N; ++n) _mm512_storeu_ps(to + t * to_stride + 16 * n, total[t][n]);
+}
+
+// Products of `count` rows [N, F] with x [F].
+void with_each(const float *rows, int64_t count, int64_t features, const float *x, float *to) {
+    for (int64_t i = 0; i < count; ++i) {
+        __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t f = 0; f < features; f += 16) {
+            __m512 &sum = total[f / 16 % 2];
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(rows + i * features + f), _mm512_loadu_ps(x + f), sum);
+        }
+        to[i] = _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
+    }
 }
 
 // What keys or queries [T, F] find in weights [F, V], to [T, V].

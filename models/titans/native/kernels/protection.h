@@ -14,18 +14,6 @@
 
 namespace {
 
-// Products of `count` rows [N, F] with x [F].
-void with_each(const float *rows, int64_t count, int64_t features, const float *x, float *to) {
-    for (int64_t i = 0; i < count; ++i) {
-        __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t f = 0; f < features; f += 16) {
-            __m512 &sum = total[f / 16 % 2];
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(rows + i * features + f), _mm512_loadu_ps(x + f), sum);
-        }
-        to[i] = _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1]));
-    }
-}
-
 class Kept {  // the last keys that a head wrote well
   public:
     Kept(const Memory &m)
