@@ -243,6 +243,6 @@ def _consult(memory: NeuralMemory, x_BTD: Tensor, call: Run, parts: Parts) -> tu
         y_BTD, state = memory(x_BTD, _state_of(parts, call.position_B), call.lengths_B)
         parts = parts | _parts_of(state)
     else:
-        y_BTD, recent = memory.read(x_BTD, parts["weights"], parts["recent"], call.lengths_B)
+        y_BTD, recent = memory.read(x_BTD, parts["weights"], parts["recent"], call.lengths_B, parts.get("kept"))
         parts = parts | {"recent": recent}
     return (y_BTD if call.recall else torch.zeros_like(y_BTD)), parts

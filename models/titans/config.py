@@ -45,8 +45,8 @@ class MemoryConfig:
 
     Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, keys
     are protected and the rule is not exact, a gate is made of more tokens than a key, a key has too few neighbours for
-    its products, no gate or no answer could pass its threshold, or with `residual` what the memory is asked with and
-    values differ in size.
+    its products, no gate, answer or margin could pass its threshold, margins are asked for without protected keys or a
+    read_threshold, or with `residual` what the memory is asked with and values differ in size.
     """
 
     num_heads: int = 4  # each with weights of its own
@@ -67,6 +67,7 @@ class MemoryConfig:
     protected_keys: int = 0  # written well last, whose answers a write leaves as it can; for rule "exact"
     write_threshold: float = 0.0  # a gate theta below it writes nothing; from twice that on it is what it is
     read_threshold: float = 0.0  # an answer whose root mean square is below it is none; from twice that on likewise
+    margin_threshold: float = 0.0  # below it, an answer is no larger than read_threshold; from twice that on likewise
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
@@ -83,6 +84,10 @@ class MemoryConfig:
             raise ValueError("a threshold that a step of one half could not pass would let nothing be written")
         if not 0 <= self.read_threshold < math.inf:
             raise ValueError("a threshold of answers is 0 or above, and finite")
+        if not 0 <= self.margin_threshold < 0.5:
+            raise ValueError("a threshold of margins is 0 or above, and below a half")
+        if self.margin_threshold and not (self.protected_keys and self.read_threshold):
+            raise ValueError("margins are of the protected keys, and what is doubted is held to read_threshold")
         if self.residual and self.feature_dim != self.value_dim:
             raise ValueError("with residual, key_dim and value_dim must be equal, and products at most 1")
         sizes = (self.num_heads, self.key_dim, self.value_dim, self.conv_width, self.chunk_size)
@@ -92,7 +97,7 @@ class MemoryConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What no tensor depends on, so that it can be set after training."""
-        names = "write_threshold", "read_threshold", "protected_keys"
+        names = "write_threshold", "read_threshold", "margin_threshold", "protected_keys"
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -143,8 +148,8 @@ class TitansConfig:
     """A body, its memories and where they stand, and how far attention sees.
 
     Raises ValueError where `memory_layers` is empty, out of order or names what the body has not, where there is no
-    such architecture, where a MAC's window is not a multiple of the memory's chunk_size, and where a readout is asked
-    of another architecture than "mal".
+    such architecture, where a MAC's window is not a multiple of the memory's chunk_size or its memory has a
+    margin_threshold, and where a readout is asked of another architecture than "mal".
     """
 
     backbone: BackboneConfig
@@ -168,6 +173,8 @@ class TitansConfig:
             raise ValueError(f"the body has the layers 0 to {self.backbone.num_layers - 1}")
         if self.architecture == "mac" and self.window % self.memory.chunk_size:
             raise ValueError("a segment of a MAC is a whole number of the memory's chunks")
+        if self.architecture == "mac" and self.memory.margin_threshold:
+            raise ValueError("a segment of a MAC asks a memory whose keys are not kept: it has no margin_threshold")
         if self.readout and self.architecture != "mal":
             raise ValueError('only the architecture "mal" has a readout')
 

@@ -24,6 +24,7 @@ _MEMORIES: list[dict[str, Any]] = [
     {"read_threshold": 0.3},
     {"write_threshold": 0.35, "protected_keys": 5},
     {"conv_width": 12, "gate_width": 12, "products": 4, "value_dim": 112, "momentum": True, "protected_keys": 24},
+    {"write_threshold": 0.3, "protected_keys": 40, "read_threshold": 0.05, "margin_threshold": 0.2, "products": 3},
 ]
 
 
@@ -56,7 +57,7 @@ class Memories(NamedTuple):
         momentum, kept = momentum if config.momentum else momentum[:, :0], torch.zeros(3, config.num_heads, 0, 0)
         state = MemoryState(torch.arange(3), weights, momentum, recent, kept)
         if config.protected_keys:
-            said = torch.randn(3, 2 * config.protected_keys, 64).bfloat16()
+            said = torch.randn(3, 2 * config.protected_keys - (20 if config.margin_threshold else 0), 64).bfloat16()
             kept = torchs.write(said, torchs.new_state(3, torch.bfloat16)).kept
             state = state._replace(kept=kept)
         return cls(NativeMemory(torchs, Team(2)), torchs, exact, state)
@@ -77,22 +78,23 @@ def distance(x: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.inference_mode()
 def test_a_memory_answers_what_torch_does(form: dict[str, Any], num_tokens: int) -> None:
     memories = Memories.make(form, num_tokens)
-    read, (_, weights, _, recent, _) = memories.native.read, memories.state
+    read, (_, weights, _, recent, kept) = memories.native.read, memories.state
     h_BTD, lengths_B = torch.randn(3, num_tokens, 64).bfloat16(), torch.tensor([num_tokens, 0, num_tokens - 1])
-    expected, _ = memories.exact.read(h_BTD.float(), weights, recent.float())
-    torchs, moved = memories.torchs.read(h_BTD, weights, recent, lengths_B)
-    y_BTD, moved_too = read(h_BTD, weights, recent, lengths_B)
+    expected, _ = memories.exact.read(h_BTD.float(), weights, recent.float(), None, kept)
+    torchs, moved = memories.torchs.read(h_BTD, weights, recent, lengths_B, kept)
+    y_BTD, moved_too = read(h_BTD, weights, recent, lengths_B, kept)
     assert torch.equal(moved_too, moved)
     assert distance(y_BTD, expected) < 1.1 * distance(torchs, expected) < 0.03
     for row in range(3):
-        alone, moved_row = read(h_BTD[row : row + 1], weights[row : row + 1], recent[row : row + 1])
+        own = weights[row : row + 1], kept[row : row + 1]
+        alone, moved_row = read(h_BTD[row : row + 1], own[0], recent[row : row + 1], None, own[1])
         assert torch.equal(alone[0], y_BTD[row]), "a row is as alone to the last bit"
         before, one_by_one = recent[row : row + 1], []
         for token in h_BTD[row : row + 1].split(1, dim=1):
-            y, before = read(token, weights[row : row + 1], before)
+            y, before = read(token, own[0], before, None, own[1])
             one_by_one.append(y)
         assert torch.equal(torch.cat(one_by_one, dim=1), alone) and torch.equal(before, moved_row)
-    shared, _ = read(h_BTD, weights[:1].expand(3, -1, -1), recent)
+    shared, _ = read(h_BTD, weights[:1].expand(3, -1, -1), recent, None, kept[:1].expand(3, -1, -1, -1))
     assert torch.equal(shared[0], y_BTD[0]) and not torch.equal(shared[1], y_BTD[1])
 
 
@@ -120,7 +122,8 @@ def test_a_memory_learns_what_torch_does(form: dict[str, Any], num_tokens: int) 
         joined = torch.cat((state.recent, memories.torchs._input(tokens)), dim=1)
         writes = memories.exact._writes(joined.float())
         if state.kept.shape[2]:
-            writes, _ = memories.exact._protect(writes, memories.exact._factors(joined.float()), state.kept, None)
+            factors = memories.exact._factors(joined.float())
+            writes, *_ = memories.exact._protect(writes, factors, state.kept, None, None)
         queries = torch.zeros_like(writes.keys)
         oracle = absorb_tokens(memories.exact.config, writes, state.weights, memories.surprise(state), queries)
         every = [(x.weights, memories.surprise(x)) for x in (state, alone, torchs)]

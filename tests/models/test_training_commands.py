@@ -44,7 +44,8 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
 ) -> None:
     ended = run_nothing(monkeypatch)
     body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
-    memory = replace(MEMORY, write_threshold=0.0, read_threshold=0.1, protected_keys=3)  # which may be any
+    thresholds = replace(MEMORY, write_threshold=0.0, read_threshold=0.1, protected_keys=3)
+    memory = replace(thresholds, margin_threshold=0.1)  # which may be any
     shape = TitansConfig(body.config, memory, memory_layers=(2,), readout=True)
     files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
     train = ["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer"]
@@ -63,23 +64,24 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
 
 
 @pytest.mark.parametrize(
-    ("lessons", "kept"), [(["--answers"], (0.3, 0.2, 9)), (["--norms"], (0.3, 0.2, 9)), ([], (0.02, 0.0, 0))]
+    ("lessons", "kept"),
+    [(["--answers"], (0.3, 0.2, 0.1, 9)), (["--norms"], (0.3, 0.2, 0.1, 9)), ([], (0.02, 0.0, 0.0, 0))],
 )
 def test_what_is_not_taught_to_write_keeps_its_settings(
     lessons: list[str],
-    kept: tuple[float, float, int],
+    kept: tuple[float, float, float, int],
     tiny: TinyCheckpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_nothing(monkeypatch)
     body, start = load_backbone(tiny.body), tmp_path / "start.safetensors"
-    memory = replace(MEMORY, write_threshold=0.3, read_threshold=0.2, protected_keys=9)
+    memory = replace(MEMORY, write_threshold=0.3, read_threshold=0.2, margin_threshold=0.1, protected_keys=9)
     save_memory(build(body, TitansConfig(body.config, memory, (2,), readout=True)), digest(tiny.body), start)
     files = ["--body", str(tiny.body), "--run", str(tmp_path / "run"), "--start", str(start)]
     assert cli.main(["train", str(TEXT), "--test-text", str(TEXT), *files, "--layer", "2", *lessons]) == 0
     memory = MemoryConfig(**json.loads((tmp_path / "run" / "run.json").read_text())["config"]["memory"])
-    assert (memory.write_threshold, memory.read_threshold, memory.protected_keys) == kept
+    assert (memory.write_threshold, memory.read_threshold, memory.margin_threshold, memory.protected_keys) == kept
 
 
 def test_a_layer_that_the_body_has_not_is_told(
@@ -283,6 +285,7 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     adapted, other = set(model.adapted), tmp_path / "other.safetensors"
     model.load_state_dict({name: x + 1 for name, x in first.items()}, strict=False)
     choosy = replace(model.config.memory, write_threshold=0.1, read_threshold=0.4, protected_keys=2)
+    choosy = replace(choosy, margin_threshold=0.1)
     model.config = replace(model.config, memory=choosy)
     save_memory(model, digest(tiny.body), other)
     memories = [str(tiny.memory), str(other)]
@@ -296,9 +299,10 @@ def test_the_mean_of_memories_has_each_by_its_share(tiny: TinyCheckpoint, tmp_pa
     for name, x in memory_tensors(mean).items():
         torch.testing.assert_close(x, first[name] + 0.75, msg=name)
     assert mean.memories[0].config == choosy, "the last one's"
-    settings = ["--write-threshold", "0.2", "--read-threshold", "0.3", "--protected-keys", "4"]
+    thresholds = ["--write-threshold", "0.2", "--read-threshold", "0.3", "--margin-threshold", "0.2"]
+    settings = [*thresholds, "--protected-keys", "4"]
     assert cli.main(["average", *memories, *settings, *body]) == 0
-    set_ones = replace(choosy, write_threshold=0.2, read_threshold=0.3, protected_keys=4)
+    set_ones = replace(choosy, write_threshold=0.2, read_threshold=0.3, margin_threshold=0.2, protected_keys=4)
     assert read_header(tmp_path / "mean.safetensors")[0].memory == set_ones
     plain = replace(model.config, adapted=False)
     unadapted = build(load_backbone(tiny.body), plain)

@@ -23,6 +23,7 @@ from titans.config import MemoryConfig
 from titans.layers import RMSNorm
 from titans.memory.chunk import Writes, chunks, stretches
 from titans.memory.linear import LinearRule
+from titans.memory.margin import margins
 from titans.memory.mlp import MLPRule
 from titans.memory.protection import protect
 from titans.memory.rule import Rule, Step
@@ -41,7 +42,9 @@ class MemoryState(NamedTuple):
 class Kernels(Protocol):
     """A faster way to do what NeuralMemory does, for inference."""
 
-    def read(self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(
+        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """See `NeuralMemory.read`."""
 
     def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None) -> MemoryState:
@@ -140,15 +143,15 @@ class NeuralMemory(nn.Module):
         finite, and its answers mean nothing.
         """
         x_BTD = self._input(h_BTD)
-        reads, state = self._absorb(x_BTD, state, lengths_B, answering=True)
+        reads, margins_BT, state = self._absorb(x_BTD, state, lengths_B, answering=True)
         assert reads is not None
-        return self._answer(reads, x_BTD), state
+        return self._answer(reads, x_BTD, margins_BT), state
 
     def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
         """Write as `forward` does, answering none. T may be 0."""
         if self.kernels is not None:
             return self.kernels.write(h_BTD, state, lengths_B)
-        return self._absorb(self._input(h_BTD), state, lengths_B, answering=False)[1]
+        return self._absorb(self._input(h_BTD), state, lengths_B, answering=False)[2]
 
     def settle(self, state: MemoryState) -> Tensor:
         """The weights M [B, H, N] as of the last token written: what a reader asks.
@@ -164,19 +167,29 @@ class NeuralMemory(nn.Module):
             return self.rule.absorb(writes, state.weights, state.momentum, None, begun_B).weights
 
     def read(
-        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
+        self,
+        h_BTD: Tensor,
+        weights: Tensor,
+        recent: Tensor,
+        lengths_B: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Answer every token from settled weights, writing none. Returns y [B, T, D] and `recent` moved on, a copy.
 
         `weights` [B, H, N] as `settle` gives them. `recent` [B, R, D] as states keep it; the last conv_width - 1 inputs
-        will do. `lengths_B` as in `forward`; it counts for `recent` alone.
+        will do. `lengths_B` as in `forward`; it counts for `recent` alone. Without `kept` [B, H, P, K'], as states keep
+        it, no answer is doubted.
         """
         if self.kernels is not None:
-            return self.kernels.read(h_BTD, weights, recent, lengths_B)
+            return self.kernels.read(h_BTD, weights, recent, lengths_B, kept)
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
-        y = self._answer(self._ask(weights, queries), x_BTD)
+        doubted = None
+        if kept is not None and self.config.margin_threshold:
+            with _as_written(weights):
+                doubted = margins(queries, self._expand(kept.float()), kept.shape[2])
+        y = self._answer(self._ask(weights, queries), x_BTD, doubted)
         return y, self._recent(joined, recent.shape[1], lengths_B)
 
     def norms(self, state: MemoryState) -> tuple[Tensor, Tensor]:
@@ -211,8 +224,12 @@ class NeuralMemory(nn.Module):
 
     def _absorb(
         self, x_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None, *, answering: bool
-    ) -> tuple[Tensor | None, MemoryState]:
-        """Walk over the chunks. Returns the reads [B, H, T, V] where they are wanted, and the state at the end."""
+    ) -> tuple[Tensor | None, Tensor | None, MemoryState]:
+        """Walk over the chunks.
+
+        Returns the reads [B, H, T, V] where they are wanted, their margins [B, T] where they have any, and the state at
+        the end.
+        """
         num_tokens = x_BTD.shape[1]
         joined = torch.cat((state.recent, x_BTD), dim=1)
         ends_B, aligned, most = lengths_B, joined, 0
@@ -223,34 +240,42 @@ class NeuralMemory(nn.Module):
             aligned = self._from_chunk(joined, begun_B, most + num_tokens) if most else all_begin
             ends_B = begun_B + (num_tokens if lengths_B is None else lengths_B)
         queries = self._queries(aligned) if answering else None
-        factors, kept = self._factors(aligned), state.kept
+        factors, kept, margins_BT = self._factors(aligned), state.kept, None
         writes = self._writes(aligned, factors=factors)
         with _as_written(state.weights):
             if self.config.protected_keys:
-                writes, kept = self._protect(writes, factors, kept, lengths_B)
+                asked = queries if self.config.margin_threshold else None
+                writes, margins_BT, kept = self._protect(writes, factors, kept, lengths_B, asked)
             weights, momentum, reads = self._walk(writes, state, queries, ends_B)
         if reads is not None and most:
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
         position = state.position + (num_tokens if lengths_B is None else lengths_B)
         recent = self._recent(joined, self.config.num_recent, lengths_B)
-        return reads, MemoryState(position, weights, momentum, recent, kept)
+        return reads, margins_BT, MemoryState(position, weights, momentum, recent, kept)
 
     def _protect(
-        self, writes: Writes, factors: Tensor, kept: Tensor, lengths_B: Tensor | None
-    ) -> tuple[Writes, Tensor]:
-        """What is written along directions that leave the keys kept, and those kept after it."""
-        size = max(self.config.chunk_size, self.config.protected_keys)  # tokens at once: about as many as before them
+        self, writes: Writes, factors: Tensor, kept: Tensor, lengths_B: Tensor | None, queries: Tensor | None
+    ) -> tuple[Writes, Tensor | None, Tensor]:
+        """What is written along directions that leave the keys kept, margins of the queries, and what is kept after."""
+        room = self.config.protected_keys
+        size = max(self.config.chunk_size, room)  # tokens at once: about as many as before them
         parts = [x.split(size, 2) for x in (writes.keys, factors, writes.theta[:, :, 0])]
-        directions, degree = [], 2 if self.config.products else 1
-        for i, (keys, made_of, theta) in enumerate(zip(*parts, strict=True)):
+        asked = [None] * len(parts[0]) if queries is None else queries.split(size, 2)
+        directions, told, degree = [], [], 2 if self.config.products else 1
+        for i, (keys, made_of, theta, asking) in enumerate(zip(*parts, asked, strict=True)):
             if theta.is_cpu and not theta.any():  # (to know it another device would have to be waited for)
                 directions.append(keys)
+                if asking is not None:
+                    told.append(margins(asking, self._expand(kept.float()), room))
                 continue
             protection = protect(keys, made_of, theta, kept, expand=self._expand, degree=degree)
             directions.append(protection.directions)
+            if asking is not None:
+                told.append(margins(asking, protection.expanded, room, protection.in_sight()))
             kept = protection.kept(None if lengths_B is None else lengths_B - i * size)
-        return writes._replace(directions=torch.cat(directions, dim=2) if directions else None), kept
+        writes = writes._replace(directions=torch.cat(directions, dim=2) if directions else None)
+        return writes, torch.cat(told, dim=1) if told else None, kept
 
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
@@ -359,15 +384,19 @@ class NeuralMemory(nn.Module):
         with _as_written(weights):
             return self.rule.read(weights, queries)
 
-    def _answer(self, reads_BHTV: Tensor, x_BTD: Tensor) -> Tensor:
+    def _answer(self, reads_BHTV: Tensor, x_BTD: Tensor, margins_BT: Tensor | None = None) -> Tensor:
         gate = F.linear(x_BTD, self.out_gate.weight.to(x_BTD.dtype)) + self.out_gate.bias
         reads = gate.float().sigmoid() * self.read_norm(reads_BHTV).transpose(1, 2).flatten(2)
         y = F.linear(reads.to(x_BTD.dtype), self.out.weight.to(x_BTD.dtype))
         threshold = self.config.read_threshold
         if not threshold:
             return y
-        size = y.float().norm(dim=-1, keepdim=True) / math.sqrt(y.shape[-1])
-        return (y.float() * _passed(threshold, size)).to(y.dtype)
+        y = (y.float() * _passed(threshold, _size(y))).to(y.dtype)
+        if margins_BT is None:
+            return y
+        share = _passed(self.config.margin_threshold, margins_BT[..., None])
+        few = threshold / _size(y).clamp(min=threshold)
+        return (y.float() * (share + (1 - share) * few)).to(y.dtype)
 
     @staticmethod
     def _recent(joined: Tensor, reach: int, lengths_B: Tensor | None) -> Tensor:
@@ -383,6 +412,12 @@ def _convolve(x: Tensor, taps: Tensor) -> Tensor:
     num_tokens = x.shape[1] - taps.shape[1] + 1
     first, *others = ((x[:, i : i + num_tokens], taps[:, i].float()) for i in range(taps.shape[1]))
     return reduce(lambda total, part: torch.addcmul(total, *part), others, first[0] * first[1])
+
+
+def _size(y_BTD: Tensor) -> Tensor:
+    """The root mean square of each token's answer [B, T, 1]."""
+    size: Tensor = y_BTD.float().norm(dim=-1, keepdim=True) / math.sqrt(y_BTD.shape[-1])
+    return size
 
 
 def _passed(threshold: float, x: Tensor) -> Tensor:

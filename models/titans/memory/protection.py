@@ -36,7 +36,12 @@ class Protection(NamedTuple):
 
     directions: Tensor  # [B, H, C, F]: along which each of them is learnt
     rows: Tensor  # [B, H, S, K]: those kept, and these
+    expanded: Tensor  # [B, H, S, F]: the same as the memory sees them
     lasting: Tensor  # [B, H, C]: which of these are kept
+
+    def in_sight(self) -> Tensor:
+        """Which rows [B, H, C, S] are the last N as of each token, its own among them."""
+        return _in_sight(self.lasting, self.rows.shape[2] - self.lasting.shape[2], own=True)
 
     def kept(self, ends_B: Tensor | None = None) -> Tensor:
         """The last N rows [B, H, N, K], of those kept and of the first `ends_B[b]` tokens (all by default)."""
@@ -61,9 +66,11 @@ def protect(
     own = (weight.where(lasting, 1).sqrt() / expand(factors).norm(dim=-1).clamp(min=_TINY)) ** (1 / degree)
     new = (lasting * own)[..., None] * factors  # (0 to the power of a half would have no gradient)
     rows = torch.cat((kept, new.to(kept.dtype)), dim=2)
-    seen = expand(rows.to(keys.dtype))
-    seen = seen / (seen.norm(dim=-1, keepdim=True) / math.sqrt(MOST_WEIGHT)).clamp(min=1)  # a state may be anyone's
-    return Protection(_directions(keys, seen, _in_sight(lasting, kept.shape[2])), rows, lasting)
+    expanded = expand(rows.to(keys.dtype))
+    longest = math.sqrt(MOST_WEIGHT)
+    known = expanded / (expanded.norm(dim=-1, keepdim=True) / longest).clamp(min=1)  # a state may be anyone's
+    directions = _directions(keys, known, _in_sight(lasting, kept.shape[2], own=False))
+    return Protection(directions, rows, expanded, lasting)
 
 
 def weights(theta: Tensor) -> Tensor:
@@ -71,12 +78,13 @@ def weights(theta: Tensor) -> Tensor:
     return theta / (1 - theta).clamp(min=1 / MOST_WEIGHT) * (theta / LEAST_STEP - 1).clamp(0, 1)
 
 
-def _in_sight(lasting: Tensor, num_kept: int) -> Tensor:
-    """Which rows [B, H, C, S] are the last N before each token: of those kept, and of the tokens before it."""
+def _in_sight(lasting: Tensor, num_kept: int, *, own: bool) -> Tensor:
+    """Which rows [B, H, C, S] are the last N before each token, or with its own: of those kept, and of the tokens."""
     before = lasting.int().cumsum(dim=-1) - lasting.int()  # [B, H, C]
-    kept = torch.arange(num_kept, device=lasting.device) >= before[..., None]
-    new = (before[..., :, None] - before[..., None, :] <= num_kept) & lasting[..., None, :]
-    return torch.cat((kept, new.tril(-1)), dim=-1)
+    by_now = before + lasting.int() if own else before
+    kept = torch.arange(num_kept, device=lasting.device) >= by_now[..., None]
+    new = (by_now[..., :, None] - before[..., None, :] <= num_kept) & lasting[..., None, :]
+    return torch.cat((kept, new.tril(0 if own else -1)), dim=-1)
 
 
 def _directions(keys: Tensor, rows: Tensor, seen: Tensor) -> Tensor:

@@ -51,13 +51,36 @@ def directions(keys: Tensor, theta: Tensor, num_kept: int) -> Tensor:
     for b, h in itertools.product(*map(range, keys.shape[:2])):
         for t, key in enumerate(keys[b, h]):
             known = torch.eye(keys.shape[-1], dtype=torch.float64)
-            steps = [(i, step) for i, step in enumerate(theta[b, h, :t].tolist()) if step > LEAST_STEP]
-            for i, step in steps[-num_kept:]:
-                weight = step / max(1 - step, 1 / MOST_WEIGHT) * min(1, step / LEAST_STEP - 1)
+            for i, weight in _kept(theta[b, h, :t], num_kept):
                 known += weight * torch.outer(keys[b, h, i], keys[b, h, i])
             free = torch.linalg.inv(known) @ key
             found[b, h, t] = (free + SLACK * key) / (key @ free + SLACK)  # (a key has unit length, or none)
     return found
+
+
+def margins(keys: Tensor, theta: Tensor, queries: Tensor, num_kept: int) -> Tensor:
+    """`titans.memory.margin` by its definition, from a session's beginning, each token after it is written: [B, T]."""
+    keys, queries = keys.double(), queries.double()
+    found = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float64)
+    for b, h, t in itertools.product(*map(range, keys.shape[:3])):
+        kept = _kept(theta[b, h, : t + 1].double(), num_kept)
+        rows = [min(1.0, weight**0.5) * keys[b, h, i] for i, weight in kept]
+        if len(rows) == num_kept:
+            found[b, t] = torch.inf
+            continue
+        alike = [float(queries[b, h, t] @ row) for row in rows]
+        if max(alike, default=0.0) > 0:
+            nearest = rows[alike.index(max(alike))]
+            same = [min(1.0, max(0.0, float(row @ nearest / (nearest @ nearest)))) for row in rows]
+            rival = max(x * (1 - s) for x, s in zip(alike, same, strict=True))
+            found[b, t] += (max(alike) - rival) / keys.shape[1]
+    return found
+
+
+def _kept(theta: Tensor, num_kept: int) -> list[tuple[int, float]]:
+    """Which of these tokens are kept, and the weight of each."""
+    steps = [(i, step) for i, step in enumerate(theta.tolist()) if step > LEAST_STEP][-num_kept:]
+    return [(i, step / max(1 - step, 1 / MOST_WEIGHT) * min(1, step / LEAST_STEP - 1)) for i, step in steps]
 
 
 def answer(config: MemoryConfig, memory: list[Tensor], x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:

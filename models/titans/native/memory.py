@@ -16,7 +16,7 @@ from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 _LANES = 16  # floats that the kernels take at once
 _SHAPE = "size num_heads key_dim value_dim reach gate_reach products".split()
 _RULE = "chunk forgets momentum_reach protected_keys".split()
-_NUMBERS = "eps most_momentum write_threshold read_threshold slack most_weight least_step".split()
+_NUMBERS = "eps most_momentum write_threshold read_threshold margin_threshold slack most_weight least_step".split()
 _VECTORS = "norm center query_taps key_taps value_taps gate_taps gates gates_bias out_gate_bias".split()
 _MATRICES = "query key value out_gate out".split()
 
@@ -66,6 +66,7 @@ class NativeMemory:
             most_momentum=memory.most_momentum,
             write_threshold=config.write_threshold,
             read_threshold=config.read_threshold,
+            margin_threshold=config.margin_threshold,
             protected_keys=config.protected_keys,
             slack=SLACK,
             most_weight=MOST_WEIGHT,
@@ -83,13 +84,19 @@ class NativeMemory:
         return fits and not memory.rule.bound_to_chunks and not config.output_norm
 
     def read(
-        self, h_BTD: Tensor, weights: Tensor, recent: Tensor, lengths_B: Tensor | None = None
+        self,
+        h_BTD: Tensor,
+        weights: Tensor,
+        recent: Tensor,
+        lengths_B: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `NeuralMemory.read`."""
         h_BTD, recent, lengths_B = _inputs(h_BTD, recent, lengths_B)
-        weights, stride = _rows(weights)
+        asked: list[Tensor | int | None] = [*_rows(weights), recent]
+        asked += (None, 0) if kept is None or not self._memory.margin_threshold else _rows(kept)
         y_BTD, moved = torch.empty_like(h_BTD), torch.empty_like(recent)
-        self._call("titans_read", h_BTD, lengths_B, weights, stride, recent, y_BTD, moved)
+        self._call("titans_read", h_BTD, lengths_B, *asked, y_BTD, moved)
         return y_BTD, moved
 
     def write(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> MemoryState:
@@ -131,6 +138,6 @@ def _inputs(h_BTD: Tensor, recent: Tensor, lengths_B: Tensor | None) -> tuple[Te
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """[B, H, N] whose rows are whole, and floats from one to the next: they may be the same, or stand apart."""
+    """[B, ...] whose rows are whole, and numbers from one to the next: they may be the same, or stand apart."""
     x = x if x[0].is_contiguous() else x.contiguous()
     return x, x.stride(0)

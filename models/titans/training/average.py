@@ -38,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shares", nargs="+", type=positive, metavar="X", help="of each, relative (default: equal)")
     of_last = "(default: the last one's)"
+    faint = f"answered faintly {of_last}"
     parser.add_argument("--write-threshold", type=float, metavar="X", help=f"steps below it write nothing {of_last}")
     parser.add_argument("--read-threshold", type=float, metavar="X", help=f"answers below it are none {of_last}")
+    parser.add_argument("--margin-threshold", type=float, metavar="X", help=f"what is told apart by less is {faint}")
     parser.add_argument("--protected-keys", type=int, metavar="N", help=f"written last, which a write leaves {of_last}")
     parser.add_argument("--write-scale", type=positive, default=1.0, metavar="X", help="less of it: writes more evenly")
     parser.add_argument(
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             write_threshold=args.write_threshold,
             read_threshold=args.read_threshold,
+            margin_threshold=args.margin_threshold,
             protected_keys=args.protected_keys,
             write_scale=args.write_scale,
             write_bias=args.write_bias,
@@ -97,6 +100,7 @@ def average(
     *,
     write_threshold: float | None = None,
     read_threshold: float | None = None,
+    margin_threshold: float | None = None,
     protected_keys: int | None = None,
     write_scale: float = 1.0,
     write_bias: float = 0.0,
@@ -118,7 +122,12 @@ def average(
             raise CheckpointError(f"{path} was trained on another body than {body}")
         check_memory(path)
     config = replace(headers[-1][0], adapted=any(config.adapted for config, _ in headers))
-    asked = {"write_threshold": write_threshold, "read_threshold": read_threshold, "protected_keys": protected_keys}
+    asked = {
+        "write_threshold": write_threshold,
+        "read_threshold": read_threshold,
+        "margin_threshold": margin_threshold,
+        "protected_keys": protected_keys,
+    }
     settings: dict[str, Any] = {name: x for name, x in asked.items() if x is not None}
     config = replace(config, memory=replace(config.memory, **settings))
     model = build(load_backbone(body), config)

@@ -12,10 +12,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "layers.h"
 #include "learning.h"
+#include "margin.h"
 #include "memory.h"
 #include "numbers.h"
 #include "products.h"
@@ -114,10 +116,11 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
 
 // What a memory answers to h [B, T, D] bfloat16, writing nothing: y [B, T, D] bfloat16. Session b's weights, [H, F, V]
 // float32, are at weights + b * stride. recent [B, C, D] bfloat16: its last inputs; moved: those after its first
-// lengths[b] tokens.
+// lengths[b] tokens. kept: the keys that it wrote last, [H, N, K] bfloat16, are at kept + b * kept_stride; null: no answer
+// is doubted.
 void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
-                 const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, uint16_t *y,
-                 uint16_t *moved) {
+                 const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, const uint16_t *kept,
+                 int64_t kept_stride, uint16_t *y, uint16_t *moved) {
     const Memory &m = *memory;
     const int64_t size = m.size, rows = batch * length, features = m.features();
     const int64_t width = m.num_heads * m.key_dim, values = m.num_heads * m.value_dim;
@@ -125,6 +128,8 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
     Inputs answers{.pairs = true};
     answers.resize(rows, values);
     std::vector<float> projected(heard.rows() * width), gates(rows * values), reads(rows * values);
+    std::vector<float> margins(kept ? rows * m.num_heads : 0);
+    std::vector<uint8_t> answered(rows);  // whether anything passes
     team->run([&](int index) {
         std::vector<float> row(std::max(size, values)), queries(4 * features), own(m.products + m.key_dim);
         const Share ours = team->share(rows, index);
@@ -165,7 +170,38 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
                  [&](int64_t r, int64_t n, __m512 x) { narrow(x, y + r * size + n); });
         if (m.read_threshold > 0) {
             team->barrier.wait();
-            for (int64_t r = ours.begin; r < ours.end; ++r) let_pass(m.read_threshold, size, y + r * size);
+            for (int64_t r = ours.begin; r < ours.end; ++r) {
+                Answer answer(size, y + r * size);
+                const double share = passed(m.read_threshold, answer.rms);
+                answer.scale(share);
+                answered[r] = share > 0;
+            }
+        }
+        if (kept && m.margin_threshold > 0) {
+            team->barrier.wait();
+            Told told(m);
+            for (int64_t unit = units.begin; unit < units.end; ++unit) {
+                const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
+                const auto from = answered.begin() + b * length;
+                if (std::find(from, from + length, 1) == from + length) continue;  // of a text mostly
+                told.take(kept + b * kept_stride + head * m.protected_keys * m.key_dim);
+                for (int64_t t = 0; t < length; ++t) {
+                    if (!from[t]) continue;
+                    const float *asked_by = projected.data() + (b * (m.reach + length) + t) * width;
+                    factors(m, head, asked_by, m.query_taps, own.data() + m.products);
+                    feature(m, own.data() + m.products, queries.data());
+                    margins[(b * length + t) * m.num_heads + head] = told.margin(m, queries.data());
+                }
+            }
+            team->barrier.wait();
+            for (int64_t r = ours.begin; r < ours.end; ++r) {
+                if (!answered[r]) continue;
+                const float *of_heads = margins.data() + r * m.num_heads;
+                const double margin = std::accumulate(of_heads, of_heads + m.num_heads, 0.0) / m.num_heads;
+                const double share = passed(m.margin_threshold, margin);
+                Answer answer(size, y + r * size);
+                answer.scale(share + (1 - share) * m.read_threshold / std::max(answer.rms, m.read_threshold));
+            }
         }
     });
     heard.move(lengths, moved);

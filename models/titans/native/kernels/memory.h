@@ -16,7 +16,7 @@ namespace {
 
 struct Memory {  // a linear memory, and what tokens ask and write it through
     int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, momentum_reach, protected_keys;
-    double eps, most_momentum, write_threshold, read_threshold, slack, most_weight, least_step;
+    double eps, most_momentum, write_threshold, read_threshold, margin_threshold, slack, most_weight, least_step;
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
     const float *gate_taps;                           // [gate_reach + 1, D]
@@ -100,17 +100,28 @@ float feature(const Memory &m, float *made_of, float *to) {
     return length;
 }
 
-// An answer [D] as far as it counts: not where its root mean square is below the threshold, from twice that on whole.
-void let_pass(double threshold, int64_t size, uint16_t *y) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) {
-        const __m512 x = widen(y + i);
-        squares = _mm512_fmadd_ps(x, x, squares);
+// The share of x that counts: none below the threshold, and from twice that on all.
+double passed(double threshold, double x) { return std::clamp(x / threshold - 1, 0.0, 1.0); }
+
+struct Answer {  // of one token: [D], and its root mean square
+    int64_t size;
+    uint16_t *y;
+    double rms;
+
+    Answer(int64_t size, uint16_t *y) : size(size), y(y) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i += 16) {
+            const __m512 x = widen(y + i);
+            squares = _mm512_fmadd_ps(x, x, squares);
+        }
+        rms = std::sqrt(_mm512_reduce_add_ps(squares) / size);
     }
-    const double rms = std::sqrt(_mm512_reduce_add_ps(squares) / size);
-    const __m512 by = _mm512_set1_ps(std::clamp(rms / threshold - 1, 0.0, 1.0));
-    for (int64_t i = 0; i < size; i += 16) narrow(_mm512_mul_ps(widen(y + i), by), y + i);
-}
+
+    void scale(double by) {
+        const __m512 factor = _mm512_set1_ps(by);
+        for (int64_t i = 0; i < size; i += 16) narrow(_mm512_mul_ps(widen(y + i), factor), y + i);
+    }
+};
 
 // Calls f with <N> and the first column for all columns of a matrix, 16 N at a time.
 template <class F> void in_columns(int64_t columns, F &&f) {
