@@ -54,15 +54,15 @@ class LinearRule(Rule):
 
         keep, carry, decay, weight, share = (row_at(x, ends_B)[:, :, 0, ..., None] for x in chunk.weighing)
         steps = -theta[:, :, 0, :, None] * errors
-        moved, after_it = weight * steps, []
+        moved, carried = weight * steps, []
         if momentum:
             before, steps_before = momentum
             along = torch.cat((before, along), dim=2)
             moved = torch.cat((carry[..., None] * steps_before, moved), dim=2)
             left = torch.cat((decay[..., None] * steps_before, share * steps), dim=2)
-            after_it = [_last(x, before.shape[2], ends_B) for x in (along, left)]
+            carried = [_last(x, before.shape[2], ends_B) for x in (along, left)]
         after = torch.addcmul(along.mT @ moved, keep[..., None], memory)
-        return Step([after], after_it, reads)
+        return Step([after], carried, reads)
 
     def read(self, weights: Tensor, queries: Tensor) -> Tensor:
         """q M: [B, H, N] and [B, H, T, K] to [B, H, T, V]."""

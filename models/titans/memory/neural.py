@@ -185,11 +185,11 @@ class NeuralMemory(nn.Module):
         x_BTD = self._input(h_BTD)
         joined = torch.cat((recent, x_BTD), dim=1)
         queries = self._queries(joined[:, recent.shape[1] - self.config.conv_width + 1 :])
-        doubted = None
+        margins_BT = None
         if kept is not None and self.config.margin_threshold:
             with _as_written(weights):
-                doubted = margins(queries, self._expand(kept.float()), kept.shape[2])
-        y = self._answer(self._ask(weights, queries), x_BTD, doubted)
+                margins_BT = margins(queries, self._expand(kept.float()), kept.shape[2])
+        y = self._answer(self._ask(weights, queries), x_BTD, margins_BT)
         return y, self._recent(joined, recent.shape[1], lengths_B)
 
     def norms(self, state: MemoryState) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,7 @@ void carry_on(Chunk &own, const Fading &fading) {
 void fade(Chunk &own, const Fading &fading, int64_t length, const float *weights, float *to) {
     carry_on(own, fading);
     move(own, own.before - own.first, static_cast<float>(fading.keep), weights, to);
+    if (own.first == own.before) return;  // nothing was left, and nothing has come
     const int64_t own_steps = std::min(length, own.before);
     std::fill_n(own.along(length - own_steps), own_steps * own.features, 0.0f);
     std::fill_n(own.steps.begin() + (own.before + length - own_steps) * own.values, own_steps * own.values, 0.0f);
@@ -169,7 +170,8 @@ void learn_chunk(const Memory &m, Chunk &own, int64_t length, const float *weigh
         float *error = own.errors.data() + t * values, *moving = own.carried.data() + t * values;
         const float *found = own.expected.data() + t * values;
         if (before) {
-            with_each(own.directions.data() + own.first * features, before, features, own.keys.data() + t * features, own.some.data());
+            const float *directions = own.directions.data() + own.first * features;
+            with_each(directions, before, features, own.keys.data() + t * features, own.some.data());
             std::fill_n(moving, values, 0.0f);
             in_columns(values, [&]<int N>(int64_t v) {
                 const float *steps = own.steps.data() + own.first * values + v;
