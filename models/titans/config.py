@@ -67,7 +67,7 @@ class MemoryConfig:
     protected_keys: int = 0  # written well last, whose answers a write leaves as it can; for rule "exact"
     write_threshold: float = 0.0  # a gate theta below it writes nothing; from twice that on it is what it is
     read_threshold: float = 0.0  # an answer whose root mean square is below it is none; from twice that on likewise
-    margin_threshold: float = 0.0  # below it, an answer is no larger than read_threshold; from twice that on likewise
+    margin_threshold: float = 0.0  # below it, an answer is no larger than read_threshold (`titans.memory.margin`)
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):

@@ -56,7 +56,7 @@ def test_what_was_told_is_told_apart_and_what_is_like_several_is_not() -> None:
     first, second, third = torch.eye(8)[:3]
     rows = torch.stack((first, second, first, torch.zeros(8)))[None, None]
     ask = torch.stack((first, F.normalize(first + second, dim=0), third, F.normalize(first + third, dim=0)))[None, None]
-    assert margins(ask, rows, 4)[0].tolist() == pytest.approx([1, 0, 0, 0.5**0.5])
+    assert margins(ask, rows, 4)[0].tolist() == pytest.approx([1, 0, 0, 0.5**0.25])
     assert margins(ask, rows, 3).isinf().all()
 
 
@@ -70,7 +70,7 @@ def test_what_is_doubted_is_answered_faintly(cuts: list[int]) -> None:
     joined = torch.cat((state.recent, memory._input(h)), dim=1)
     writes = memory._writes(joined)
     told = reference.margins(writes.keys, writes.theta[:, :, 0], memory._queries(joined), CONFIG.protected_keys)
-    share = (told / CONFIG.margin_threshold - 1).clamp(0, 1).float()[..., None]
+    share = ((told - CONFIG.margin_threshold) / (0.25 * CONFIG.margin_threshold)).clamp(0, 1).float()[..., None]
     most = CONFIG.read_threshold / whole.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-9)
     expected = whole * (share + (1 - share) * most.clamp(max=1))
     assert 0.1 < (share == 0).float().mean() < 0.9 and (expected != whole).any()

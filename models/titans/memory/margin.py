@@ -5,11 +5,12 @@ written under keys that are like it, and as loudly. But a query for what was wri
 any other, and one for what was not is somewhat like several. By the last keys that were written well, which a state
 keeps (`titans.memory.protection`), the two can be told apart. The margin of a query q in a head is
 
-    max_i q^T r_i - max_i q^T r_i (1 - s_i),   s_i = r_i^T r / |r|^2, from 0 to 1
+    (a - max_i q^T r_i (1 - s_i)) / a^(1/2),   a = max_i q^T r_i,   s_i = r_i^T r / |r|^2, from 0 to 1
 
 r_i the keys kept, those that were written faintly shorter than 1, and r the one that is most like q: a rival is like
-the query, and unlike r. So what is told twice is no rival of itself. Where the query is like no key it is 0. A token's
-margin is the mean of its heads'.
+the query, and unlike r. So what is told twice is no rival of itself. By how much r leads counts, and by what share of
+a: this is the geometric mean of both. Where the query is like no key it is 0. A token's margin is the mean of its
+heads'.
 
 Where as many keys are kept as there is room for, a query may ask for one that was written before them, and the margin
 is infinite: nothing is doubted.
@@ -19,6 +20,8 @@ S rows.
 """
 
 from torch import Tensor
+
+WHOLE_FROM = 1.25  # times the threshold: a margin that leaves an answer as it is
 
 _TINY = 1e-30
 
@@ -37,5 +40,11 @@ def margins(queries: Tensor, rows: Tensor, room: int, in_sight: Tensor | None = 
     most, at = alike.max(dim=-1, keepdim=True)
     nearest = rows.take_along_dim(at, dim=2)
     same = (nearest @ rows.mT / nearest.square().sum(-1, keepdim=True).clamp(min=_TINY)).clamp(0, 1)
-    margin = (most.squeeze(-1) - (alike * (1 - same)).amax(dim=-1)).mean(dim=1)
+    most = most.squeeze(-1)
+    margin = ((most - (alike * (1 - same)).amax(dim=-1)) / most.clamp(min=_TINY).sqrt()).mean(dim=1)
     return margin.masked_fill((counted.sum(-1) >= room).any(dim=1), float("inf"))
+
+
+def told(margins: Tensor, threshold: float) -> Tensor:
+    """The share of an answer that is not doubted: none below the threshold, from WHOLE_FROM times that on all."""
+    return ((margins / threshold - 1) / (WHOLE_FROM - 1)).clamp(0, 1)

@@ -23,7 +23,7 @@ from titans.config import MemoryConfig
 from titans.layers import RMSNorm
 from titans.memory.chunk import Writes, chunks, stretches
 from titans.memory.linear import LinearRule
-from titans.memory.margin import margins
+from titans.memory.margin import margins, told
 from titans.memory.mlp import MLPRule
 from titans.memory.protection import protect
 from titans.memory.rule import Rule, Step
@@ -262,20 +262,20 @@ class NeuralMemory(nn.Module):
         size = max(self.config.chunk_size, room)  # tokens at once: about as many as before them
         parts = [x.split(size, 2) for x in (writes.keys, factors, writes.theta[:, :, 0])]
         asked = [None] * len(parts[0]) if queries is None else queries.split(size, 2)
-        directions, told, degree = [], [], 2 if self.config.products else 1
+        directions, found, degree = [], [], 2 if self.config.products else 1
         for i, (keys, made_of, theta, asking) in enumerate(zip(*parts, asked, strict=True)):
             if theta.is_cpu and not theta.any():  # (to know it another device would have to be waited for)
                 directions.append(keys)
                 if asking is not None:
-                    told.append(margins(asking, self._expand(kept.float()), room))
+                    found.append(margins(asking, self._expand(kept.float()), room))
                 continue
             protection = protect(keys, made_of, theta, kept, expand=self._expand, degree=degree)
             directions.append(protection.directions)
             if asking is not None:
-                told.append(margins(asking, protection.expanded, room, protection.in_sight()))
+                found.append(margins(asking, protection.expanded, room, protection.in_sight()))
             kept = protection.kept(None if lengths_B is None else lengths_B - i * size)
         writes = writes._replace(directions=torch.cat(directions, dim=2) if directions else None)
-        return writes, torch.cat(told, dim=1) if told else None, kept
+        return writes, torch.cat(found, dim=1) if found else None, kept
 
     def _walk(
         self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
@@ -394,7 +394,7 @@ class NeuralMemory(nn.Module):
         y = (y.float() * _passed(threshold, _size(y))).to(y.dtype)
         if margins_BT is None:
             return y
-        share = _passed(self.config.margin_threshold, margins_BT[..., None])
+        share = told(margins_BT[..., None], self.config.margin_threshold)
         few = threshold / _size(y).clamp(min=threshold)
         return (y.float() * (share + (1 - share) * few)).to(y.dtype)
 

@@ -73,7 +73,7 @@ def margins(keys: Tensor, theta: Tensor, queries: Tensor, num_kept: int) -> Tens
             nearest = rows[alike.index(max(alike))]
             same = [min(1.0, max(0.0, float(row @ nearest / (nearest @ nearest)))) for row in rows]
             rival = max(x * (1 - s) for x, s in zip(alike, same, strict=True))
-            found[b, t] += (max(alike) - rival) / keys.shape[1]
+            found[b, t] += (max(alike) - rival) / max(alike) ** 0.5 / keys.shape[1]
     return found
 
 

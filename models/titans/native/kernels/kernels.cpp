@@ -198,7 +198,8 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
                 if (!answered[r]) continue;
                 const float *of_heads = margins.data() + r * m.num_heads;
                 const double margin = std::accumulate(of_heads, of_heads + m.num_heads, 0.0) / m.num_heads;
-                const double share = passed(m.margin_threshold, margin);
+                const double past = (margin - m.margin_threshold) / (m.whole_margin - m.margin_threshold);
+                const double share = std::clamp(past, 0.0, 1.0);
                 Answer answer(size, y + r * size);
                 answer.scale(share + (1 - share) * m.read_threshold / std::max(answer.rms, m.read_threshold));
             }

@@ -42,7 +42,7 @@ class Told {  // the last keys that a head wrote well, as queries are compared w
         for (int64_t i = 0; i < count; ++i) same[i] = scale[i] * compare(i, nearest.data(), &length);
         for (int64_t i = 0; i < count; ++i)
             if (i != top) rival = std::max(rival, alike[i] * (1 - std::clamp(same[i] / same[top], 0.0f, 1.0f)));
-        return alike[top] - rival;
+        return (alike[top] - rival) / std::sqrt(alike[top]);
     }
 
   private:
