@@ -131,7 +131,7 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
     std::vector<float> margins(kept ? rows * m.num_heads : 0);
     std::vector<uint8_t> answered(rows);  // whether anything passes
     team->run([&](int index) {
-        std::vector<float> row(std::max(size, values)), queries(4 * features), own(m.products + m.key_dim);
+        std::vector<float> row(std::max(size, values)), queries(TOGETHER * features), own(m.products + m.key_dim);
         const Share ours = team->share(rows, index);
         for (int64_t r = ours.begin; r < ours.end; ++r) heard.take(m, r, h, row.data());
         team->barrier.wait();
@@ -146,8 +146,8 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
         for (int64_t unit = units.begin; unit < units.end; ++unit) {
             const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
             const float *asked = weights + b * stride + head * features * m.value_dim;
-            for (int64_t t = 0; t < length; t += 4) {
-                const int64_t some = std::min<int64_t>(4, length - t);
+            for (int64_t t = 0; t < length; t += TOGETHER) {
+                const int64_t some = std::min<int64_t>(TOGETHER, length - t);
                 for (int64_t i = 0; i < some; ++i) {
                     const float *asked_by = projected.data() + (b * (m.reach + length) + t + i) * width;
                     factors(m, head, asked_by, m.query_taps, own.data() + m.products);
@@ -182,15 +182,22 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
             Told told(m);
             for (int64_t unit = units.begin; unit < units.end; ++unit) {
                 const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
-                const auto from = answered.begin() + b * length;
-                if (std::find(from, from + length, 1) == from + length) continue;  // of a text mostly
+                std::vector<int64_t> asking;  // of a text mostly none
+                for (int64_t t = 0; t < length; ++t)
+                    if (answered[b * length + t]) asking.push_back(t);
+                if (asking.empty()) continue;
                 told.take(kept + b * kept_stride + head * m.protected_keys * m.key_dim);
-                for (int64_t t = 0; t < length; ++t) {
-                    if (!from[t]) continue;
-                    const float *asked_by = projected.data() + (b * (m.reach + length) + t) * width;
-                    factors(m, head, asked_by, m.query_taps, own.data() + m.products);
-                    feature(m, own.data() + m.products, queries.data());
-                    margins[(b * length + t) * m.num_heads + head] = told.margin(m, queries.data());
+                for (size_t start = 0; start < asking.size(); start += TOGETHER) {
+                    const int64_t some = std::min<int64_t>(TOGETHER, asking.size() - start);
+                    for (int64_t i = 0; i < some; ++i) {
+                        const float *asked_by = projected.data() + (b * (m.reach + length) + asking[start + i]) * width;
+                        factors(m, head, asked_by, m.query_taps, own.data() + m.products);
+                        feature(m, own.data() + m.products, queries.data() + i * features);
+                    }
+                    float found[TOGETHER];
+                    told.margins(m, queries.data(), some, found);
+                    for (int64_t i = 0; i < some; ++i)
+                        margins[(b * length + asking[start + i]) * m.num_heads + head] = found[i];
                 }
             }
             team->barrier.wait();

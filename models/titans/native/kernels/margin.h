@@ -17,55 +17,94 @@ namespace {
 
 class Told {  // the last keys that a head wrote well, as queries are compared with them
   public:
-    Told(const Memory &m) : dim(m.key_dim), products(m.products), room(m.protected_keys), own(products + dim) {}
+    Told(const Memory &m)
+        : dim(m.key_dim), products(m.products), room(m.protected_keys), features(m.features()), own(products + dim),
+          nearest(features) {}
 
     void take(const uint16_t *of_head) {  // [N, K], before the first one zeros; they are to stay
         const int64_t missing = num_missing(of_head, room, dim);
         kept = of_head + missing * dim;
         count = room - missing;
-        for (auto *x : {&alike, &same, &scale}) x->resize(count);
+        alike.resize(TOGETHER * count);
+        scale.resize(count);
+        for (int64_t i = 0; i < count; ++i) scale[i] = 1 / std::max(length(widened(i)), 1.0f);
     }
 
-    float margin(const Memory &m, const float *query) {  // [F], of unit length
-        if (count == room) return std::numeric_limits<float>::infinity();
-        for (int64_t i = 0; i < count; ++i) {
-            float length;
-            alike[i] = compare(i, query, &length);
-            scale[i] = 1 / std::max(length, 1.0f);
-            alike[i] *= scale[i];
+    void margins(const Memory &m, const float *queries, int64_t some, float *found) {  // [some, F], of unit length
+        if (count == room) {
+            std::fill_n(found, some, std::numeric_limits<float>::infinity());
+            return;
         }
-        const int64_t top = std::max_element(alike.begin(), alike.end()) - alike.begin();
-        if (!count || alike[top] <= 0) return 0;
-        nearest.resize(m.features());
-        expand_kept(m, kept + top * dim, 1.0f, own, nearest.data());
-        float length, rival = 0;  // (the key itself is none)
-        for (int64_t i = 0; i < count; ++i) same[i] = scale[i] * compare(i, nearest.data(), &length);
-        for (int64_t i = 0; i < count; ++i)
-            if (i != top) rival = std::max(rival, alike[i] * (1 - std::clamp(same[i] / same[top], 0.0f, 1.0f)));
-        return (alike[top] - rival) / std::sqrt(alike[top]);
+        for (int64_t i = 0; i < count; ++i) {
+            float common[TOGETHER];
+            if (some == TOGETHER) compare<TOGETHER>(widened(i), queries, common);
+            else
+                for (int64_t n = 0; n < some; ++n) compare<1>(widened(i), queries + n * features, common + n);
+            for (int64_t n = 0; n < some; ++n) alike[n * count + i] = scale[i] * common[n];
+        }
+        for (int64_t n = 0; n < some; ++n) found[n] = margin(m, alike.data() + n * count);
     }
 
   private:
-    int64_t dim, products, room, count = 0;
+    int64_t dim, products, room, features, count = 0;
     const uint16_t *kept = nullptr;
-    std::vector<float> alike, same, scale;  // [count]: how like the query and the nearest key; what makes none too long
+    std::vector<float> alike, scale;  // [TOGETHER, count]: how like queries and keys are; [count]: makes no key too long
     std::vector<float> own, nearest;
 
-    // What x [F] and a key have in common, and how long the key is: what `expand` makes of it is not written down.
-    float compare(int64_t key, const float *x, float *length) {
+    float margin(const Memory &m, const float *alike) {
+        const int64_t top = std::max_element(alike, alike + count) - alike;
+        if (!count || alike[top] <= 0) return 0;
+        expand_kept(m, kept + top * dim, 1.0f, own, nearest.data());
+        float itself, same, rival = 0;
+        compare<1>(widened(top), nearest.data(), &itself);
+        for (int64_t i = 0; i < count; ++i) {
+            if (i == top || alike[i] <= rival) continue;  // most are less alike than the worst rival so far
+            compare<1>(widened(i), nearest.data(), &same);
+            const float share = scale[i] * same / (scale[top] * itself);
+            rival = std::max(rival, alike[i] * (1 - std::clamp(share, 0.0f, 1.0f)));
+        }
+        return (alike[top] - rival) / std::sqrt(alike[top]);
+    }
+
+    const float *widened(int64_t key) {  // [K], its last floats also before the first ones, which they are neighbours of
         float *made_of = own.data() + products;
         for (int64_t k = 0; k < dim; k += 16) _mm512_storeu_ps(made_of + k, widen(kept + key * dim + k));
         std::copy_n(made_of + dim - products, products, own.data());
-        __m512 common = _mm512_setzero_ps(), squares = common;
-        for (int64_t i = products ? 1 : 0; i <= products; ++i)
-            for (int64_t k = 0; k < dim; k += 16) {
-                __m512 y = _mm512_loadu_ps(made_of + k);
-                if (i) y = _mm512_mul_ps(y, _mm512_loadu_ps(made_of + k - i));
-                common = _mm512_fmadd_ps(y, _mm512_loadu_ps(x + (i ? i - 1 : 0) * dim + k), common);
-                squares = _mm512_fmadd_ps(y, y, squares);
+        return made_of;
+    }
+
+    // What each of N x [F] and a key have in common: what `expand` makes of the key is not written down.
+    template <int N> void compare(const float *made_of, const float *x, float *common) const {
+        __m512 total[N];
+        for (int n = 0; n < N; ++n) total[n] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < dim; k += 16) {
+            const __m512 y = _mm512_loadu_ps(made_of + k);
+            __m512 with_neighbours[N];
+            for (int n = 0; n < N; ++n)
+                with_neighbours[n] = products ? _mm512_setzero_ps() : _mm512_loadu_ps(x + n * features + k);
+            for (int64_t i = 1; i <= products; ++i) {
+                const __m512 neighbour = _mm512_loadu_ps(made_of + k - i);
+                for (int n = 0; n < N; ++n) {
+                    const __m512 asked = _mm512_loadu_ps(x + n * features + (i - 1) * dim + k);
+                    with_neighbours[n] = _mm512_fmadd_ps(neighbour, asked, with_neighbours[n]);
+                }
             }
-        *length = std::sqrt(_mm512_reduce_add_ps(squares));
-        return _mm512_reduce_add_ps(common);
+            for (int n = 0; n < N; ++n) total[n] = _mm512_fmadd_ps(y, with_neighbours[n], total[n]);
+        }
+        for (int n = 0; n < N; ++n) common[n] = _mm512_reduce_add_ps(total[n]);
+    }
+
+    float length(const float *made_of) const {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t k = 0; k < dim; k += 16) {
+            const __m512 y = _mm512_loadu_ps(made_of + k), square = _mm512_mul_ps(y, y);
+            if (!products) squares = _mm512_add_ps(squares, square);
+            for (int64_t i = 1; i <= products; ++i) {
+                const __m512 neighbour = _mm512_loadu_ps(made_of + k - i);
+                squares = _mm512_fmadd_ps(square, _mm512_mul_ps(neighbour, neighbour), squares);
+            }
+        }
+        return std::sqrt(_mm512_reduce_add_ps(squares));
     }
 };
 

@@ -14,6 +14,8 @@
 
 namespace {
 
+constexpr int TOGETHER = 4;  // queries of a head: what they are looked up in is read once for them
+
 struct Memory {  // a linear memory, and what tokens ask and write it through
     int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, momentum_reach, protected_keys;
     double eps, most_momentum, write_threshold, read_threshold, margin_threshold, whole_margin;
