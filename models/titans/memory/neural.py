@@ -188,7 +188,7 @@ class NeuralMemory(nn.Module):
         margins_BT = None
         if kept is not None and self.config.margin_threshold:
             with _as_written(weights):
-                margins_BT = margins(queries, self._expand(kept.float()), kept.shape[2])
+                margins_BT = margins(queries, self._expand(_in_use(kept).float()), kept.shape[2])
         y = self._answer(self._ask(weights, queries), x_BTD, margins_BT)
         return y, self._recent(joined, recent.shape[1], lengths_B)
 
@@ -426,6 +426,15 @@ def _passed(threshold: float, x: Tensor) -> Tensor:
     Without a jump: two ways to compute x differ in its last bits, and must not differ by all of it.
     """
     return (x / threshold - 1).clamp(0, 1)
+
+
+def _in_use(kept: Tensor) -> Tensor:
+    """Without what comes before any session's first row, which mostly is much; one row at least."""
+    if not kept.is_cpu:
+        return kept  # to count them another device would have to be waited for
+    used = kept.any(dim=-1).flatten(0, 1).any(dim=0)  # [P]
+    used[-1] = True
+    return kept[:, :, int(used.int().argmax()) :]
 
 
 def _as_written(x: Tensor) -> torch.autocast:
