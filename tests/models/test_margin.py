@@ -58,6 +58,7 @@ def test_what_was_told_is_told_apart_and_what_is_like_several_is_not() -> None:
     ask = torch.stack((first, F.normalize(first + second, dim=0), third, F.normalize(first + third, dim=0)))[None, None]
     assert margins(ask, rows, 4)[0].tolist() == pytest.approx([1, 0, 0, 0.5**0.25])
     assert margins(ask, rows, 3).isinf().all()
+    assert margins(-ask, rows[:, :, :2], 4)[0].tolist() == [0, 0, 0, 0], "unlike all keys"
 
 
 @pytest.mark.parametrize("cuts", [[50], [1, 20, 3, 26]])

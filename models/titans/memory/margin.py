@@ -32,7 +32,7 @@ def margins(queries: Tensor, rows: Tensor, room: int, in_sight: Tensor | None = 
     `queries` [B, H, T, F] have unit length. `rows` [B, H, S, F], zeros where there is none: what `expand` makes of the
     keys kept, of which there is `room` for so many. `in_sight` [B, H, T, S]: which of them count for whom; all.
     """
-    length = rows.norm(dim=-1)[:, :, None]
+    length: Tensor = rows.norm(dim=-1)[:, :, None]
     scale = 1 / length.clamp(min=1)  # of what a row has in common with others: the rows are large, and stay as they are
     alike = queries @ rows.mT * scale
     counted = (length > 0).expand_as(alike)
@@ -42,8 +42,8 @@ def margins(queries: Tensor, rows: Tensor, room: int, in_sight: Tensor | None = 
     nearest = rows.take_along_dim(at, dim=2)
     itself = nearest.square().sum(-1, keepdim=True) * scale.take_along_dim(at, dim=-1)
     same = (nearest @ rows.mT * scale / itself.clamp(min=_TINY)).clamp(0, 1)
-    most = most.squeeze(-1)
-    margin = ((most - (alike * (1 - same)).amax(dim=-1)) / most.clamp(min=_TINY).sqrt()).mean(dim=1)
+    lead = (most.squeeze(-1) - (alike * (1 - same)).amax(dim=-1)).clamp(min=0)  # below 0: it is unlike all keys
+    margin = (lead / most.squeeze(-1).clamp(min=_TINY).sqrt()).mean(dim=1)
     return margin.masked_fill((counted.sum(-1) >= room).any(dim=1), float("inf"))
 
 
