@@ -11,22 +11,21 @@ chunk begun · P protected keys, of K' floats · T' = T - conv_width + 1.
 """
 
 import math
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from titans.config import MemoryConfig
 from titans.layers import RMSNorm
-from titans.memory.chunk import Writes, chunks, stretches
+from titans.memory.chunk import Writes
 from titans.memory.linear import LinearRule
 from titans.memory.margin import margins, told
 from titans.memory.mlp import MLPRule
 from titans.memory.protection import protect
-from titans.memory.rule import Rule, Step
+from titans.memory.rule import Rule
 
 
 class MemoryState(NamedTuple):
@@ -246,7 +245,9 @@ class NeuralMemory(nn.Module):
             if self.config.protected_keys:
                 asked = queries if self.config.margin_threshold else None
                 writes, margins_BT, kept = self._protect(writes, factors, kept, lengths_B, asked)
-            weights, momentum, reads = self._walk(writes, state, queries, ends_B)
+            weights, momentum, reads = self.rule.walk(
+                writes, state.weights, state.momentum, queries, ends_B, keeping=not self.checkpointing
+            )
         if reads is not None and most:
             columns = begun_B[:, None] + torch.arange(num_tokens, device=x_BTD.device)
             reads = reads.take_along_dim(columns[:, None, :, None], dim=2)
@@ -276,49 +277,6 @@ class NeuralMemory(nn.Module):
             kept = protection.kept(None if lengths_B is None else lengths_B - i * size)
         writes = writes._replace(directions=torch.cat(directions, dim=2) if directions else None)
         return writes, torch.cat(found, dim=1) if found else None, kept
-
-    def _walk(
-        self, writes: Writes, state: MemoryState, queries: Tensor | None, ends_B: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        walk = partial(checkpoint, self._stretch, use_reentrant=False) if self.checkpointing else self._stretch
-        weights, momentum = self.rule.split(state.weights), self.rule.split_momentum(state.momentum)
-        reads, start = [], 0
-        for some, asked in stretches(writes, self.config.chunk_size, queries):
-            after = walk(some, asked, weights, momentum, None if ends_B is None else ends_B - start)
-            weights, momentum, start = after.weights, after.momentum, start + some.keys.shape[2]
-            if after.reads is not None:
-                reads.append(after.reads)
-        joined = self.rule.join(weights, state.weights), self.rule.join(momentum, state.momentum)
-        return *joined, torch.cat(reads, dim=2) if reads else None
-
-    def _stretch(
-        self,
-        writes: Writes,
-        queries: Tensor | None,
-        weights: list[Tensor],
-        momentum: list[Tensor],
-        ends_B: Tensor | None,
-    ) -> Step:
-        """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count, or all."""
-        size, bound, reads = self.config.chunk_size, self.rule.bound_to_chunks, []
-        length = min(size, writes.keys.shape[2])
-        shortest = int(ends_B.min()) if bound and ends_B is not None else writes.keys.shape[2]
-        if bound and queries is None and length < size:
-            return Step(weights, momentum, None)  # a chunk that only begins here is taken up when it is full
-        for i, chunk in enumerate(chunks(writes, length, queries)):
-            start = i * size
-            complete = not bound or start + size <= shortest  # in every row
-            ends = None if bound or ends_B is None else (ends_B - start).clamp(0, length)
-            after = self.rule.step(chunk, weights, momentum, ends)
-            if after.reads is not None:
-                reads.append(after.reads)
-            if bound and not complete:
-                assert ends_B is not None, "chunks are not aligned with calls"
-                ended_B = ends_B >= start + size
-                weights, momentum = _where(ended_B, after.weights, weights), _where(ended_B, after.momentum, momentum)
-            else:
-                weights, momentum = after.weights, after.momentum
-        return Step(weights, momentum, torch.cat(reads, dim=2) if reads else None)
 
     def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
         """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""
@@ -440,8 +398,3 @@ def _in_use(kept: Tensor) -> Tensor:
 def _as_written(x: Tensor) -> torch.autocast:
     """What adds up over a session is float32, also where training runs the large products in half precision."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _where(rows_B: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """Of each layer the new weights in these rows, the old ones in the others."""
-    return [torch.where(rows_B[:, None, None, None], x, y) for x, y in zip(new, old, strict=True)]

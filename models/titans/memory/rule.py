@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans.config import MemoryConfig
-from titans.memory.chunk import Chunk, Writes, chunks
+from titans.memory.chunk import Chunk, Writes, chunks, stretches
 
 
 class Absorbed(NamedTuple):
@@ -41,6 +42,7 @@ class Rule(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
+        self.chunk_size = config.chunk_size
         self.shapes = config.layer_shapes  # (I, O) of each layer
         self.momentum_shapes = config.momentum_shapes
 
@@ -78,6 +80,61 @@ class Rule(nn.Module):
         after = self.step(chunk, self.split(weights), self.split_momentum(momentum), ends_B)
         return Absorbed(self.join(after.weights, weights), self.join(after.momentum, momentum), after.reads)
 
+    def walk(
+        self,
+        writes: Writes,
+        weights: Tensor,
+        momentum: Tensor,
+        queries: Tensor | None = None,
+        ends_B: Tensor | None = None,
+        *,
+        keeping: bool = True,
+    ) -> Absorbed:
+        """`absorb`, chunk by chunk.
+
+        Where `bound_to_chunks`, the first token begins one, and one that is not full at the end is left alone, but
+        answers. `keeping` False: for a backward pass a few chunks at a time are computed again.
+        """
+        layers, steps = self.split(weights), self.split_momentum(momentum)
+        reads, start = [], 0
+        for some, asked in stretches(writes, self.chunk_size, queries):
+            given = (some, layers, steps, asked, None if ends_B is None else ends_B - start)
+            after = self._stretch(*given) if keeping else checkpoint(self._stretch, *given, use_reentrant=False)
+            layers, steps, start = after.weights, after.momentum, start + some.keys.shape[2]
+            if after.reads is not None:
+                reads.append(after.reads)
+        answered = torch.cat(reads, dim=2) if reads else None
+        return Absorbed(self.join(layers, weights), self.join(steps, momentum), answered)
+
+    def _stretch(
+        self,
+        writes: Writes,
+        weights: list[Tensor],
+        momentum: list[Tensor],
+        queries: Tensor | None,
+        ends_B: Tensor | None,
+    ) -> Step:
+        """A few chunks, or less than one, of which row b's first `ends_B[b]` tokens count, or all."""
+        size, bound, reads = self.chunk_size, self.bound_to_chunks, []
+        length = min(size, writes.keys.shape[2])
+        shortest = int(ends_B.min()) if bound and ends_B is not None else writes.keys.shape[2]
+        if bound and queries is None and length < size:
+            return Step(weights, momentum, None)  # a chunk that only begins here is taken up when it is full
+        for i, chunk in enumerate(chunks(writes, length, queries)):
+            start = i * size
+            complete = not bound or start + size <= shortest  # in every row
+            ends = None if bound or ends_B is None else (ends_B - start).clamp(0, length)
+            after = self.step(chunk, weights, momentum, ends)
+            if after.reads is not None:
+                reads.append(after.reads)
+            if bound and not complete:
+                assert ends_B is not None, "chunks are not aligned with calls"
+                ended_B = ends_B >= start + size
+                weights, momentum = _where(ended_B, after.weights, weights), _where(ended_B, after.momentum, momentum)
+            else:
+                weights, momentum = after.weights, after.momentum
+        return Step(weights, momentum, torch.cat(reads, dim=2) if reads else None)
+
     def step(self, chunk: Chunk, weights: list[Tensor], momentum: list[Tensor], ends_B: Tensor | None = None) -> Step:
         """The memory after the first `ends_B[b]` tokens of row b (all by default), and what it answers on the way.
 
@@ -98,6 +155,11 @@ def _split(flat: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
         return []
     parts = flat.split([rows * columns for rows, columns in shapes], dim=-1)
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _where(rows_B: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """Of each layer the new weights in these rows, the old ones in the others."""
+    return [torch.where(rows_B[:, None, None, None], x, y) for x, y in zip(new, old, strict=True)]
 
 
 def row_at(rows: Tensor, ends_B: Tensor | None) -> Tensor:
