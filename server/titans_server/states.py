@@ -164,15 +164,15 @@ class States:
         return await asyncio.shield(task)
 
     async def _load_once(self, record: SessionRecord, version: Version) -> State:
-        try:
-            with self._observer.working("load"):
+        with self._observer.working("load"):
+            try:
                 state = await self._recover(record, version)
-        except StateCorrupted:
-            newer = await self._ledger.store.get(record.id)
-            kept = newer.made_by(version.write_id)
-            if kept != version:  # another server's commit took it away, or gave it a snapshot, meanwhile
-                raise VersionConflict(f"session {record.id} has moved on from version {version.number}") from None
-            raise
+            except StateCorrupted:
+                newer = await self._ledger.store.get(record.id)
+                kept = newer.made_by(version.write_id)
+                if kept != version:  # another server's commit took it away, or it was given a snapshot, meanwhile
+                    raise VersionConflict(f"session {record.id} has moved on from version {version.number}") from None
+                raise
         if version == record.head:
             self.keep(record.id, version, state)
         return state

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 from support.engines import states_on
 from support.records import made
 from titans_server.engine import Engine
-from titans_server.errors import StateCorrupted, StoreUnavailable
+from titans_server.errors import StateCorrupted, StoreUnavailable, VersionConflict
+from titans_server.observer import Observer, Work
 from titans_server.sessions import history
 from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
@@ -68,6 +70,22 @@ class Slow(Counting):
         return await super().write_blob(session_id, data)
 
 
+class Loads(Observer):
+    """How loads have ended."""
+
+    def __init__(self) -> None:
+        self.ended_with: list[type[Exception] | None] = []
+
+    @contextmanager
+    def working(self, work: Work, num_tokens: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.ended_with.append(type(error))
+            raise
+        self.ended_with.append(None)
+
+
 async def written(store: MemoryStore, engine: Engine) -> SessionRecord:
     record = await made(store)
     state = await engine.ingest(engine.new_state(), TOKENS)
@@ -89,8 +107,10 @@ async def test_a_log_that_became_a_snapshot_meanwhile_is_read_as_that(engine: En
     store = Overtaken()
     record = await written(store, engine)
     store.other, store.ledger = states_on(store, engine), Ledger(store)
-    now, version, state = await states_on(store, engine).read(record.id, 1)
+    loads = Loads()
+    now, version, state = await states_on(store, engine, observer=loads).read(record.id, 1)
     assert (now.revision, version.num_to_replay, int(state.position)) == (2, 0, len(TOKENS))
+    assert loads.ended_with == [VersionConflict, None], "no damage is told of"
 
 
 async def test_a_version_that_lost_its_log_is_corrupted(engine: Engine) -> None:

@@ -25,10 +25,12 @@ async def running_engine() -> AsyncIterator[Engine]:
         await engine.close()
 
 
-def states_on(store: SessionStore, engine: Engine, *, idle_seconds: float = 1000) -> States:
+def states_on(
+    store: SessionStore, engine: Engine, *, idle_seconds: float = 1000, observer: Observer | None = None
+) -> States:
     """The states of the sessions that `support.records` makes; none is written down unless it is idle or asked for."""
     policy = SnapshotPolicy(tokens=10_000, idle_seconds=idle_seconds)
-    return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=Observer())
+    return States(engine, Ledger(store), "f" * 32, StateCache(1 << 30), policy=policy, observer=observer or Observer())
 
 
 def service_on(store: SessionStore, engine: Engine) -> SessionService:
