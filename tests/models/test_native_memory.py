@@ -7,6 +7,7 @@ import pytest
 import torch
 from titans.config import tiny
 from titans.memory.neural import MemoryState, NeuralMemory
+from titans.memory.quantization import as_floats
 from titans.memory.reference import absorb_tokens
 from titans.native import build
 from titans.native.matrix import Team
@@ -115,7 +116,7 @@ def test_a_memory_learns_what_torch_does(form: dict[str, Any], num_tokens: int) 
         assert all(torch.equal(x[0], y[row]) for x, y in zip(alone, ours, strict=True)), "as alone to the last bit"
         torchs = memories.torchs.write(tokens, state)
         assert torch.equal(torchs.recent, alone.recent)
-        torch.testing.assert_close(alone.kept, torchs.kept, rtol=0.1, atol=0.02)
+        torch.testing.assert_close(as_floats(alone.kept), as_floats(torchs.kept), rtol=0.02, atol=0.04)
         if not count:
             assert torch.equal(alone.weights, state.weights) and torch.equal(alone.momentum, state.momentum)
             continue

@@ -57,7 +57,17 @@ def test_a_step_leaves_what_other_keys_answer() -> None:
     first, second = done.directions[0, 0]
     assert torch.equal(first, keys[0, 0, 0])
     assert float(second @ keys[0, 0, 1]) == pytest.approx(1)
-    assert float(second @ keys[0, 0, 0]) < 0.35 and float(second.norm()) < 1.2
+    assert float(second @ keys[0, 0, 0]) < 0.1 and float(second.norm()) < 1.25
+
+
+@pytest.mark.parametrize(("cosine", "longest"), [(0.5, 1.2), (0.6, 1.3), (0.75, 1.0), (0.99, 1.0)])
+def test_what_is_told_anew_is_not_protected(cosine: float, longest: float) -> None:
+    """A step along another key goes round it; one along the same key, or nearly, is the plain one."""
+    keys = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]])[None, None]
+    done = protect(keys, keys, torch.full((1, 1, 2), 0.9), torch.zeros(1, 1, 4, 2), expand=lambda x: x, degree=1)
+    second, left = done.directions[0, 0, 1], done.directions[0, 0, 1] @ keys[0, 0, 0]
+    assert float(second.norm()) < longest + 1e-6
+    assert float(left) == pytest.approx(cosine) if longest == 1 else float(left) < 0.25 * cosine
 
 
 @given(seed=st.integers(0, 99), alike=st.floats(0, 1))

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from support.models import make_tiny
 from titans.checkpoint import ready
 from titans.config import tiny
+from titans.memory.quantization import as_floats, quantize
 from titans.model import TitansModel
 from titans.sampling import Sampler, SamplingParams
 from titans.state import State
@@ -79,6 +80,24 @@ def test_a_state_of_another_dtype_is_cast() -> None:
     for name, x in restored.parts().items():
         assert x.dtype == like.parts()[name].dtype
         assert torch.equal(x, written.parts()[name].to(x.dtype))
+
+
+@pytest.mark.parametrize(("written", "read"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_keys_that_one_server_keeps_in_eight_bits_another_has_in_float32(
+    written: torch.dtype, read: torch.dtype
+) -> None:
+    config = tiny(momentum=True, products=2, protected_keys=5)
+    state, like = (TitansModel(config).to(dtype).new_state() for dtype in (written, read))
+    (name,) = (name for name in state.parts() if name.endswith(".kept"))
+    keys = torch.randn((*like.parts()[name].shape[:-1], config.memory.key_dim))
+    kept = quantize(keys) if state.parts()[name].dtype == torch.int8 else keys
+    state = State.from_parts(state.parts() | {name: kept})
+    restored = decode(encode(state, MODEL), fingerprint=MODEL, like=like).parts()[name]
+    assert (restored.dtype, restored.shape) == (like.parts()[name].dtype, like.parts()[name].shape)
+    torch.testing.assert_close(as_floats(restored), as_floats(kept), rtol=0, atol=0.02)
+    torn = State.from_parts(state.parts() | {name: kept[..., :-1].float() * math.nan})
+    with pytest.raises(StateCorrupted):
+        decode(encode(torn, MODEL), fingerprint=MODEL, like=like)
 
 
 def test_the_state_and_the_bytes_share_nothing() -> None:
@@ -213,8 +232,12 @@ def filled(like: State, number: float, *, signs: torch.Generator | None = None) 
     def fill(name: str, x: Tensor) -> Tensor:
         if name == "position":
             return torch.tensor([103])  # within a chunk, and the window has been filled
-        numbers = torch.full_like(x, number)
-        return numbers if signs is None else numbers * torch.randint(0, 2, x.shape, generator=signs).mul(2).sub(1)
+        numbers = torch.full_like(x, number if x.is_floating_point() else math.copysign(127, number))
+        return (
+            numbers
+            if signs is None
+            else numbers * torch.randint(0, 2, x.shape, generator=signs).mul(2).sub(1).to(x.dtype)
+        )
 
     return like.map(fill)
 

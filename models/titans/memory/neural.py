@@ -7,7 +7,7 @@ rule's affair.
 
 Shapes: B batch · T tokens · D hidden · H memory heads · K feature dim · V value dim · N floats of weights a head,
 N' of momentum · R inputs that a state keeps: those the convolutions reach, and of a rule bound to chunks those of the
-chunk begun · P protected keys, of K' floats · T' = T - conv_width + 1.
+chunk begun · P protected keys, each of K' numbers · T' = T - conv_width + 1.
 """
 
 import math
@@ -24,8 +24,11 @@ from titans.memory.chunk import Writes
 from titans.memory.linear import LinearRule
 from titans.memory.margin import margins, told
 from titans.memory.mlp import MLPRule
-from titans.memory.protection import protect
+from titans.memory.protection import protect, turned
+from titans.memory.quantization import as_floats, quantize
 from titans.memory.rule import Rule
+
+_TOGETHER = 256  # tokens whose directions are found at once
 
 
 class MemoryState(NamedTuple):
@@ -35,7 +38,7 @@ class MemoryState(NamedTuple):
     weights: Tensor  # M [B, H, N], float32; of a rule bound to chunks, as they were when the chunk began
     momentum: Tensor  # S as its rule keeps it [B, H, N'], float32, likewise; H = 0 where the memory has none
     recent: Tensor  # [B, R, D]: the last inputs, normed and centred, in the dtype of h; zeros before the first token
-    kept: Tensor  # [B, H, P, K']: the last keys written well (`titans.memory.protection`), in the dtype of h
+    kept: Tensor  # [B, H, P, K']: the last keys written well (`titans.memory.protection`), in eight bits or in float32
 
 
 class Kernels(Protocol):
@@ -122,16 +125,18 @@ class NeuralMemory(nn.Module):
     def new_state(self, batch: int, dtype: torch.dtype = torch.float32) -> MemoryState:
         """A memory that has read nothing; `dtype` is that of the hidden states it will read.
 
-        Its weights are a view of those that it starts from, so that training reaches them.
+        In half precision keys are kept in eight bits (`titans.memory.quantization`). The state's weights are a view of
+        those that it starts from, so that training reaches them.
         """
         config, device = self.config, self.center.device
         heads = config.num_heads if config.momentum else 0
+        kept = torch.zeros(batch, config.num_heads, config.protected_keys, config.key_dim, device=device)
         return MemoryState(
             torch.zeros(batch, dtype=torch.int64, device=device),
             self.rule.start(batch),
             torch.zeros(batch, heads, config.num_momentum, device=device),
             torch.zeros(batch, config.num_recent, self.center.shape[0], dtype=dtype, device=device),
-            torch.zeros(batch, config.num_heads, config.protected_keys, config.key_dim, dtype=dtype, device=device),
+            quantize(kept) if dtype.itemsize < 4 else kept.to(dtype),
         )
 
     def forward(self, h_BTD: Tensor, state: MemoryState, lengths_B: Tensor | None = None) -> tuple[Tensor, MemoryState]:
@@ -187,7 +192,7 @@ class NeuralMemory(nn.Module):
         margins_BT = None
         if kept is not None and self.config.margin_threshold:
             with _as_written(weights):
-                margins_BT = margins(queries, self._expand(_in_use(kept).float()), kept.shape[2])
+                margins_BT = margins(queries, self._expand(as_floats(_in_use(kept)).float()), kept.shape[2])
         y = self._answer(self._ask(weights, queries), x_BTD, margins_BT)
         return y, self._recent(joined, recent.shape[1], lengths_B)
 
@@ -259,24 +264,26 @@ class NeuralMemory(nn.Module):
         self, writes: Writes, factors: Tensor, kept: Tensor, lengths_B: Tensor | None, queries: Tensor | None
     ) -> tuple[Writes, Tensor | None, Tensor]:
         """What is written along directions that leave the keys kept, margins of the queries, and what is kept after."""
-        room = self.config.protected_keys
-        size = max(self.config.chunk_size, room)  # tokens at once: about as many as before them
-        parts = [x.split(size, 2) for x in (writes.keys, factors, writes.theta[:, :, 0])]
+        keys, theta, ends_B = writes.keys, writes.theta[:, :, 0], lengths_B
+        room, written = self.config.protected_keys, None
+        if queries is None and keys.is_cpu:  # what is written well counts alone, which of a text is little
+            written = turned(theta).flatten(0, 1).any(dim=0).nonzero().squeeze(-1)
+            keys, factors, theta = (x.index_select(2, written) for x in (keys, factors, theta))
+            ends_B = None if lengths_B is None else (written < lengths_B[:, None]).sum(-1)
+        size = max(self.config.chunk_size, _TOGETHER)
+        parts = [x.split(size, 2) for x in (keys, factors, theta)]
         asked = [None] * len(parts[0]) if queries is None else queries.split(size, 2)
-        directions, found, degree = [], [], 2 if self.config.products else 1
-        for i, (keys, made_of, theta, asking) in enumerate(zip(*parts, asked, strict=True)):
-            if theta.is_cpu and not theta.any():  # (to know it another device would have to be waited for)
-                directions.append(keys)
-                if asking is not None:
-                    found.append(margins(asking, self._expand(kept.float()), room))
-                continue
-            protection = protect(keys, made_of, theta, kept, expand=self._expand, degree=degree)
+        directions, found, degree = [keys[:, :, :0]], [], 2 if self.config.products else 1
+        for i, (of_part, made_of, steps, asking) in enumerate(zip(*parts, asked, strict=True)):
+            protection = protect(of_part, made_of, steps, kept, expand=self._expand, degree=degree)
             directions.append(protection.directions)
             if asking is not None:
                 found.append(margins(asking, protection.expanded, room, protection.in_sight()))
-            kept = protection.kept(None if lengths_B is None else lengths_B - i * size)
-        writes = writes._replace(directions=torch.cat(directions, dim=2) if directions else None)
-        return writes, torch.cat(found, dim=1) if found else None, kept
+            kept = protection.kept(None if ends_B is None else ends_B - i * size)
+        along = torch.cat(directions, dim=2)
+        if written is not None:
+            along = writes.keys.index_copy(2, written, along)
+        return writes._replace(directions=along), torch.cat(found, dim=1) if found else None, kept
 
     def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
         """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""

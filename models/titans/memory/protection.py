@@ -4,13 +4,19 @@ The gradient of the inner loss moves M along the token's key k, and so changes w
 Every d with k^T d = 1 changes the answer to k as much. The one that changes the answers to the last N keys that were
 written well least, each weighed by w, while it stays short itself, is
 
-    d = P k / (k^T P k),   P = (I + sum_i w_i k_i k_i^T)^-1 + slack I
+    d = P k / (k^T P k),   P = (I + FIRMNESS sum_i f_i w_i k_i k_i^T)^-1 + SLACK I
 
 w = theta / (1 - theta), as far as theta is above LEAST_STEP: none there, all from twice that on. A key that has none is
-not kept. P is what recursive least squares keeps, where it is of all keys and K x K (Plackett 1950; of memories that
-learn while they read: MesaNet, von Oswald et al. 2025). Of the last keys alone it need not be kept: these are, as rows
-sqrt(w) k, and no more of them than the state has room for. The step is theta as it was, so a key's newest value wins;
-without slack, keys that are nearly the same and have different values would let M grow.
+not kept. Nor does so faint a step do much harm: from LEAST_STEP on d is as above, at half of that it is k.
+
+f is how far k_i is another key: all of it where the cosine of k_i and k is up to ANOTHER, none from SAME on. What was
+told under the same key is what is told anew, and nothing to leave as it is; to leave it would need a d that goes along
+the little in which the two differ, and what asks for either would find both values.
+
+P is what recursive least squares keeps, where it is of all keys and K x K (Plackett 1950; of memories that learn while
+they read: MesaNet, von Oswald et al. 2025). Of the last keys alone it need not be kept: these are, as rows sqrt(w) k,
+and no more of them than the state has room for. The step is theta as it was, so a key's newest value wins; without
+slack, keys that many others make up together would let M grow without need.
 
 Shapes: B batch · H memory heads · C tokens of a call · K floats that a key is made of · F floats of a key as the memory
 sees it · N rows kept · S = N + C.
@@ -24,18 +30,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from titans.memory.quantization import as_floats, like
+
 LEAST_STEP = 0.3  # theta of a key that is kept: what is written faintly is little to lose, and a text has much of it
-SLACK = 0.3  # less: more of what was written stays; more: M grows less where keys are nearly the same
+FIRMNESS = 4.0  # more: more of what was written stays, and M grows more
+ANOTHER, SAME = 0.6, 0.75  # cosines of two keys
+SLACK = 0.03  # more: M grows less by keys that others make up together
 MOST_WEIGHT = 16.0  # of a token that is written whole
-_STEPS = 20  # of the conjugate gradients, which are products alone, as any device has: 1e-8 from the end on real keys
+_STEPS = 40  # of the conjugate gradients, which are products alone, as any device has: 1e-4 from the end at worst
+_PRECISE = 1e-15  # of the residual's square: as far as float32 goes
 _TINY = 1e-30
 
 
 class Protection(NamedTuple):
     """The keys of a run of tokens with those kept before them."""
 
-    directions: Tensor  # [B, H, C, F]: along which each of them is learnt
-    rows: Tensor  # [B, H, S, K]: those kept, and these
+    directions: Tensor  # [B, H, C, F]: along which each of them is learnt; its key where theta is small
+    rows: Tensor  # [B, H, S, K], as they are kept: those that were, and these
     expanded: Tensor  # [B, H, S, F]: the same as the memory sees them
     lasting: Tensor  # [B, H, C]: which of these are kept
 
@@ -58,24 +69,34 @@ def protect(
     """What to do for each of these tokens, each of which comes after those before it.
 
     `keys` [B, H, C, F] have unit length; but for that `expand` makes them of `factors` [B, H, C, K], and c^degree times
-    as large of c times these. `theta` [B, H, C]. `kept` [B, H, N, K], the last one at the end; zeros where there is
-    none.
+    as large of c times these. `theta` [B, H, C]. `kept` [B, H, N, K], floats or in eight bits
+    (`titans.memory.quantization`), the last one at the end; zeros where there is none.
     """
     weight = weights(theta.detach())
     lasting = weight > 0
     own = (weight.where(lasting, 1).sqrt() / expand(factors).norm(dim=-1).clamp(min=_TINY)) ** (1 / degree)
     new = (lasting * own)[..., None] * factors  # (0 to the power of a half would have no gradient)
-    rows = torch.cat((kept, new.to(kept.dtype)), dim=2)
-    expanded = expand(rows.to(keys.dtype))
+    rows = torch.cat((kept, like(new, kept)), dim=2)
+    expanded = expand(as_floats(rows).to(keys.dtype))
     longest = math.sqrt(MOST_WEIGHT)
     known = expanded / (expanded.norm(dim=-1, keepdim=True) / longest).clamp(min=1)  # a state may be anyone's
     directions = _directions(keys, known, _in_sight(lasting, kept.shape[2], own=False))
-    return Protection(directions, rows, expanded, lasting)
+    return Protection(keys.lerp(directions, turned(theta)[..., None]), rows, expanded, lasting)
 
 
 def weights(theta: Tensor) -> Tensor:
     """w of tokens that are written with these steps."""
     return theta / (1 - theta).clamp(min=1 / MOST_WEIGHT) * (theta / LEAST_STEP - 1).clamp(0, 1)
+
+
+def turned(theta: Tensor) -> Tensor:
+    """How far, from 0 to 1, tokens are learnt along d and not along k."""
+    return (2 * theta / LEAST_STEP - 1).clamp(0, 1)
+
+
+def _other(cosine: Tensor) -> Tensor:
+    """f of two keys: how far they are not the same, from 0 to 1."""
+    return ((SAME - cosine) / (SAME - ANOTHER)).clamp(0, 1)
 
 
 def _in_sight(lasting: Tensor, num_kept: int, *, own: bool) -> Tensor:
@@ -88,17 +109,25 @@ def _in_sight(lasting: Tensor, num_kept: int, *, own: bool) -> Tensor:
 
 
 def _directions(keys: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
-    """d of each key, by conjugate gradients (Hestenes & Stiefel 1952): P k = k - R^T (I + R R^T)^-1 R k."""
-    gram = rows @ rows.mT
-    residual = seen * (keys @ rows.mT)
+    """d of each key, by conjugate gradients (Hestenes & Stiefel 1952).
+
+    P k = k - R^T (I + R R^T)^-1 R k, R the rows in sight, each times the root of FIRMNESS and of how far it is another.
+    """
+    alike, gram = keys @ rows.mT, rows @ rows.mT
+    cosine = alike.detach() / rows.detach().norm(dim=-1)[:, :, None].clamp(min=_TINY)
+    firm = seen * (FIRMNESS * _other(cosine)).sqrt()
+    residual = firm * alike
     direction, solved = residual, torch.zeros_like(residual)
     left = residual.square().sum(-1, keepdim=True)
+    small = _PRECISE * left
     for _ in range(_STEPS):
-        image = direction + seen * (direction @ gram)
+        if left.is_cpu and (left <= small).all():  # (to know it another device would have to be waited for)
+            break
+        image = direction + firm * ((firm * direction) @ gram)
         step = left / (direction * image).sum(-1, keepdim=True).clamp(min=_TINY)
         solved, residual = solved + step * direction, residual - step * image
         remains = residual.square().sum(-1, keepdim=True)
         direction, left = residual + remains / left.clamp(min=_TINY) * direction, remains
-    free = keys - solved @ rows
+    free = keys - (firm * solved) @ rows
     own = (keys * free).sum(-1, keepdim=True)
     return (free + SLACK * keys) / (own + SLACK)

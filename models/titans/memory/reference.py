@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from titans.config import MemoryConfig
 from titans.memory.chunk import Writes
-from titans.memory.protection import LEAST_STEP, MOST_WEIGHT, SLACK
+from titans.memory.protection import ANOTHER, FIRMNESS, LEAST_STEP, MOST_WEIGHT, SAME, SLACK
 from titans.memory.rule import Absorbed
 
 
@@ -45,16 +45,22 @@ def absorb_tokens(config: MemoryConfig, writes: Writes, weights: Tensor, momentu
 def directions(keys: Tensor, theta: Tensor, num_kept: int) -> Tensor:
     """`titans.memory.protection` by its definition, from a session's beginning: float64, like keys [B, H, T, K].
 
-    `theta` [B, H, T]. No key is rounded, as those that a state keeps in half precision are.
+    `theta` [B, H, T]. No key is rounded, as those that a state keeps in eight bits are.
     """
     keys, theta, found = keys.double(), theta.double(), torch.empty_like(keys, dtype=torch.float64)
     for b, h in itertools.product(*map(range, keys.shape[:2])):
         for t, key in enumerate(keys[b, h]):
+            found[b, h, t] = key
+            turned = min(1.0, max(0.0, 2 * float(theta[b, h, t]) / LEAST_STEP - 1))
+            if not turned:
+                continue
             known = torch.eye(keys.shape[-1], dtype=torch.float64)
             for i, weight in _kept(theta[b, h, :t], num_kept):
-                known += weight * torch.outer(keys[b, h, i], keys[b, h, i])
+                another = min(1.0, max(0.0, (SAME - float(keys[b, h, i] @ key)) / (SAME - ANOTHER)))
+                known += FIRMNESS * another * weight * torch.outer(keys[b, h, i], keys[b, h, i])
             free = torch.linalg.inv(known) @ key
-            found[b, h, t] = (free + SLACK * key) / (key @ free + SLACK)  # (a key has unit length, or none)
+            along = (free + SLACK * key) / (key @ free + SLACK)  # (a key has unit length, or none)
+            found[b, h, t] += turned * (along - key)
     return found
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from titans.config import MOMENTUM_REACH
 from titans.memory.margin import WHOLE_FROM
 from titans.memory.neural import MemoryState, NeuralMemory
-from titans.memory.protection import LEAST_STEP, MOST_WEIGHT, SLACK
+from titans.memory.protection import ANOTHER, FIRMNESS, LEAST_STEP, MOST_WEIGHT, SAME, SLACK
 from titans.native.matrix import Held, MatrixStruct, NativeMatrix, Team
 
 _LANES = 16  # floats that the kernels take at once
 _SHAPE = "size num_heads key_dim value_dim reach gate_reach products".split()
 _RULE = "chunk forgets momentum_reach protected_keys".split()
 _THRESHOLDS = "write_threshold read_threshold margin_threshold whole_margin".split()
-_NUMBERS = ["eps", "most_momentum", *_THRESHOLDS, "slack", "most_weight", "least_step"]
+_NUMBERS = ["eps", "most_momentum", *_THRESHOLDS, *"firmness another same slack most_weight least_step".split()]
 _VECTORS = "norm center query_taps key_taps value_taps gate_taps gates gates_bias out_gate_bias".split()
 _MATRICES = "query key value out_gate out".split()
 
@@ -71,6 +71,9 @@ class NativeMemory:
             margin_threshold=config.margin_threshold,
             whole_margin=WHOLE_FROM * config.margin_threshold,
             protected_keys=config.protected_keys,
+            firmness=FIRMNESS,
+            another=ANOTHER,
+            same=SAME,
             slack=SLACK,
             most_weight=MOST_WEIGHT,
             least_step=LEAST_STEP,

@@ -10,6 +10,7 @@ import json
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from titans.memory.quantization import dequantize, quantize
 from titans.state import State
 from torch import Tensor
 
@@ -97,13 +98,18 @@ def _read_parts(blob: bytes) -> dict[str, Tensor]:
 
 
 def _fit(name: str, stored: Tensor, like: Tensor, most: float) -> Tensor:
+    _check_size(name, stored, most)
+    if stored.dtype != like.dtype and torch.int8 in (stored.dtype, like.dtype):  # kept by a server of another dtype
+        stored = dequantize(stored) if stored.dtype == torch.int8 else quantize(stored)
     if stored.shape != like.shape:
         raise StateCorrupted(f"{name} has the shape {tuple(stored.shape)}, not {tuple(like.shape)}")
     if stored.dtype != like.dtype and not (stored.is_floating_point() and like.is_floating_point()):
         raise StateCorrupted(f"{name} is of {stored.dtype}, which is not read as {like.dtype}")
-    part = stored.to(like.dtype, copy=True)
-    if part.is_floating_point() and part.numel():
-        least, greatest = (float(x) for x in part.aminmax())  # a NaN is both
+    return stored.to(like.dtype, copy=True).to(like.device)
+
+
+def _check_size(name: str, stored: Tensor, most: float) -> None:
+    if stored.is_floating_point() and stored.numel():
+        least, greatest = (float(x) for x in stored.aminmax())  # a NaN is both
         if not -most <= least <= greatest <= most:
             raise StateCorrupted(f"{name} holds {least:g} to {greatest:g}: its numbers are to be within {most:g} of 0")
-    return part.to(like.device)

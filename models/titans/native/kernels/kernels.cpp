@@ -116,10 +116,10 @@ void titans_layers(Team *team, const Body *body, const Layer *layers, int64_t nu
 
 // What a memory answers to h [B, T, D] bfloat16, writing nothing: y [B, T, D] bfloat16. Session b's weights, [H, F, V]
 // float32, are at weights + b * stride. recent [B, C, D] bfloat16: its last inputs; moved: those after its first
-// lengths[b] tokens. kept: the keys that it wrote last, [H, N, K] bfloat16, are at kept + b * kept_stride; null: no answer
+// lengths[b] tokens. kept: the keys that it wrote last, [H, N, K + 1] in eight bits, are at kept + b * kept_stride; null: no answer
 // is doubted.
 void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
-                 const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, const uint16_t *kept,
+                 const uint16_t *h, const float *weights, int64_t stride, const uint16_t *recent, const int8_t *kept,
                  int64_t kept_stride, uint16_t *y, uint16_t *moved) {
     const Memory &m = *memory;
     const int64_t size = m.size, rows = batch * length, features = m.features();
@@ -186,7 +186,7 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
                 for (int64_t t = 0; t < length; ++t)
                     if (answered[b * length + t]) asking.push_back(t);
                 if (asking.empty()) continue;
-                told.take(kept + b * kept_stride + head * m.protected_keys * m.key_dim);
+                told.take(kept + b * kept_stride + head * m.protected_keys * (m.key_dim + 1));
                 for (size_t start = 0; start < asking.size(); start += TOGETHER) {
                     const int64_t some = std::min<int64_t>(TOGETHER, asking.size() - start);
                     for (int64_t i = 0; i < some; ++i) {
@@ -218,12 +218,12 @@ void titans_read(Team *team, const Memory *memory, int64_t batch, int64_t length
 // A memory after the first lengths[b] tokens of h [B, T, D] bfloat16, answering none. Session b's weights, [H, F, V]
 // float32, are at weights + b * stride, its momentum, of each head the last R steps' directions [R, F] and what is left
 // of what they moved [R, V], at momentum + b * momentum_stride (null: it has none); neither is changed. new_weights,
-// new_momentum: the same after, of all sessions in a row. recent and moved as in titans_read. kept [B, H, N, K]
-// bfloat16: the keys written last (protection.h); newly_kept: the same after. Null where none is protected.
+// new_momentum: the same after, of all sessions in a row. recent and moved as in titans_read. kept [B, H, N, K + 1]
+// in eight bits: the keys written last (protection.h); newly_kept: the same after. Null where none is protected.
 void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t length, const int64_t *lengths,
                   const uint16_t *h, const float *weights, int64_t stride, const float *momentum,
-                  int64_t momentum_stride, const uint16_t *recent, const uint16_t *kept, float *new_weights,
-                  float *new_momentum, uint16_t *moved, uint16_t *newly_kept) {
+                  int64_t momentum_stride, const uint16_t *recent, const int8_t *kept, float *new_weights,
+                  float *new_momentum, uint16_t *moved, int8_t *newly_kept) {
     const Memory &m = *memory;
     const int64_t size = m.size, rows = batch * length, joined = m.reach + length, head_size = m.features() * m.value_dim;
     const int64_t steps_size = m.momentum_reach * (m.features() + m.value_dim);
@@ -232,7 +232,9 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
     std::vector<float> projected(heard.rows() * width), offered(heard.rows() * values);
     std::vector<Gates> gates(rows * m.num_heads);
     team->run([&](int index) {
-        std::vector<float> row(size), input(size * (m.gate_reach + 1)), own(m.products + m.key_dim);
+        const int64_t own_size = m.products + m.key_dim;
+        std::vector<float> row(size), input(size * (m.gate_reach + 1)), own(m.chunk * own_size);
+        std::vector<Token> tokens(m.chunk);
         const Share ours = team->share(rows, index);
         for (int64_t r = ours.begin; r < ours.end; ++r) heard.take(m, r, h, row.data());
         team->barrier.wait();
@@ -261,7 +263,7 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
             const int64_t b = unit / m.num_heads, head = unit % m.num_heads;
             const float *from = weights + b * stride + head * head_size;
             float *to = new_weights + unit * head_size;
-            if (kept) last.take(kept + unit * last.size());
+            if (kept) last.take(kept + unit * last.size(), lengths[b]);
             if (momentum) chunk.take_steps(momentum + b * momentum_stride + head * steps_size);
             if (!lengths[b]) std::copy_n(from, head_size, to);
             for (int64_t start = 0; start < lengths[b]; start += m.chunk) {
@@ -276,7 +278,7 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                 }
                 for (int64_t t = 0; t < count; ++t) {
                     const int64_t r = b * joined + start + t;
-                    float *made_of = own.data() + m.products, *key = chunk.keys.data() + t * m.features();
+                    float *made_of = own.data() + m.products + t * own_size, *key = chunk.keys.data() + t * m.features();
                     factors(m, head, projected.data() + r * width, m.key_taps, made_of);
                     const float size = feature(m, made_of, key);
                     const int64_t v = head * m.value_dim;
@@ -285,9 +287,10 @@ void titans_write(Team *team, const Memory *memory, int64_t batch, int64_t lengt
                         _mm512_storeu_ps(chunk.errors.data() + t * m.value_dim + i, _mm512_sub_ps(_mm512_setzero_ps(), x));
                     }
                     chunk.gates[t] = of_chunk[t * m.num_heads];
-                    if (kept) last.learn(m, key, made_of, size, chunk.gates[t].theta, chunk.along(t));
-                    else std::copy_n(key, m.features(), chunk.along(t));
+                    tokens[t] = {key, made_of, size, chunk.gates[t].theta, chunk.along(t)};
+                    if (!kept) std::copy_n(key, m.features(), chunk.along(t));
                 }
+                if (kept) last.learn(m, tokens.data(), count);
                 learn_chunk(m, chunk, count, from, to);
                 from = to;
             }

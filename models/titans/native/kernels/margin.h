@@ -21,9 +21,9 @@ class Told {  // the last keys that a head wrote well, as queries are compared w
         : dim(m.key_dim), products(m.products), room(m.protected_keys), features(m.features()), own(products + dim),
           nearest(features) {}
 
-    void take(const uint16_t *of_head) {  // [N, K], before the first one zeros; they are to stay
+    void take(const int8_t *of_head) {  // [N, K + 1], before the first one zeros; they are to stay
         const int64_t missing = num_missing(of_head, room, dim);
-        kept = of_head + missing * dim;
+        kept = of_head + missing * (dim + 1);
         count = room - missing;
         alike.resize(TOGETHER * count);
         scale.resize(count);
@@ -47,14 +47,14 @@ class Told {  // the last keys that a head wrote well, as queries are compared w
 
   private:
     int64_t dim, products, room, features, count = 0;
-    const uint16_t *kept = nullptr;
+    const int8_t *kept = nullptr;
     std::vector<float> alike, scale;  // [TOGETHER, count]: how like queries and keys are; [count]: makes no key too long
     std::vector<float> own, nearest;
 
     float margin(const Memory &m, const float *alike) {
         const int64_t top = std::max_element(alike, alike + count) - alike;
         if (!count || alike[top] <= 0) return 0;
-        expand_kept(m, kept + top * dim, 1.0f, own, nearest.data());
+        expand_kept(m, kept + top * (dim + 1), 1.0f, own, nearest.data());
         float itself, same, rival = 0;
         compare<1>(widened(top), nearest.data(), &itself);
         for (int64_t i = 0; i < count; ++i) {
@@ -68,7 +68,7 @@ class Told {  // the last keys that a head wrote well, as queries are compared w
 
     const float *widened(int64_t key) {  // [K], its last floats also before the first ones, which they are neighbours of
         float *made_of = own.data() + products;
-        for (int64_t k = 0; k < dim; k += 16) _mm512_storeu_ps(made_of + k, widen(kept + key * dim + k));
+        dequantize(kept + key * (dim + 1), dim, made_of);
         std::copy_n(made_of + dim - products, products, own.data());
         return made_of;
     }

@@ -19,7 +19,7 @@ constexpr int TOGETHER = 4;  // queries of a head: what they are looked up in is
 struct Memory {  // a linear memory, and what tokens ask and write it through
     int64_t size, num_heads, key_dim, value_dim, reach, gate_reach, products, chunk, forgets, momentum_reach, protected_keys;
     double eps, most_momentum, write_threshold, read_threshold, margin_threshold, whole_margin;
-    double slack, most_weight, least_step;
+    double firmness, another, same, slack, most_weight, least_step;  // see protection.h
     const float *norm, *center;                       // [D]
     const float *query_taps, *key_taps, *value_taps;  // [C + 1, H, K] and, of values, [C + 1, H, V]; the last: its own
     const float *gate_taps;                           // [gate_reach + 1, D]

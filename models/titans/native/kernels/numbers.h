@@ -19,6 +19,10 @@ void narrow(__m512 x, uint16_t *to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
+__m512 widen(const int8_t *x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x))));
+}
+
 __m512bh pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 __m512 half(const uint8_t *x) {  // 16 of half precision
