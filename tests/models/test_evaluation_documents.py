@@ -15,7 +15,7 @@ from titans.evaluation.wording import ADJECTIVES, MONTHS, NOUNS, STREETS, UNITS
 TEXT = (Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt").read_text(encoding="utf-8")
 PLANTED = [name for name in TASKS if name != "verbatim"]
 NUM_VALUES = {"multivalue": 4}
-NUM_STATEMENTS = {"multivalue": 4, "updated": 2}
+NUM_STATEMENTS = {"multivalue": 4, "updated": 2, "corrected": 2}
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -135,6 +135,17 @@ def test_what_is_stated_anew_is_asked_for_and_stands_after_what_was_stated_first
     assert len({*numbers}) == 12
     assert {question.values[0] for question in exam.questions} == {*numbers[6:]}
     assert not tasks["updated"].grade(exam.questions[0], f" It is {numbers[0]}.").right
+
+
+def test_what_is_corrected_is_within_sight_of_what_it_corrects(tasks: dict[str, Task], book: Haystack) -> None:
+    for tokens in (2_048, 16_384):
+        exam = tasks["corrected"].make(tokens, 10, 0.5, random.Random(0))
+        numbers = [*re.finditer(r"\b\d{7}\b", exam.document)]
+        assert len({number[0] for number in numbers}) == 20
+        assert [question.values[0] for question in exam.questions] == [number[0] for number in numbers[1::2]]
+        for old, new in zip(numbers[::2], numbers[1::2], strict=True):
+            assert 10 < book.count(exam.document[old.end() : new.start()]) < 250
+        assert not tasks["corrected"].grade(exam.questions[0], f" It is {numbers[0][0]}.").right
 
 
 def test_keys_are_held_out_words_and_share_none_while_there_are_enough() -> None:

@@ -15,7 +15,8 @@ from titans.evaluation.task import Exam, Task
 from titans.evaluation.updated import UpdatedTask
 from titans.evaluation.verbatim import VerbatimTask
 
-TASKS = ("facts", "updated", "varied", "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
+_OWN = "facts", "updated", "corrected", "varied"
+TASKS = (*_OWN, "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def make_tasks(book: Haystack) -> dict[str, Task]:
     """All tasks by name, on this text."""
     noise = Haystack(NOISE * NOISE_LINES, book.count, end="\n")
     facts = FactsTask(book)
-    own: list[Task] = [facts, UpdatedTask(facts), FactsTask(book, varied=True)]
+    own: list[Task] = [facts, UpdatedTask(facts), UpdatedTask(facts, soon=True), FactsTask(book, varied=True)]
     tasks = [*own, *needle_tasks(book, noise), VerbatimTask(book)]
     return {task.name: task for task in tasks}
 

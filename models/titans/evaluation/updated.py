@@ -1,4 +1,4 @@
-"""What is stated anew: every fact is in the document twice, with two values, and the newer one is asked for."""
+"""What is stated anew, later or at once: all facts are in the document twice, and the newer value is asked for."""
 
 import random
 from dataclasses import dataclass, replace
@@ -7,13 +7,23 @@ from titans.evaluation.facts import FactsTask, make_facts
 from titans.evaluation.haystack import insert, spread
 from titans.evaluation.task import Exam, Grade, Question, most_in
 
+SOON = 10, 150  # tokens, and to the end of the sentence
+
 
 @dataclass(frozen=True)
 class UpdatedTask:
-    """Plain facts: all of them in the first half of a document, and in its second half again, in another order."""
+    """Plain facts: all of them in the first half of a document, and in its second half again, in another order.
+
+    Or, where it is `soon`, each again before the next one, within what attention sees.
+    """
 
     facts: FactsTask
-    name: str = "updated"
+    soon: bool = False
+
+    @property
+    def name(self) -> str:
+        """See `Task`."""
+        return "corrected" if self.soon else "updated"
 
     @property
     def max_tokens(self) -> int:
@@ -31,11 +41,23 @@ class UpdatedTask:
         values = rng.sample(range(1_000_000, 10_000_000), num_questions)
         new = [replace(fact, value=str(value)) for fact, value in zip(old, values, strict=True)]
         text = self.facts.haystack.cut(num_tokens - 2 * num_questions * self.facts.cost, place)
-        stated = [fact.statement for fact in (*old, *rng.sample(new, len(new)))]
-        document = insert(text, stated, spread(text, len(stated), place), self.facts.haystack.end)
+        if self.soon:
+            stated = [fact for both in zip(old, new, strict=True) for fact in both]
+            offsets = self._pairs(text, num_questions, place, rng)
+        else:
+            stated = [*old, *rng.sample(new, len(new))]
+            offsets = spread(text, len(stated), place)
+        document = insert(text, [fact.statement for fact in stated], offsets, self.facts.haystack.end)
         depths = [document.index(fact.statement) / len(document) for fact in new]
         questions = (Question(f.prompt, (f.value,), (depth,)) for f, depth in zip(new, depths, strict=True))
         return Exam(document, tuple(questions), tuple(Question(fact.prompt, ()) for fact in absent))
+
+    def _pairs(self, text: str, count: int, place: float, rng: random.Random) -> list[int]:
+        """Where each fact is stated, and where again: SOON tokens later, or halfway to the next one."""
+        halfway = len(text) // (2 * count)
+        later = [int(rng.randint(*SOON) * self.facts.haystack.characters_per_token) for _ in range(count)]
+        first = spread(text, count, place)
+        return [offset for i in range(count) for offset in (first[i], first[i] + min(later[i], halfway))]
 
     def grade(self, question: Question, answer: str) -> Grade:
         """See `FactsTask`."""
