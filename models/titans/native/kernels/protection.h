@@ -38,8 +38,11 @@ void quantize(const float *x, int64_t dim, int8_t *row) {
 
 // How many rows of [N, K + 1] are zeros before the first one that is not.
 int64_t num_missing(const int8_t *rows, int64_t count, int64_t dim) {
-    const int8_t *end = rows + count * (dim + 1);
-    return (std::find_if(rows, end, [](int8_t x) { return x != 0; }) - rows) / (dim + 1);
+    const int64_t size = count * (dim + 1);
+    int64_t i = 0;
+    while (i + 64 <= size && !_mm512_test_epi8_mask(_mm512_loadu_si512(rows + i), _mm512_set1_epi8(-1))) i += 64;
+    while (i < size && !rows[i]) ++i;
+    return i / (dim + 1);
 }
 
 // A key that is kept as the memory sees it [F], and not longer than `longest`: a state may be anyone's. Its length.
