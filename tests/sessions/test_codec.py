@@ -95,9 +95,20 @@ def test_keys_that_one_server_keeps_in_eight_bits_another_has_in_float32(
     restored = decode(encode(state, MODEL), fingerprint=MODEL, like=like).parts()[name]
     assert (restored.dtype, restored.shape) == (like.parts()[name].dtype, like.parts()[name].shape)
     torch.testing.assert_close(as_floats(restored), as_floats(kept), rtol=0, atol=0.02)
-    torn = State.from_parts(state.parts() | {name: kept[..., :-1].float() * math.nan})
-    with pytest.raises(StateCorrupted):
-        decode(encode(torn, MODEL), fingerprint=MODEL, like=like)
+    as_kept = kept.shape[-1] - (kept.dtype == torch.int8)
+    for doubtful, why in (
+        (torch.full((*kept.shape[:-1], as_kept), math.nan), "of 0"),
+        (torch.tensor(1).char(), "shape"),
+    ):
+        with pytest.raises(StateCorrupted, match=why):
+            decode(altered(encode(state, MODEL), None, **{name: doubtful}), fingerprint=MODEL, like=like)
+
+
+def test_numbers_that_the_servers_dtype_has_not_are_refused() -> None:
+    state, like = a_state(torch.float32), empty(torch.bfloat16)
+    state.tail.view(-1)[0] = torch.finfo(torch.float32).max  # bfloat16 would make it infinite
+    with pytest.raises(StateCorrupted, match="of 0"):
+        decode(encode(state, MODEL), fingerprint=MODEL, like=like)
 
 
 def test_the_state_and_the_bytes_share_nothing() -> None:
@@ -233,11 +244,9 @@ def filled(like: State, number: float, *, signs: torch.Generator | None = None) 
         if name == "position":
             return torch.tensor([103])  # within a chunk, and the window has been filled
         numbers = torch.full_like(x, number if x.is_floating_point() else math.copysign(127, number))
-        return (
-            numbers
-            if signs is None
-            else numbers * torch.randint(0, 2, x.shape, generator=signs).mul(2).sub(1).to(x.dtype)
-        )
+        if signs is None:
+            return numbers
+        return numbers * torch.randint(0, 2, x.shape, generator=signs).mul(2).sub(1).to(x.dtype)
 
     return like.map(fill)
 

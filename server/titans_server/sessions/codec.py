@@ -98,18 +98,21 @@ def _read_parts(blob: bytes) -> dict[str, Tensor]:
 
 
 def _fit(name: str, stored: Tensor, like: Tensor, most: float) -> Tensor:
-    _check_size(name, stored, most)
-    if stored.dtype != like.dtype and torch.int8 in (stored.dtype, like.dtype):  # kept by a server of another dtype
-        stored = dequantize(stored) if stored.dtype == torch.int8 else quantize(stored)
+    *above, width = like.shape
+    if stored.dtype == torch.int8 and like.is_floating_point() and stored.shape == (*above, width + 1):
+        stored = dequantize(stored)  # by a server of another dtype, and so below
+    elif like.dtype == torch.int8 and stored.is_floating_point() and stored.shape == (*above, width - 1):
+        stored = quantize(_within(most, name, stored))
     if stored.shape != like.shape:
         raise StateCorrupted(f"{name} has the shape {tuple(stored.shape)}, not {tuple(like.shape)}")
     if stored.dtype != like.dtype and not (stored.is_floating_point() and like.is_floating_point()):
         raise StateCorrupted(f"{name} is of {stored.dtype}, which is not read as {like.dtype}")
-    return stored.to(like.dtype, copy=True).to(like.device)
+    return _within(most, name, stored.to(like.dtype, copy=True)).to(like.device)
 
 
-def _check_size(name: str, stored: Tensor, most: float) -> None:
-    if stored.is_floating_point() and stored.numel():
-        least, greatest = (float(x) for x in stored.aminmax())  # a NaN is both
+def _within(most: float, name: str, part: Tensor) -> Tensor:
+    if part.is_floating_point() and part.numel():
+        least, greatest = (float(x) for x in part.aminmax())  # a NaN is both
         if not -most <= least <= greatest <= most:
             raise StateCorrupted(f"{name} holds {least:g} to {greatest:g}: its numbers are to be within {most:g} of 0")
+    return part
