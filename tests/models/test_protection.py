@@ -83,7 +83,7 @@ def test_no_direction_is_long(seed: int, alike: float) -> None:
 
 def test_what_is_kept_are_the_last_keys_written_of_those_that_count() -> None:
     rows, written = torch.arange(7.0).view(1, 1, 7, 1).repeat(2, 1, 1, 1), torch.tensor([[[1, 0, 1, 1]]] * 2).bool()
-    done = Protection(torch.empty(0), rows, rows, written)
+    done = Protection(torch.empty(2, 1, 4, 1), rows, rows, written, torch.arange(4))
     assert done.kept().flatten().tolist() == [3, 5, 6] * 2
     assert done.kept(torch.tensor([3, 0])).flatten().tolist() == [2, 3, 5, 0, 1, 2]
     assert done.kept(torch.tensor([9, -8])).flatten().tolist() == [3, 5, 6, 0, 1, 2]

@@ -24,7 +24,7 @@ from titans.memory.chunk import Writes
 from titans.memory.linear import LinearRule
 from titans.memory.margin import margins, told
 from titans.memory.mlp import MLPRule
-from titans.memory.protection import protect, turned
+from titans.memory.protection import protect
 from titans.memory.quantization import as_floats, quantize
 from titans.memory.rule import Rule
 
@@ -264,26 +264,17 @@ class NeuralMemory(nn.Module):
         self, writes: Writes, factors: Tensor, kept: Tensor, lengths_B: Tensor | None, queries: Tensor | None
     ) -> tuple[Writes, Tensor | None, Tensor]:
         """What is written along directions that leave the keys kept, margins of the queries, and what is kept after."""
-        keys, theta, ends_B = writes.keys, writes.theta[:, :, 0], lengths_B
-        room, written = self.config.protected_keys, None
-        if queries is None and keys.is_cpu:  # what is written well counts alone, which of a text is little
-            written = turned(theta).flatten(0, 1).any(dim=0).nonzero().squeeze(-1)
-            keys, factors, theta = (x.index_select(2, written) for x in (keys, factors, theta))
-            ends_B = None if lengths_B is None else (written < lengths_B[:, None]).sum(-1)
-        size = max(self.config.chunk_size, _TOGETHER)
-        parts = [x.split(size, 2) for x in (keys, factors, theta)]
-        asked = [None] * len(parts[0]) if queries is None else queries.split(size, 2)
-        directions, found, degree = [keys[:, :, :0]], [], 2 if self.config.products else 1
-        for i, (of_part, made_of, steps, asking) in enumerate(zip(*parts, asked, strict=True)):
-            protection = protect(of_part, made_of, steps, kept, expand=self._expand, degree=degree)
+        parts = [x.split(_TOGETHER, 2) for x in (writes.keys, factors, writes.theta[:, :, 0])]
+        asked = [None] * len(parts[0]) if queries is None else queries.split(_TOGETHER, 2)
+        directions, found, degree = [], [], 2 if self.config.products else 1
+        for i, (keys, made_of, theta, asking) in enumerate(zip(*parts, asked, strict=True)):
+            protection = protect(keys, made_of, theta, kept, expand=self._expand, degree=degree)
             directions.append(protection.directions)
             if asking is not None:
-                found.append(margins(asking, protection.expanded, room, protection.in_sight()))
-            kept = protection.kept(None if ends_B is None else ends_B - i * size)
-        along = torch.cat(directions, dim=2)
-        if written is not None:
-            along = writes.keys.index_copy(2, written, along)
-        return writes._replace(directions=along), torch.cat(found, dim=1) if found else None, kept
+                found.append(margins(asking, protection.expanded, kept.shape[2], protection.in_sight()))
+            kept = protection.kept(None if lengths_B is None else lengths_B - i * _TOGETHER)
+        writes = writes._replace(directions=torch.cat(directions, dim=2))
+        return writes, torch.cat(found, dim=1) if found else None, kept
 
     def _from_chunk(self, joined: Tensor, begun_B: Tensor, num_tokens: int) -> Tensor:
         """`num_tokens` inputs of each row from where its chunk began, and before them what the convolutions reach."""

@@ -19,7 +19,7 @@ and no more of them than the state has room for. The step is theta as it was, so
 slack, keys that many others make up together would let M grow without need.
 
 Shapes: B batch · H memory heads · C tokens of a call · K floats that a key is made of · F floats of a key as the memory
-sees it · N rows kept · S = N + C.
+sees it · N rows kept · W tokens that are written well enough to have rows · S = N + W.
 """
 
 import math
@@ -46,19 +46,22 @@ class Protection(NamedTuple):
     """The keys of a run of tokens with those kept before them."""
 
     directions: Tensor  # [B, H, C, F]: along which each of them is learnt; its key where theta is small
-    rows: Tensor  # [B, H, S, K], as they are kept: those that were, and these
+    rows: Tensor  # [B, H, S, K], as they are kept: those that were, and those of W of these tokens
     expanded: Tensor  # [B, H, S, F]: the same as the memory sees them
-    lasting: Tensor  # [B, H, C]: which of these are kept
+    lasting: Tensor  # [B, H, W]: which of the W are kept
+    at: Tensor  # [W]: where they are among the tokens
 
     def in_sight(self) -> Tensor:
         """Which rows [B, H, C, S] are the last N as of each token, its own among them."""
-        return _in_sight(self.lasting, self.rows.shape[2] - self.lasting.shape[2], own=True)
+        each = torch.zeros(self.directions.shape[:3], dtype=torch.int32, device=self.lasting.device)
+        by_now = each.index_copy(2, self.at, self.lasting.int()).cumsum(dim=-1)
+        return _in_sight(self.lasting, self.rows.shape[2] - self.lasting.shape[2], by_now)
 
     def kept(self, ends_B: Tensor | None = None) -> Tensor:
         """The last N rows [B, H, N, K], of those kept and of the first `ends_B[b]` tokens (all by default)."""
         lasting, num_kept = self.lasting, self.rows.shape[2] - self.lasting.shape[2]
         if ends_B is not None:
-            lasting = lasting & (torch.arange(lasting.shape[2], device=lasting.device) < ends_B[:, None, None])
+            lasting = lasting & (self.at < ends_B[:, None, None])
         counts = F.pad(lasting.int(), (num_kept, 0), value=1)
         return self.rows.take_along_dim(counts.argsort(dim=-1, stable=True)[..., -num_kept:, None], dim=2)
 
@@ -72,6 +75,12 @@ def protect(
     as large of c times these. `theta` [B, H, C]. `kept` [B, H, N, K], floats or in eight bits
     (`titans.memory.quantization`), the last one at the end; zeros where there is none.
     """
+    whole, share = keys, turned(theta)
+    if theta.is_cpu:  # what is written well, which of a text is little (elsewhere it would have to be waited for)
+        at = share.flatten(0, 1).any(dim=0).nonzero().squeeze(-1)
+    else:
+        at = torch.arange(theta.shape[2], device=theta.device)
+    keys, factors, theta, share = (x.index_select(2, at) for x in (keys, factors, theta, share))
     weight = weights(theta.detach())
     lasting = weight > 0
     own = (weight.where(lasting, 1).sqrt() / expand(factors).norm(dim=-1).clamp(min=_TINY)) ** (1 / degree)
@@ -80,8 +89,9 @@ def protect(
     expanded = expand(as_floats(rows).to(keys.dtype))
     longest = math.sqrt(MOST_WEIGHT)
     known = expanded / (expanded.norm(dim=-1, keepdim=True) / longest).clamp(min=1)  # a state may be anyone's
-    directions = _directions(keys, known, _in_sight(lasting, kept.shape[2], own=False))
-    return Protection(keys.lerp(directions, turned(theta)[..., None]), rows, expanded, lasting)
+    before = lasting.int().cumsum(dim=-1) - lasting.int()
+    directions = keys.lerp(_directions(keys, known, _in_sight(lasting, kept.shape[2], before)), share[..., None])
+    return Protection(whole.index_copy(2, at, directions), rows, expanded, lasting, at)
 
 
 def weights(theta: Tensor) -> Tensor:
@@ -99,13 +109,11 @@ def _other(cosine: Tensor) -> Tensor:
     return ((SAME - cosine) / (SAME - ANOTHER)).clamp(0, 1)
 
 
-def _in_sight(lasting: Tensor, num_kept: int, *, own: bool) -> Tensor:
-    """Which rows [B, H, C, S] are the last N before each token, or with its own: of those kept, and of the tokens."""
-    before = lasting.int().cumsum(dim=-1) - lasting.int()  # [B, H, C]
-    by_now = before + lasting.int() if own else before
+def _in_sight(lasting: Tensor, num_kept: int, by_now: Tensor) -> Tensor:
+    """Which rows [B, H, T, S] are the last N when `by_now` [B, H, T] of the new ones have lasted."""
+    since = by_now[..., None] - (lasting.int().cumsum(dim=-1) - lasting.int())[..., None, :]  # 1 for the last one
     kept = torch.arange(num_kept, device=lasting.device) >= by_now[..., None]
-    new = (by_now[..., :, None] - before[..., None, :] <= num_kept) & lasting[..., None, :]
-    return torch.cat((kept, new.tril(0 if own else -1)), dim=-1)
+    return torch.cat((kept, lasting[..., None, :] & (since > 0) & (since <= num_kept)), dim=-1)
 
 
 def _directions(keys: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
@@ -113,6 +121,8 @@ def _directions(keys: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
 
     P k = k - R^T (I + R R^T)^-1 R k, R the rows in sight, each times the root of FIRMNESS and of how far it is another.
     """
+    if not keys.shape[2]:
+        return keys
     alike, gram = keys @ rows.mT, rows @ rows.mT
     cosine = alike.detach() / rows.detach().norm(dim=-1)[:, :, None].clamp(min=_TINY)
     firm = seen * (FIRMNESS * _other(cosine)).sqrt()
