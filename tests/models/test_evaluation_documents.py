@@ -8,6 +8,7 @@ import pytest
 from titans.evaluation import facts
 from titans.evaluation.facts import make_keys
 from titans.evaluation.haystack import Haystack, insert, spread
+from titans.evaluation.listing import LAYOUTS, write_list
 from titans.evaluation.suite import TASKS
 from titans.evaluation.task import EvaluationError, Question, Task
 from titans.evaluation.wording import ADJECTIVES, MONTHS, NOUNS, STREETS, UNITS
@@ -15,7 +16,7 @@ from titans.evaluation.wording import ADJECTIVES, MONTHS, NOUNS, STREETS, UNITS
 TEXT = (Path(__file__).parents[2] / "examples" / "sherlock-holmes.txt").read_text(encoding="utf-8")
 PLANTED = [name for name in TASKS if name != "verbatim"]
 NUM_VALUES = {"multivalue": 4}
-NUM_STATEMENTS = {"multivalue": 4, "updated": 2, "corrected": 2}
+NUM_STATEMENTS = {"multivalue": 4, "updated": 2, "corrected": 2, "logged": 4}
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -39,7 +40,7 @@ def test_a_key_is_in_the_document_if_it_is_asked_for_and_not_absent(tasks: dict[
     def times(question: Question) -> int:
         key = re.search(r" of the (\w+ \w+)\?| for (\S+) mentioned", question.prompt)
         assert key is not None
-        return exam.document.count(f" {key[1] or key[2]} ")
+        return len(re.findall(rf"\b{key[1] or key[2]}\b", exam.document))
 
     assert [times(question) for question in exam.questions] == [NUM_STATEMENTS.get(name, 1)] * 5
     assert [times(question) for question in exam.absent] == [0] * 5
@@ -161,3 +162,30 @@ def test_statements_stand_after_the_first_sentence_past_their_offset() -> None:
     assert spread(text, 3, 0.5) == [2, 7, 12]
     assert insert(text, ["A.", "B.", "C."], [0, 3, 12]) == "One. A. Two. B. Three C. "
     assert insert("a\nb\nc\n", ["A", "B"], [0, 0], end="\n") == "a\nA\nb\nB\nc\n"
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS["test"])))
+def test_a_list_has_a_line_of_every_thing_and_a_log_the_newest_last(tasks: dict[str, Task], index: int) -> None:
+    place = (index + 0.5) / len(LAYOUTS["test"])
+    for name, times in (("listed", 1), ("logged", 4)):
+        exam = tasks[name].make(4_096, 5, place, random.Random(index))
+        lines = [line for line in exam.document.splitlines() if re.search(r"\b\d{7}\b", line)]
+        assert len(lines) == 5 * times
+        for question in exam.questions:
+            thing = re.search(r" of the (\w+ \w+)\?", question.prompt)
+            assert thing is not None
+            told = re.findall(rf"{thing[1]}\b(?s:.)*?\b(\d{{7}})\b", exam.document)
+            assert len(told) == times and told[-1] == question.values[0]
+            assert times == 1 or not tasks[name].grade(question, f" It is {told[0]}.").right
+
+
+def test_lists_look_unlike_those_of_training() -> None:
+    assert {layout.line for layout in LAYOUTS["train"]}.isdisjoint(layout.line for layout in LAYOUTS["test"])
+    for split, layouts in LAYOUTS.items():
+        for layout in layouts:
+            told = [("red lamp", "12"), ("old door", "34"), ("red lamp", "56")]
+            lines = write_list(layout, "entry code", told, random.Random(0))
+            assert [(line.thing, line.value) for line in lines] == [("old door", "34"), ("red lamp", "56")], split
+            written = "".join(f"{line.before}{line.gap}{line.value}{line.after}" for line in lines)
+            assert not re.search(r"<\w>", written), "all is filled in"
+            assert re.search(r"red lamp(?s:.)*12(?s:.)*old door(?s:.)*34(?s:.)*red lamp(?s:.)*56", written)

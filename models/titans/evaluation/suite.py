@@ -7,6 +7,7 @@ from typing import Any
 
 from titans.evaluation.facts import FactsTask
 from titans.evaluation.haystack import Haystack
+from titans.evaluation.listed import ListedTask
 from titans.evaluation.local import LocalReader
 from titans.evaluation.niah import NOISE, NOISE_LINES, needle_tasks
 from titans.evaluation.perplexity import LONGEST_IN_FULL
@@ -15,8 +16,9 @@ from titans.evaluation.task import Exam, Task
 from titans.evaluation.updated import UpdatedTask
 from titans.evaluation.verbatim import VerbatimTask
 
-_OWN = "facts", "updated", "corrected", "varied"
+_OWN = "facts", "updated", "corrected", "varied", "listed", "logged"
 TASKS = (*_OWN, "single_1", "single_2", "single_3", "multikey_1", "multivalue", "verbatim")
+_CHANGES = 4  # times that a log tells of each thing
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def make_tasks(book: Haystack) -> dict[str, Task]:
     noise = Haystack(NOISE * NOISE_LINES, book.count, end="\n")
     facts = FactsTask(book)
     own: list[Task] = [facts, UpdatedTask(facts), UpdatedTask(facts, soon=True), FactsTask(book, varied=True)]
-    tasks = [*own, *needle_tasks(book, noise), VerbatimTask(book)]
+    lists: list[Task] = [ListedTask(facts), ListedTask(facts, changes=_CHANGES)]
+    tasks = [*own, *lists, *needle_tasks(book, noise), VerbatimTask(book)]
     return {task.name: task for task in tasks}
 
 
