@@ -24,7 +24,7 @@ from titans_client import cli
 from torch import Tensor
 
 
-@pytest.mark.parametrize("lesson", ["--answers", "--norms"])
+@pytest.mark.parametrize("lesson", ["--keys", "--answers", "--norms"])
 def test_a_lesson_by_itself_is_for_a_memory_that_is_there(lesson: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
     add_arguments(parser)
@@ -65,7 +65,12 @@ def test_weights_to_go_on_from_are_of_this_body_and_shape_or_refused_before_any_
 
 @pytest.mark.parametrize(
     ("lessons", "kept"),
-    [(["--answers"], (0.3, 0.2, 0.1, 9)), (["--norms"], (0.3, 0.2, 0.1, 9)), ([], (0.02, 0.0, 0.0, 0))],
+    [
+        (["--answers"], (0.3, 0.2, 0.1, 9)),
+        (["--norms"], (0.3, 0.2, 0.1, 9)),
+        (["--keys"], (0.02, 0.0, 0.0, 0)),
+        ([], (0.02, 0.0, 0.0, 0)),
+    ],
 )
 def test_what_is_not_taught_to_write_keeps_its_settings(
     lessons: list[str],

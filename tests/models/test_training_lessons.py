@@ -18,9 +18,9 @@ from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statem
 from titans.model import next_token_loss
 from titans.state import Parts
 from titans.tokenizer import Tokenizer
-from titans.training.batch import _hay, _how_many, _rows, make_batch, make_text_rows
+from titans.training.batch import _fitting, _hay, _how_many, _rows, make_batch, make_text_rows
 from titans.training.config import Stage, TrainingConfig
-from titans.training.pool import Pool, _make_facts, _repeat, load_pool, save_pool
+from titans.training.pool import Pool, _breaths, _make_facts, _repeat, _shares, _stated, load_pool, save_pool
 from torch.nn import functional as F
 
 
@@ -57,6 +57,35 @@ def asked_alone(tokenizer: Tokenizer, fact: Fact) -> list[int]:
     lead = f" {fact.answer_lead}" if fact.answer_lead else ""
     prompt = f"\n\nQuestion: {fact.question}\nAnswer:" if fact.form == "question" else fact.prompt
     return tokenizer.encode(f"{prompt}{lead} {fact.value}.\n")
+
+
+def test_lists_are_cached_as_a_text_has_them_and_read_in_one_piece(tiny: TinyCheckpoint) -> None:
+    tokenizer = load_backbone(tiny.body).tokenizer
+    facts = make_families(2_000, random.Random(0), words_of([TEXT.read_text(encoding="utf-8")]))
+    shares = [*_shares(facts, 60)]
+    groups = [group for share in shares for group in _breaths(share)]
+    assert [fact for share in shares for fact in share] == [fact for group in groups for fact in group] == facts
+    lists = [group for group in groups if group[0].before.startswith("\n")]
+    assert {len(group) for group in groups if group not in lists} == {1, 2, 3, 4}
+    assert {len(group) for group in lists} >= {1, 2, 5, 10}, "longer and shorter ones"
+    assert any(fact.gap == "" for group in lists for fact in group) and any(fact.gap for fact in lists[0])
+    for group in lists:
+        assert not group[0].continues and all(fact.continues for fact in group[1:])
+        stated = [_stated(tokenizer, fact) for fact in group]
+        joined = tokenizer.encode("".join(fact.statement for fact in group))
+        assert [token for run, _, _ in stated for token in run] == joined
+        for fact, (run, start, size) in zip(group, stated, strict=True):
+            answer = tokenizer.encode(f" {fact.value}.")[:size]
+            assert run[start : start + size][not fact.gap :] == answer[not fact.gap :]
+            assert fact.gap or fact.before.endswith(tokenizer.decode(run[start : start + 1])), "the separator"
+
+
+def test_statements_leave_a_document_some_text(pool: Pool) -> None:
+    runs = [[i] for i in range(100)]
+    fitting = _fitting(pool, runs, 512)
+    assert 0 < sum(len(pool.statements[i].hidden) for [i] in fitting) <= 384
+    assert _fitting(pool, runs, 4) == runs[:1], "one is stated all the same"
+    assert _fitting(pool, runs, 1_000_000) == runs
 
 
 def test_documents_that_are_asked_about_have_few_facts_as_often_as_many() -> None:

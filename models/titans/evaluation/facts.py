@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from titans.evaluation.haystack import Haystack, insert, spread
+from titans.evaluation.listing import LAYOUTS, Line, write_list
 from titans.evaluation.task import Exam, Grade, Question, most_in
 from titans.evaluation.values import KINDS, Kind, Source
 from titans.evaluation.wording import (
@@ -37,6 +38,10 @@ NUM_THINGS = len(ADJECTIVES["test"]) * len(NOUNS["test"])  # that the test split
 _NOT_RARE = 3  # times in the texts
 _SAMPLE = 16
 _FAMILY = 4
+_AS_LISTS = 0.3  # share of training's families that are lists
+_LINES = 1, 2, 3, 4, 5, 6, 8, 10  # of one, of which each tells of another thing
+_TOLD = 1, 1, 1, 2, 4, 8  # times that a list tells of a thing, at most
+_MOST_TOLD = 10  # lines, where there are such
 _PLAIN = 0.2  # share of training's facts
 _PLAIN_STATEMENTS = 6  # so many of the training split's, the first ones, state the plain facts
 
@@ -59,11 +64,13 @@ class Fact:
     question: str
     lead: str  # how the answer begins: a full sentence, up to the value
     form: Form = "question"
+    gap: str = " "  # between the two, in the text
+    continues: bool = False  # a list: the fact before is a line of it, too
 
     @property
     def statement(self) -> str:
-        """One or more whole sentences."""
-        return f"{self.before} {self.value}{self.after}"
+        """One or more whole sentences, or lines of a list."""
+        return f"{self.before}{self.gap}{self.value}{self.after}"
 
     @property
     def prompt(self) -> str:
@@ -156,7 +163,7 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
 
     In a family all things share a word, and half of them what is told of them. Half the families are of the
     training split's lists, where `listed`; all others are of two of `words`. Values that are words are of `words`.
-    Some facts are plain ones.
+    Some facts are plain ones. Some families are lists (`titans.evaluation.listing`), longer or shorter.
     """
     lists = ADJECTIVES["train"], NOUNS["train"]
     num_things = len(words) ** 2 + (len(lists[0]) * len(lists[1]) if listed else 0)
@@ -166,6 +173,11 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
     facts: list[Fact] = []
     while len(facts) < count:
         first, second = lists if listed and rng.random() < 0.5 else (words, words)
+        if rng.random() < _AS_LISTS:
+            things = [thing for thing in _listed_things(first, second, rng) if thing not in seen]
+            seen.update(things)
+            facts += _list(things, source, rng)
+            continue
         if rng.random() < 0.5:
             things = list(itertools.product([rng.choice(first)], rng.sample(second, _FAMILY)))
         else:
@@ -214,6 +226,49 @@ def _fact(words: tuple[str, str], kind: Kind, source: Source, rng: random.Random
     if source.split == "train" and fact.form in _ANSWERED:
         return replace(fact, lead=FULL_ANSWER.format(**names))
     return fact
+
+
+def _listed_things(first: Sequence[str], second: Sequence[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Things of one list: all of them share a word, or none do."""
+    count = min(rng.choice(_LINES), len(first), len(second))
+    firsts, seconds = rng.sample(first, count), rng.sample(second, count)
+    match rng.randrange(3):
+        case 0:
+            firsts = firsts[:1] * count
+        case 1:
+            seconds = seconds[:1] * count
+    return list(zip(firsts, seconds, strict=True))
+
+
+def _list(things: Sequence[tuple[str, str]], source: Source, rng: random.Random) -> list[Fact]:
+    """A fact of each thing, in one list; in some lists, as in logs, what is told of a thing has changed before."""
+    kind, join = rng.choice(_kinds(source.split)), rng.choice((" ", " ", "-"))
+    attribute = rng.choice(kind.attributes)
+    most = max(1, min(rng.choice(_TOLD), _MOST_TOLD // max(1, len(things))))
+    names = [join.join(thing) for thing in things for _ in range(rng.randint(1, most))]
+    rng.shuffle(names)
+    told = [(name, kind.make(source, rng)) for name in names]
+    layouts = [
+        layout for layout in LAYOUTS[source.split] if layout.spaced or all(value[0].isdigit() for _, value in told)
+    ]
+    lines = write_list(rng.choice(layouts), attribute, told, rng)
+    return [_of_line(line, attribute, source.split, rng, first=i == 0) for i, line in enumerate(lines)]
+
+
+def _of_line(line: Line, attribute: str, split: Split, rng: random.Random, *, first: bool) -> Fact:
+    names, asking, form = {"a": attribute, "t": line.thing}, an_asking(split, rng), rng.choice(_FORMS[split])
+    lead = FULL_ANSWER if split == "train" and form in _ANSWERED else asking.lead
+    return Fact(
+        thing=line.thing,
+        before=line.before,
+        value=line.value,
+        after=line.after,
+        question=asking.question.format(**names),
+        lead=lead.format(**names),
+        form=form,
+        gap=line.gap,
+        continues=not first,
+    )
 
 
 def plant(text: str, facts: list[Fact]) -> str:

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
     parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: short first lessons")
     lesson = parser.add_mutually_exclusive_group()
+    lesson.add_argument(
+        "--keys", action="store_true", help="with --start: no lesson for the memory alone: half an hour"
+    )
     lesson.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
     lesson.add_argument("--norms", action="store_true", help="with --start: what of the body is trained, and no more")
     parser.add_argument("--seed", type=seed, default=0)
@@ -57,8 +60,8 @@ def share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the curriculum, then plot."""
-    if args.start is None and (args.answers or args.norms):
-        sys.stderr.write("titans: train: --answers and --norms need --start\n")
+    if args.start is None and (args.keys or args.answers or args.norms):
+        sys.stderr.write("titans: train: --keys, --answers and --norms need --start\n")
         return 2
     try:
         _train(args)
@@ -73,7 +76,7 @@ def _train(args: argparse.Namespace) -> None:
     rule = replace(MEMORY, momentum=not args.no_momentum, forgetting=not args.no_forgetting)
     config = TrainingConfig(seed=args.seed, memory=rule)
     if args.start is not None:
-        config = config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
+        config = _lesson(config, args)
         if args.answers or args.norms:  # what is written stays as it is, and what is let pass
             before = read_header(args.start)[0].memory
             config = replace(config, memory=replace(config.memory, **before.settings))
@@ -98,7 +101,15 @@ def _train(args: argparse.Namespace) -> None:
         ready(model, device, preferred_dtype(device))
         pool = load_pool(path)
         Trainer(model, body_digest, pool=pool, config=config, scorer=scorer, run=args.run).train(args.start)
-        plot(args.run / "log.json", args.run / "training.png")
+        if config.num_steps:
+            plot(args.run / "log.json", args.run / "training.png")
+
+
+def _lesson(config: TrainingConfig, args: argparse.Namespace) -> TrainingConfig:
+    """What is taught to a memory that has been through the recipe before."""
+    if args.keys:
+        return config.finding()
+    return config.answering() if args.answers else config.adapting() if args.norms else config.going_on()
 
 
 def _texts(args: argparse.Namespace) -> list[str]:

@@ -14,7 +14,9 @@ from titans.training.pool import Pool, Question
 
 _ROWS = 12  # that are computed together
 _LONGEST = 12  # tokens of a value that one step asks the memory for
+_LEAD = 3  # tokens before a value, of the line or sentence that states it
 _NEAR = 3  # places in the pool between facts that are easily confused
+_SHARE = 4  # of a document one part in so many is text that states nothing, at least
 _PLAIN = 256  # tokens of a stretch of text
 
 
@@ -49,7 +51,8 @@ class Recalls:
     Of a long value some tokens that stand together.
     """
 
-    stated: Tensor  # [F, C + S, D]: the values' tokens where a document states them
+    leading: Tensor  # [F, C + L, D]: the last tokens before each value, where a document states it
+    stated: Tensor  # [F, C + S, D]: the values' tokens there
     asking: Tensor  # [F, C + S, D]: the tokens after which each of them is the answer
     answers: Tensor  # [F, S]: the values, -100 past their end
     document_of: Tensor  # [F]
@@ -88,7 +91,7 @@ def make_batch(pool: Pool, config: TrainingConfig, stage: Stage, step: int, *, h
     planted: list[tuple[int, int]] = []
     questions_each = -(-stage.num_questions // stage.num_documents)
     for i in range(stage.num_documents):
-        runs = choose(chosen, _how_many(stage, rng), rng)
+        runs = _fitting(pool, choose(chosen, _how_many(stage, rng), rng), stage.num_tokens)
         facts = [fact for run in runs for fact in run]
         documents.append(_document(pool, config, stage.num_tokens, runs, rng))
         planted += [(fact, i) for fact in facts]
@@ -135,6 +138,17 @@ def choose(facts: range, count: int, rng: random.Random) -> list[list[int]]:
             runs.append(run)
             count -= len(run)
     return runs
+
+
+def _fitting(pool: Pool, runs: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """The runs, one at least, whose statements leave a document of so many tokens some text."""
+    fitting: list[list[int]] = []
+    room = num_tokens * (_SHARE - 1) // _SHARE
+    for run in runs:
+        room -= sum(len(pool.statements[fact].hidden) for fact in run)
+        if room >= 0 or not fitting:
+            fitting.append(run)
+    return fitting
 
 
 def _document(pool: Pool, config: TrainingConfig, num_tokens: int, runs: list[list[int]], rng: random.Random) -> Tensor:
@@ -234,18 +248,21 @@ def _text_place(pool: Pool, config: TrainingConfig, window: int, rng: random.Ran
 
 def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: random.Random) -> Recalls:
     """Facts, each with its document, as they are stated, after any text, and as they are asked for."""
-    stated, asking, answers = [], [], []
+    leading, stated, asking, answers = [], [], [], []
     for fact, _ in planted:
         statement, question = pool.statements[fact], pool.questions[fact]
         size = min(statement.size, _LONGEST)
         skipped = rng.randint(0, statement.size - size)
         start, ask = statement.start + skipped, question.start + skipped
         text, tail = pool.stretches(1, context, rng)[0], pool.before(question.tail, context)
-        stated.append(torch.cat((text, statement.hidden))[start : start + context + size])
+        read = torch.cat((text, statement.hidden))
+        leading.append(read[max(0, statement.start - _LEAD) :][: context + _LEAD])
+        stated.append(read[start : start + context + size])
         asking.append(torch.cat((tail, question.hidden))[ask : ask + context + size])
         answers.append(question.targets[ask : ask + size])
     owners = torch.tensor([owner for _, owner in planted])
     return Recalls(
+        torch.stack(leading),
         pad_sequence(stated, batch_first=True),
         pad_sequence(asking, batch_first=True),
         pad_sequence(answers, batch_first=True, padding_value=-100),

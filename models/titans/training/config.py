@@ -96,6 +96,16 @@ class TrainingConfig:
         """The same for a memory that has been through it before: its first lessons are short and careful."""
         return replace(self, key_steps=300, key_learning_rate=1e-3, value_steps=100, value_learning_rate=7e-4)
 
+    def finding(self) -> "TrainingConfig":
+        """The first lessons by themselves: how it is found what is stated in ways that are new to a trained memory."""
+        return replace(
+            self.going_on(),
+            num_facts=6_000,
+            haystack_tokens=131_072,
+            joint=Rates(keys=0, values=0, answers=0, gates=0, readout=0),
+            stages=(Stage(1_024, 16, 0, 12, 32),),  # without steps: the size of answers is measured on its documents
+        )
+
     def answering(self) -> "TrainingConfig":
         """The lesson with the body alone, for a memory that has learnt what to write: under an hour on two cores."""
         return replace(

@@ -35,6 +35,7 @@ _DISTURBED_WEIGHT = 16.0
 _RANDOM_VALUE = 128  # floats
 _LEAST_ALIKE = 0.05  # below which nothing is learnt from a read
 _OPENING_WEIGHT = 10.0  # of the step size at plain text
+_LEADING_WEIGHT = 1.0  # of that at what stands before a value
 _WARMUP = 20
 _GATE_FACTOR = 3.0  # gates and convolutions learn faster
 _NOISE = 0.7  # added to values, as a share of their size
@@ -152,7 +153,13 @@ def _loss(memory: NeuralMemory, recalls: Recalls, plain: Tensor) -> Tensor:
     own = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     found = F.cross_entropy(similar.flatten(0, 1) / _TEMPERATURE, own.flatten())
     lost = found + _DISTURBED_WEIGHT * _disturbed(queries, keys, counts)
-    return lost + away_from_half(wanted, counts) - _OPENING_WEIGHT * (1 - unwanted.theta).log().mean()
+    opening = _OPENING_WEIGHT * _opening(unwanted) + _LEADING_WEIGHT * _opening(memory.writes(recalls.leading))
+    return lost + away_from_half(wanted, counts) + opening
+
+
+def _opening(unwanted: Writes) -> Tensor:
+    """Nats by which the step sizes of what is not asked for are away from none."""
+    return -(1 - unwanted.theta).log().mean()
 
 
 def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ server would: the texts are streams, and every `stride` tokens a stream branches
 stood there, and into what it would be if the text ended there and a reader asked.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ class Statement:
 
     hidden: Tensor  # [T, D] where the memory stands: the statement and, of the last, a few tokens of the text after it
     start: int  # where the value begins
-    size: int  # of the value in tokens, with the full stop where one follows it
+    size: int  # of the value in tokens, with the full stop where one follows it, and what stands before it for a space
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,11 @@ def _make_facts(config: TrainingConfig, rng: random.Random, words: list[str]) ->
 
 
 def _shares(facts: Sequence[Fact], count: int) -> Iterator[list[Fact]]:
-    """The facts in order, in `count` nearly equal shares."""
-    for i in range(count):
-        yield list(facts[i * len(facts) // count : (i + 1) * len(facts) // count])
+    """The facts in order, in `count` nearly equal shares; a list is in one of them."""
+    bounds = [i * len(facts) // count for i in range(count + 1)]
+    bounds = [next((j for j in range(bound, len(facts)) if not facts[j].continues), len(facts)) for bound in bounds]
+    for start, stop in itertools.pairwise(bounds):
+        yield list(facts[start:stop])
 
 
 def _take(tokenizer: Tokenizer, path: Path, count: int) -> list[int]:
@@ -251,17 +254,32 @@ def _state_facts(
 
 
 def _stated(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], int, int]:
-    """A statement's tokens, where its value begins, and the value's tokens, with the full stop where one follows."""
-    before, value = tokenizer.encode(f" {fact.before}"), tokenizer.encode(f" {fact.value}")
-    return before + value + tokenizer.encode(fact.after), len(before), len(value) + fact.after.startswith(".")
+    """A statement's tokens, where its value begins, and the value's tokens, with the full stop where one follows.
+
+    What stands in the place of a space before the value, such as a comma, is one of these.
+    """
+    before = tokenizer.encode(fact.before if _in_list(fact) else f" {fact.before}")
+    value, answer = tokenizer.encode(f"{fact.gap}{fact.value}"), tokenizer.encode(f" {fact.value}")
+    assert answer[len(answer) - len(value) :] == value, f"{fact.value!r} is made of other tokens in an answer"
+    start = len(before) + len(value) - len(answer)
+    return before + value + tokenizer.encode(fact.after), start, len(answer) + fact.after.startswith(".")
 
 
 def _breaths(facts: list[Fact]) -> Iterator[list[Fact]]:
-    """The facts in order: mostly one at a time, then some together."""
-    alone = -(-len(facts) * 2 // 3)
-    yield from ([fact] for fact in facts[:alone])
-    for start in range(alone, len(facts), _BREATH):
-        yield facts[start : start + _BREATH]
+    """The facts in order: mostly one at a time, then some together; a list as it is."""
+    alone, group = -(-len(facts) * 2 // 3), list[Fact]()
+    for i, fact in enumerate(facts):
+        goes_on = fact.continues if _in_list(fact) else i > alone and len(group) < _BREATH and not _in_list(group[0])
+        if group and not goes_on:
+            yield group
+            group = []
+        group.append(fact)
+    if group:
+        yield group
+
+
+def _in_list(fact: Fact) -> bool:
+    return fact.before.startswith("\n")
 
 
 def _ask_facts(
