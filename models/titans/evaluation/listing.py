@@ -1,6 +1,6 @@
 """Lists, tables, records and logs: how texts state many things in one layout, a line each.
 
-In the forms <t> is the thing, <v> its value, <a> what is told of it (<A> at a line's beginning, <k> as programs name
+In layouts <t> is the thing, <v> its value, <a> what is told of it (<A> at a line's beginning, <k> as programs name
 it), <n> what such things are called, <d> a date, <i> the line's number; <o> is a value that is told by the way, and <p>
 what of. A thing stands before its value: keys are made of what comes before.
 """
@@ -123,8 +123,8 @@ def write_list(layout: Layout, attribute: str, told: Sequence[tuple[str, str]], 
     return [*lines[:-1], *(replace(line, after=f"{line.after}\n\n") for line in lines[-1:])]
 
 
-def _filled(layout: str, names: dict[str, str]) -> str:
-    return re.sub(r"<(\w)>", lambda found: names[found[1]], layout)
+def _filled(part: str, names: dict[str, str]) -> str:
+    return re.sub(r"<(\w)>", lambda found: names[found[1]], part)
 
 
 def _date(day: int, rng: random.Random) -> str:
