@@ -334,3 +334,27 @@ class FactsTask:
 
     def _make(self, count: int, rng: random.Random) -> list[Fact]:
         return (make_varied_facts if self.varied else make_facts)(count, rng)
+
+
+@dataclass(frozen=True)
+class JudgedAsFacts:
+    """What a task is made of whose answers are judged as those of plain facts are."""
+
+    facts: FactsTask
+
+    @property
+    def max_tokens(self) -> int:
+        """See `Task`."""
+        return self.facts.max_tokens
+
+    def grade(self, question: Question, answer: str) -> Grade:
+        """See `FactsTask`."""
+        return self.facts.grade(question, answer)
+
+    def claims(self, answer: str) -> bool:
+        """See `Task`."""
+        return self.facts.claims(answer)
+
+    def repeats(self, answer: str, exam: Exam) -> bool:
+        """See `Task`."""
+        return self.facts.repeats(answer, exam)

@@ -4,10 +4,10 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from titans.evaluation.facts import FactsTask, make_facts, prompt
+from titans.evaluation.facts import JudgedAsFacts, make_facts, prompt
 from titans.evaluation.haystack import insert, spread
 from titans.evaluation.listing import LAYOUTS, Layout, write_list
-from titans.evaluation.task import Exam, Grade, Question, most_in
+from titans.evaluation.task import Exam, Question, most_in
 from titans.evaluation.values import KINDS
 from titans.evaluation.wording import ASKINGS
 
@@ -15,24 +15,18 @@ _SAMPLE = 4  # things of a list
 
 
 @dataclass(frozen=True)
-class ListedTask:
+class ListedTask(JudgedAsFacts):
     """One list in a book, in a layout of the test split: what a number is told of is asked for in plain words.
 
     `changes`: how often each thing's number is told; the last one holds.
     """
 
-    facts: FactsTask
     changes: int = 1
 
     @property
     def name(self) -> str:
         """See `Task`."""
         return "logged" if self.changes > 1 else "listed"
-
-    @property
-    def max_tokens(self) -> int:
-        """See `Task`."""
-        return self.facts.max_tokens
 
     @cached_property
     def cost(self) -> float:
@@ -46,7 +40,7 @@ class ListedTask:
         return min(most_in(num_tokens, self.cost, self.name), self.facts.most_questions(num_tokens))
 
     def make(self, num_tokens: int, num_questions: int, place: float, rng: random.Random) -> Exam:
-        """See `Task`. Documents of a cell take the forms in turn; the list is anywhere."""
+        """See `Task`. Documents of a cell take the layouts in turn; the list is anywhere."""
         text = self.facts.haystack.cut(num_tokens - num_questions * self.cost, place)
         written, told, absent = self._write(LAYOUTS["test"][int(place * len(LAYOUTS["test"]))], num_questions, rng)
         document = insert(text, [written], spread(text, 1, rng.random()), self.facts.haystack.end)
@@ -54,18 +48,6 @@ class ListedTask:
             Question(asked, (value,), (document.index(value) / len(document),)) for asked, value in told.items()
         )
         return Exam(document, tuple(questions), tuple(Question(asked, ()) for asked in absent))
-
-    def grade(self, question: Question, answer: str) -> Grade:
-        """See `FactsTask`."""
-        return self.facts.grade(question, answer)
-
-    def claims(self, answer: str) -> bool:
-        """See `Task`."""
-        return self.facts.claims(answer)
-
-    def repeats(self, answer: str, exam: Exam) -> bool:
-        """See `Task`."""
-        return self.facts.repeats(answer, exam)
 
     def _write(self, layout: Layout, count: int, rng: random.Random) -> tuple[str, dict[str, str], list[str]]:
         """A list of `count` things; what is asked, and the number that is right; and what is asked of others."""

@@ -3,32 +3,26 @@
 import random
 from dataclasses import dataclass, replace
 
-from titans.evaluation.facts import FactsTask, make_facts
+from titans.evaluation.facts import JudgedAsFacts, make_facts
 from titans.evaluation.haystack import insert, spread
-from titans.evaluation.task import Exam, Grade, Question, most_in
+from titans.evaluation.task import Exam, Question, most_in
 
 SOON = 10, 150  # tokens, and to the end of the sentence
 
 
 @dataclass(frozen=True)
-class UpdatedTask:
+class UpdatedTask(JudgedAsFacts):
     """Plain facts: all of them in the first half of a document, and in its second half again, in another order.
 
     Or, where it is `soon`, each again before the next one, within what attention sees.
     """
 
-    facts: FactsTask
     soon: bool = False
 
     @property
     def name(self) -> str:
         """See `Task`."""
         return "corrected" if self.soon else "updated"
-
-    @property
-    def max_tokens(self) -> int:
-        """See `Task`."""
-        return self.facts.max_tokens
 
     def most_questions(self, num_tokens: int) -> int:
         """See `Task`."""
@@ -58,15 +52,3 @@ class UpdatedTask:
         later = [int(rng.randint(*SOON) * self.facts.haystack.characters_per_token) for _ in range(count)]
         first = spread(text, count, place)
         return [offset for i in range(count) for offset in (first[i], first[i] + min(later[i], halfway))]
-
-    def grade(self, question: Question, answer: str) -> Grade:
-        """See `FactsTask`."""
-        return self.facts.grade(question, answer)
-
-    def claims(self, answer: str) -> bool:
-        """See `Task`."""
-        return self.facts.claims(answer)
-
-    def repeats(self, answer: str, exam: Exam) -> bool:
-        """See `Task`."""
-        return self.facts.repeats(answer, exam)

@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-forgetting", action="store_true", help="let it keep all")
     parser.add_argument("--start", type=Path, metavar="MEMORY", help="weights to go on from: short first lessons")
     lesson = parser.add_mutually_exclusive_group()
-    lesson.add_argument(
-        "--keys", action="store_true", help="with --start: no lesson for the memory alone: half an hour"
-    )
+    lesson.add_argument("--keys", action="store_true", help="with --start: the first lessons alone, in keys and values")
     lesson.add_argument("--answers", action="store_true", help="with --start: the lesson with the body alone")
     lesson.add_argument("--norms", action="store_true", help="with --start: what of the body is trained, and no more")
     parser.add_argument("--seed", type=seed, default=0)
