@@ -18,7 +18,7 @@ from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statem
 from titans.model import next_token_loss
 from titans.state import Parts
 from titans.tokenizer import Tokenizer
-from titans.training.batch import _fitting, _hay, _how_many, _rows, make_batch, make_recalls, make_text_rows
+from titans.training.batch import LEADING, _fitting, _hay, _how_many, _rows, make_batch, make_recalls, make_text_rows
 from titans.training.config import Stage, TrainingConfig
 from titans.training.pool import Pool, _breaths, _make_facts, _repeat, _shares, _stated, load_pool, save_pool
 from torch.nn import functional as F
@@ -84,9 +84,9 @@ def test_what_stands_before_a_value_is_what_is_not_to_be_written(pool: Pool) -> 
     recalls = make_recalls(pool, [(fact, 0) for fact in range(40)], CONFIG.context, random.Random(0))
     for fact, leading in enumerate(recalls.leading):
         statement = pool.statements[fact]
-        before = statement.hidden[max(0, statement.start - CONFIG.context - 3) : statement.start]
+        before = statement.hidden[max(0, statement.start - CONFIG.context - LEADING) : statement.start]
         torch.testing.assert_close(leading[-len(before) :], before, rtol=0, atol=0)
-        assert len(leading) == CONFIG.context + 3
+        assert len(leading) == CONFIG.context + LEADING
 
 
 def test_statements_leave_a_document_some_text(pool: Pool) -> None:

@@ -14,7 +14,7 @@ from titans.training.pool import Pool, Question
 
 _ROWS = 12  # that are computed together
 _LONGEST = 12  # tokens of a value that one step asks the memory for
-_LEAD = 3  # tokens before a value, of the line or sentence that states it
+LEADING = 6  # tokens before a value, of the line or sentence that states it
 _NEAR = 3  # places in the pool between facts that are easily confused
 _SHARE = 4  # of a document one part in so many is text that states nothing, at least
 _PLAIN = 256  # tokens of a stretch of text
@@ -256,7 +256,7 @@ def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: 
         start, ask = statement.start + skipped, question.start + skipped
         text, tail = pool.stretches(1, context, rng)[0], pool.before(question.tail, context)
         read = torch.cat((text, statement.hidden))
-        leading.append(read[max(0, statement.start - _LEAD) :][: context + _LEAD])
+        leading.append(read[max(0, statement.start - LEADING) :][: context + LEADING])
         stated.append(read[start : start + context + size])
         asking.append(torch.cat((tail, question.hidden))[ask : ask + context + size])
         answers.append(question.targets[ask : ask + size])
