@@ -189,3 +189,5 @@ def test_lists_look_unlike_those_of_training() -> None:
             written = "".join(f"{line.before}{line.gap}{line.value}{line.after}" for line in lines)
             assert not re.search(r"<\w>", written), "all is filled in"
             assert re.search(r"red lamp(?s:.)*12(?s:.)*old door(?s:.)*34(?s:.)*red lamp(?s:.)*56", written)
+            times = re.findall(r"\d{4}(?:-\d\d){2} \d\d(?::\d\d){2}", written)
+            assert times == sorted(times) and len(times) == (3 if "<d>" in layout.line else 0)

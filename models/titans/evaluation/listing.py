@@ -119,12 +119,12 @@ def write_list(layout: Layout, attribute: str, told: Sequence[tuple[str, str]], 
     names |= {"n": rng.choice(_NAMES), "p": other, "i": "number"}
     gap = " " if layout.spaced else ""
     before_value, after_value = layout.line.split(f"{gap}<v>")
-    before, day = _filled(layout.heading, names), rng.randrange(_DAYS)
+    before, moment = _filled(layout.heading, names), _FIRST_DAY + timedelta(days=rng.randrange(_DAYS))
     newest = {thing: i for i, (thing, _) in enumerate(told)}
     lines = []
     for i, (thing, value) in enumerate(told):
-        day += rng.randrange(3)
-        names |= {"t": thing, "i": str(i + 1), "d": _date(day, rng), "o": rng.choice(choices)}
+        moment += timedelta(days=rng.randrange(3), seconds=rng.randrange(86_400))
+        names |= {"t": thing, "i": str(i + 1), "d": moment.isoformat(sep=" "), "o": rng.choice(choices)}
         before, after = before + _filled(before_value, names), _filled(after_value, names)
         if newest[thing] == i:
             lines.append(Line(thing, before, gap, value, after))
@@ -136,9 +136,3 @@ def write_list(layout: Layout, attribute: str, told: Sequence[tuple[str, str]], 
 
 def _filled(part: str, names: dict[str, str]) -> str:
     return re.sub(r"<(\w)>", lambda found: names[found[1]], part)
-
-
-def _date(day: int, rng: random.Random) -> str:
-    """As logs have them: the day and a time on it."""
-    date = _FIRST_DAY + timedelta(days=day, seconds=rng.randrange(86_400))
-    return date.isoformat(sep=" ")
