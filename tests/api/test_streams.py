@@ -1,105 +1,35 @@
-"""Streams on a real socket: cut and picked up again, stopped, left, and read too slowly."""
+"""Streams on a real socket: cut and picked up again, stopped, and left."""
 
 import asyncio
-import contextlib
 import json
-import random
-import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
-import h11
 import httpx
 import pytest
 from openai import APIError, OpenAI
-from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, Upload, free_port
+from support.cutting import CuttingProxy
+from support.servers import LiveServer
+from support.streams import EOS, MODEL, endless, events, stream_settings, wait_until_idle
 from titans.sampling import Drawn
 from titans_client import AsyncClient, Client
 from titans_server.api import deps
 from titans_server.engine import Generation
 from titans_server.engine.runner import Runner
 from titans_server.errors import StoreUnavailable
-from titans_server.service import SessionService
-from titans_server.serving import PunctualProtocol
-from titans_server.sessions.record import SessionRecord, Version
 from titans_server.settings import Settings
 from titans_server.states import States
 
-MODEL = "tiny-0"
-EOS = 2
 PLAIN = {"Content-Type": "text/plain"}
 RESUMABLE = {"Prefer": "respond-sooner, Resumable"}
-ENDLESS = {"max_tokens": 1_000_000, "stream": True}
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return Settings(
-        port=free_port(),
-        store="memory://",
-        body=checkpoint.body,
-        memory=checkpoint.memory,
-        dtype="float32",
-        threads=1,
-        max_requests=2,
-        max_completion_tokens=1_000_000,
-        max_streams=2,
-        stream_bytes=30_000,
-        stream_keep_seconds=60,
-        stream_ping_seconds=0.2,
-        stream_stall_seconds=0.5,
-    )
-
-
-@dataclass(frozen=True)
-class Event:
-    id: int
-    name: str
-    data: str
-
-
-def events(response: httpx.Response) -> Iterator[Event]:
-    """The events of a stream, parsed by hand: their ids and names are what is tested."""
-    fields: dict[str, str] = {}
-    for line in response.iter_lines():
-        if line.startswith(":"):
-            continue
-        if line:
-            name, _, value = line.partition(": ")
-            fields[name] = value
-        elif fields:
-            yield Event(int(fields["id"]), fields.get("event", "message"), fields["data"])
-            fields = {}
-
-
-def endless(endpoint: str, session: str) -> dict[str, Any]:
-    """A request whose answer does not end by itself."""
-    bias = {"logit_bias": {str(EOS): -100}}
-    match endpoint:
-        case "native":
-            body: dict[str, Any] = {"prompt": "a", "temperature": 0}
-            return {"method": "POST", "url": f"/v1/sessions/{session}/completions", "json": body | ENDLESS}
-        case "text":
-            body = {"model": MODEL, "prompt": "a"}
-            return {"method": "POST", "url": "/v1/completions", "json": body | bias | ENDLESS}
-        case _:
-            body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
-            return {"method": "POST", "url": "/v1/chat/completions", "json": body | bias | ENDLESS}
-
-
-def wait_until_idle(http: httpx.Client) -> None:
-    """Return when both places of the engine are free, long before an endless answer ends."""
-    started = time.monotonic()
-    body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 1}
-    while http.post("/v1/completions", json=body).status_code != 200:
-        assert time.monotonic() - started < 60, "work that nobody waits for goes on"
-        time.sleep(0.03)
+    return stream_settings(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("endpoint", ["native", "text", "chat"])
@@ -401,179 +331,6 @@ def test_a_quiet_stream_has_comments(server: LiveServer, session: str) -> None:
     assert b"data:" not in answer
 
 
-@contextlib.contextmanager
-def taking_nothing(server: LiveServer, request: dict[str, Any]) -> Iterator[socket.socket]:
-    """A connection that has asked, and reads no more than that it is answered."""
-    body = json.dumps(request["json"]).encode() if "json" in request else b""
-    head = f"{request['method']} {request['url']} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        raw.connect(("127.0.0.1", server.port))
-        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert b"200 OK" in raw.recv(100)
-        yield raw
-
-
-def telling_much(session: str) -> dict[str, Any]:
-    """An answer that does not end, with much said of each of its tokens."""
-    request = endless("chat", session)
-    request["json"] |= {"logprobs": True, "top_logprobs": 20}
-    return request
-
-
-def connection_of(server: LiveServer, raw: socket.socket) -> Any:
-    """The server's side of it, None where it is closed."""
-    connections = list(server.server.server_state.connections)
-    return next((each for each in connections if getattr(each, "client", None) == raw.getsockname()), None)
-
-
-def wait_until_cut_off(server: LiveServer, raw: socket.socket) -> int:
-    """The bytes that waited in the server for it at most."""
-    most, deadline = 0, time.monotonic() + 30
-    while (connection := connection_of(server, raw)) is not None:
-        assert time.monotonic() < deadline, "what it does not take is kept for good"
-        most = max(most, connection.transport.get_write_buffer_size())
-        time.sleep(0.02)
-    return most
-
-
-def test_a_whole_answer_that_nobody_takes_is_not_kept(server: LiveServer, session: str, large_state: bytes) -> None:
-    with taking_nothing(server, {"method": "GET", "url": f"/v1/sessions/{session}/state"}) as raw:
-        assert wait_until_cut_off(server, raw) <= 1 << 20, "it is handed over as it is taken"
-
-
-def test_a_whole_answer_that_is_taken_slowly_comes_whole(
-    server: LiveServer, http: httpx.Client, session: str, large_state: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 2)
-    taken = b""
-    with http.stream("GET", f"/v1/sessions/{session}/state") as response:
-        assert int(response.headers["content-length"]) == len(large_state)
-        for piece in response.iter_bytes(2 << 20):
-            taken += piece
-            time.sleep(0.25)  # all together longer than a client that takes nothing is waited for
-    assert taken == large_state
-
-
-def test_a_client_that_takes_a_little_all_the_time_is_not_cut_off(
-    server: LiveServer, session: str, large_state: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 1)
-    with taking_nothing(server, {"method": "GET", "url": f"/v1/sessions/{session}/state"}) as raw:
-        num_bytes, slow_until = 100, time.monotonic() + 5
-        while data := raw.recv(4_096 if time.monotonic() < slow_until else 1 << 20):
-            num_bytes += len(data)
-            if time.monotonic() < slow_until:
-                time.sleep(0.05)  # so that what the kernel holds for it lasts for minutes
-    assert num_bytes > len(large_state)
-
-
-def test_a_body_that_does_not_end_and_that_nobody_reads_keeps_no_connection(
-    server: LiveServer, session: str, large_state: bytes
-) -> None:
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        raw.connect(("127.0.0.1", server.port))
-        head = f"GET /v1/sessions/{session}/state HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
-        raw.sendall(head.encode())
-        assert b"200 OK" in raw.recv(100)
-        wait_until_cut_off(server, raw)
-
-
-@pytest.fixture
-def large_state(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """More than the system's buffers take, in the place of a tiny model's."""
-    export, blob = SessionService.export_state, random.Random(0).randbytes(24 << 20)
-
-    async def export_large(self: SessionService, *args: Any) -> tuple[SessionRecord, Version, bytes]:
-        record, version, _ = await export(self, *args)
-        return record, version, blob
-
-    monkeypatch.setattr(SessionService, "export_state", export_large)
-    return blob
-
-
-def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Client, session: str) -> None:
-    with taking_nothing(server, telling_much(session)) as raw:
-        wait_until_idle(http)
-        wait_until_cut_off(server, raw)
-        raw.settimeout(10)
-        while raw.recv(1 << 20):
-            pass  # what had been sent; the end comes, though not the answer's
-
-
-def learnt(http: httpx.Client, session: str) -> int:
-    """Tokens of the document that is under way."""
-    (ingestion,) = http.get(f"/v1/sessions/{session}").json()["ingestions"] or [None]
-    return http.get(f"/v1/ingestions/{ingestion}").json()["tokens_learnt"] if ingestion else 0
-
-
-TEXT = b"words " * 6_000  # of whose progress the events are more than all that lies between the two holds
-
-
-@contextlib.contextmanager
-def sending_before_reading(
-    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str = ""
-) -> Iterator[socket.socket]:
-    """A connection that has sent nearly all of TEXT, and read nothing of how far that is learnt."""
-    connection_made = PunctualProtocol.connection_made
-
-    def with_little_room(self: PunctualProtocol, transport: Any) -> None:
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
-        transport.set_write_buffer_limits(1_000)
-        connection_made(self, transport)
-
-    monkeypatch.setattr(PunctualProtocol, "connection_made", with_little_room)
-    head = f"POST /v1/sessions/{session}/documents HTTP/1.1\r\nHost: test\r\nContent-Type: text/plain\r\n{prefer}"
-    head += f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(TEXT)}\r\n\r\n"
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        raw.settimeout(60)
-        raw.connect(("127.0.0.1", server.port))
-        raw.sendall(head.encode() + TEXT[:-1_000])
-        while learnt(http, session) < len(TEXT) - 2_000:
-            time.sleep(0.05)
-        yield raw
-
-
-@pytest.mark.parametrize("prefer", ["", "Prefer: resumable\r\n"])
-def test_a_client_that_reads_nothing_before_all_of_its_document_is_sent_is_not_waited_for(
-    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch, prefer: str
-) -> None:
-    with sending_before_reading(server, http, session, monkeypatch, prefer) as raw:
-        raw.sendall(TEXT[-1_000:])
-        said = b""
-        while data := raw.recv(1 << 16):
-            said += data
-    assert b"event: done" in said
-
-
-def test_a_document_whose_stream_another_reader_takes_is_read_to_its_end(
-    server: LiveServer, http: httpx.Client, session: str
-) -> None:
-    with Upload(server, session, prefer="resumable") as upload:
-        upload.begin("words " * 500)
-        with http.stream("GET", f"/v1/streams/{upload.stream_id}") as taken:
-            told = events(taken)
-            assert next(told).name == "progress"
-            time.sleep(0.5)
-            upload.send("more words " * 500)
-            upload.end()
-            assert [event.name for event in told][-2:] == ["done", "message"]
-    assert http.get(f"/v1/sessions/{session}").json()["version"] == 1
-
-
-def test_a_client_that_only_sends_what_is_read_no_further_is_left(
-    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with sending_before_reading(server, http, session, monkeypatch) as raw:
-        connection = connection_of(server, raw)
-        time.sleep(1)
-        assert connection is connection_of(server, raw), "it may still send the rest"
-        raw.sendall(b"\xff\xff")
-        wait_until_cut_off(server, raw)
-
-
 def test_openais_client_takes_a_comment_for_no_event(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Runner.decode
 
@@ -593,62 +350,6 @@ def test_our_own_client_gives_up_a_stream_by_stopping_it(server: LiveServer, htt
         with client.stream(session, "a", max_tokens=1_000_000, temperature=0) as stream:
             next(stream)
         wait_until_idle(http)
-
-
-class CuttingProxy:
-    """Passes connections on to a server, and cuts each when it has brought so many bytes of the answer.
-
-    A request is passed on when it has arrived whole, and in one piece, which the server reads as one: a document that
-    is cut before the server has read all of it has broken off, which is another thing.
-    """
-
-    def __init__(self, server: LiveServer, num_bytes: int) -> None:
-        self._target = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        self._num_bytes = num_bytes
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.num_cut = 0
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join(timeout=30)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                self._threads.append(threading.Thread(target=self._serve, args=[self._listener.accept()[0]]))
-                self._threads[-1].start()
-
-    def _serve(self, client: socket.socket) -> None:
-        """A connection has one request; what comes from the client after it is that it has gone."""
-        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
-            server.sendall(read_request(client))
-            left = self._num_bytes
-            while left and client not in select.select([client, server], [], [])[0] and (data := server.recv(left)):
-                client.sendall(data)
-                left -= len(data)
-            self.num_cut += not left
-            client.shutdown(socket.SHUT_RDWR)
-            server.shutdown(socket.SHUT_RDWR)
-
-
-def read_request(client: socket.socket) -> bytes:
-    """The bytes of a request, to the end of its body. Raises ConnectionError where it ends before."""
-    parser, request = h11.Connection(h11.SERVER), b""
-    while not isinstance(event := parser.next_event(), h11.EndOfMessage):
-        if event is h11.NEED_DATA:
-            if not (data := client.recv(65_536)):
-                raise ConnectionError("the client has gone")
-            parser.receive_data(data)
-            request += data
-    return request
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
