@@ -185,7 +185,8 @@ def test_lists_look_unlike_those_of_training() -> None:
         for layout in layouts:
             told = [("red lamp", "12"), ("old door", "34"), ("red lamp", "56")]
             lines = write_list(layout, "entry code", told, random.Random(0))
-            assert [(line.thing, line.value) for line in lines] == [("old door", "34"), ("red lamp", "56")], split
+            assert [(line.thing, line.value) for line in lines] == told, split
+            assert [line.holds for line in lines] == [False, True, True]
             written = "".join(f"{line.before}{line.gap}{line.value}{line.after}" for line in lines)
             assert not re.search(r"<\w>", written), "all is filled in"
             assert re.search(r"red lamp(?s:.)*12(?s:.)*old door(?s:.)*34(?s:.)*red lamp(?s:.)*56", written)

@@ -20,6 +20,7 @@ from titans.state import Parts
 from titans.tokenizer import Tokenizer
 from titans.training.batch import LEADING, _fitting, _hay, _how_many, _rows, make_batch, make_recalls, make_text_rows
 from titans.training.config import Stage, TrainingConfig
+from titans.training.keys import _disturbed
 from titans.training.pool import Pool, _breaths, _make_facts, _repeat, _shares, _stated, load_pool, save_pool
 from torch.nn import functional as F
 
@@ -35,7 +36,9 @@ def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -
 def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
     trainer = make_trainer(tiny, pool, tmp_path / "run")
     tokenizer = load_backbone(tiny.body).tokenizer
-    facts = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
+    made = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
+    facts = [fact for fact in made if fact.holds]
+    assert len(facts) == len(pool.statements) == len(pool.questions) == CONFIG.num_facts
     i, tokens = next(
         (i, asked)
         for i, fact in reversed([*enumerate(facts)])
@@ -87,6 +90,55 @@ def test_what_stands_before_a_value_is_what_is_not_to_be_written(pool: Pool) -> 
         before = statement.hidden[max(0, statement.start - CONFIG.context - LEADING) : statement.start]
         torch.testing.assert_close(leading[-len(before) :], before, rtol=0, atol=0)
         assert len(leading) == CONFIG.context + LEADING
+
+
+@torch.no_grad()
+def test_what_a_list_told_before_is_cached_as_the_list_has_it(tiny: TinyCheckpoint, pool: Pool) -> None:
+    made = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
+    holding = [i for i, fact in enumerate(made) if fact.holds]
+    assert pool.replaced, "some lists tell of a thing more than once"
+    assert sum(len(told) for told in pool.replaced.values()) == len(made) - len(holding)
+    tokenizer = load_backbone(tiny.body).tokenizer
+    for fact, told in pool.replaced.items():
+        end = holding[fact]
+        start = max(i for i in range(end + 1) if not made[i].continues)
+        before = [i for i in range(start, end) if made[i].thing == made[end].thing]
+        assert len(before) == len(told) and not any(made[i].holds for i in before)
+        sizes = [len(_stated(tokenizer, made[i])[0]) for i in range(start, end + 1)]
+        since = next((i for i in range(end - 1, start - 1, -1) if made[i].holds), start - 1)
+        statement = pool.statements[fact]
+        assert len(statement.hidden) >= sum(sizes[since - start + 1 :]), "from the last line that holds"
+        for i, value in zip(before, told, strict=True):
+            assert value.size == _stated(tokenizer, made[i])[2] and len(value.hidden) == value.start + value.size
+            if i <= since:
+                continue
+            at = sum(sizes[since - start + 1 : i - start]) + _stated(tokenizer, made[i])[1]
+            torch.testing.assert_close(value.hidden[value.start :], statement.hidden[at : at + value.size])
+    recalls = make_recalls(pool, [(fact, 0) for fact in range(len(holding))], CONFIG.context, random.Random(0))
+    assert recalls.replaced_by.tolist() == sorted(pool.replaced)
+    for fact, hidden, counts in zip(sorted(pool.replaced), recalls.replaced, recalls.replaced_counts, strict=True):
+        read = hidden[CONFIG.context :][counts]
+        values = [told.hidden[told.start : told.start + len(read)] for told in pool.replaced[fact]]
+        assert any(torch.equal(read, value) for value in values)
+    plain = next(fact for fact in range(len(holding)) if fact not in pool.replaced)
+    assert not make_recalls(pool, [(plain, 0)], CONFIG.context, random.Random(0)).replaced_counts.any()
+
+
+def test_what_is_told_anew_is_read_more_clearly_where_it_has_the_key_of_what_it_replaces() -> None:
+    torch.manual_seed(0)
+    queries, counts, owners = (
+        F.normalize(torch.randn(1, 8, 64), dim=-1),
+        torch.ones(8, 1, dtype=torch.bool),
+        torch.arange(8),
+    )
+    noise = F.normalize(torch.randn(1, 8, 64), dim=-1)
+    one, other = (F.normalize(queries + sign * noise, dim=-1) for sign in (0.5, -0.5))
+    nothing, no_owners = queries[:, :0], owners[:0]
+    alone, same, apart = (
+        torch.stack([_disturbed(queries, one, counts, *told) for _ in range(40)]).mean().item()
+        for told in ((nothing, no_owners), (one, owners), (other, owners))
+    )
+    assert alone < same < apart
 
 
 def test_statements_leave_a_document_some_text(pool: Pool) -> None:
@@ -224,7 +276,9 @@ def words_in(facts: list[Fact]) -> set[str]:
 def test_training_held_out_and_test_facts_share_no_word() -> None:
     words = words_of([TEXT.read_text(encoding="utf-8")])
     facts = _make_facts(CONFIG, random.Random(0), words)
-    train, held_out = facts[: -CONFIG.held_out_facts], facts[-CONFIG.held_out_facts :]
+    ends = [i for i, fact in enumerate(facts, 1) if fact.holds]
+    first = ends[-CONFIG.held_out_facts - 1]  # what a list of those held out told before is with them
+    train, held_out = facts[:first], facts[first:]
     splits = [words_in(facts) for facts in (train, held_out, make_facts(300, random.Random(0)))]
     assert not any(a & b for a, b in itertools.combinations(splits, 2))
 

@@ -40,8 +40,8 @@ _SAMPLE = 16
 _FAMILY = 4
 _AS_LISTS = 0.3  # share of training's families that are lists
 _LINES = 1, 2, 3, 4, 5, 6, 8, 10  # of one, of which each tells of another thing
-_TOLD = 1, 1, 1, 2, 4, 8  # times that a list tells of a thing, at most
-_MOST_TOLD = 10  # lines, where there are such
+_TOLD = 1, 1, 2, 4, 8  # times that a list tells of a thing, at most
+_MOST_TOLD = 16  # lines, where there are such
 _PLAIN = 0.2  # share of training's facts
 _PLAIN_STATEMENTS = 6  # so many of the training split's, the first ones, state the plain facts
 
@@ -66,6 +66,7 @@ class Fact:
     form: Form = "question"
     gap: str = " "  # between the two, in the text
     continues: bool = False  # a list: the fact before is a line of it, too
+    holds: bool = True  # no later line of the list tells another value of the thing
 
     @property
     def statement(self) -> str:
@@ -161,6 +162,8 @@ def fewest_words(count: int) -> int:
 def make_families(count: int, rng: random.Random, words: Sequence[str], *, listed: bool = True) -> list[Fact]:
     """`count` facts for training, about things that are all different, in families of four that are easily confused.
 
+    Besides these there are those that no longer hold.
+
     In a family all things share a word, and half of them what is told of them. Half the families are of the
     training split's lists, where `listed`; all others are of two of `words`. Values that are words are of `words`.
     Some facts are plain ones. Some families are lists (`titans.evaluation.listing`), longer or shorter.
@@ -171,12 +174,14 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
     source = Source("train", words)
     seen: set[tuple[str, str]] = set()
     facts: list[Fact] = []
-    while len(facts) < count:
+    left = count
+    while left > 0:
         first, second = lists if listed and rng.random() < 0.5 else (words, words)
         if rng.random() < _AS_LISTS:
             things = [thing for thing in _listed_things(first, second, rng) if thing not in seen]
             seen.update(things)
             facts += _list(things, source, rng)
+            left -= len(things)
             continue
         if rng.random() < 0.5:
             things = list(itertools.product([rng.choice(first)], rng.sample(second, _FAMILY)))
@@ -186,10 +191,12 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
         common = replace(kind, attributes=(rng.choice(kind.attributes),))
         for thing in things:
             if thing not in seen:
+                left -= 1
                 kind = common if rng.random() < 0.5 else rng.choice(_kinds("train"))
                 facts.append(_plain_fact(thing, rng) if rng.random() < _PLAIN else _fact(thing, kind, source, rng))
         seen.update(things)
-    return facts[:count]
+    ends = [i for i, fact in enumerate(facts, 1) if fact.holds]
+    return facts[: ends[count - 1]]
 
 
 def _kinds(split: Split) -> list[Kind]:
@@ -268,6 +275,7 @@ def _of_line(line: Line, attribute: str, split: Split, rng: random.Random, *, fi
         form=form,
         gap=line.gap,
         continues=not first,
+        holds=line.holds,
     )
 
 

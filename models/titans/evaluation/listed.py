@@ -59,4 +59,5 @@ class ListedTask(JudgedAsFacts):
         lines = write_list(layout, attribute, list(zip(told, numbers, strict=True)), rng)
         asked = {thing: prompt(ASKINGS["train"][0].question.format(a=attribute, t=thing)) for thing in things}
         written = "".join(f"{line.before}{line.gap}{line.value}{line.after}" for line in lines)
-        return written, {asked[line.thing]: line.value for line in lines}, [asked[thing] for thing in things[count:]]
+        right = {asked[line.thing]: line.value for line in lines if line.holds}
+        return written, right, [asked[thing] for thing in things[count:]]

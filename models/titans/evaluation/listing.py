@@ -29,13 +29,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a list, with what stands in front of it."""
+    """A line of a list; of the first one, with the list's heading."""
 
     thing: str
-    before: str  # up to the value
+    before: str  # what it says before the value
     gap: str  # the space between, where there is one
     value: str
     after: str
+    holds: bool  # no later line tells another value of the thing
 
 
 _NAMES = "name item place thing entry object unit record title asset_name".split()
@@ -109,11 +110,7 @@ LAYOUTS: dict[Split, tuple[Layout, ...]] = {
 
 
 def write_list(layout: Layout, attribute: str, told: Sequence[tuple[str, str]], rng: random.Random) -> list[Line]:
-    """The lines that tell what holds in the end, of `told` things and their values in the order of the text.
-
-    What was told of a thing before stands in front of a line that does, as the list's heading stands in front of the
-    first one.
-    """
+    """The lines that tell `told` things and their values, in the order of the text."""
     other, choices = rng.choice(_OTHERS)
     names = {"a": attribute, "A": attribute[0].upper() + attribute[1:], "k": attribute.replace(" ", "_")}
     names |= {"n": rng.choice(_NAMES), "p": other, "i": "number"}
@@ -126,11 +123,8 @@ def write_list(layout: Layout, attribute: str, told: Sequence[tuple[str, str]], 
         moment += timedelta(days=rng.randrange(3), seconds=rng.randrange(86_400))
         names |= {"t": thing, "i": str(i + 1), "d": moment.isoformat(sep=" "), "o": rng.choice(choices)}
         before, after = before + _filled(before_value, names), _filled(after_value, names)
-        if newest[thing] == i:
-            lines.append(Line(thing, before, gap, value, after))
-            before = ""
-        else:
-            before += f"{gap}{value}{after}"
+        lines.append(Line(thing, before, gap, value, after, newest[thing] == i))
+        before = ""
     return [*lines[:-1], *(replace(line, after=f"{line.after}\n\n") for line in lines[-1:])]
 
 

@@ -52,6 +52,9 @@ class Recalls:
     """
 
     leading: Tensor  # [F, C + L, D]: the last tokens before each value, where a document states it
+    replaced: Tensor  # [N, C + S', D]: values that a list told before some of them, of the same
+    replaced_counts: Tensor  # [N, S']: True up to their end
+    replaced_by: Tensor  # [N]: which of F
     stated: Tensor  # [F, C + S, D]: the values' tokens there
     asking: Tensor  # [F, C + S, D]: the tokens after which each of them is the answer
     answers: Tensor  # [F, S]: the values, -100 past their end
@@ -248,8 +251,8 @@ def _text_place(pool: Pool, config: TrainingConfig, window: int, rng: random.Ran
 
 def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: random.Random) -> Recalls:
     """Facts, each with its document, as they are stated, after any text, and as they are asked for."""
-    leading, stated, asking, answers = [], [], [], []
-    for fact, _ in planted:
+    leading, stated, asking, answers, replaced, replaced_by = [], [], [], [], [], []
+    for i, (fact, _) in enumerate(planted):
         statement, question = pool.statements[fact], pool.questions[fact]
         size = min(statement.size, _LONGEST)
         skipped = rng.randint(0, statement.size - size)
@@ -260,11 +263,22 @@ def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: 
         stated.append(read[start : start + context + size])
         asking.append(torch.cat((tail, question.hidden))[ask : ask + context + size])
         answers.append(question.targets[ask : ask + size])
-    owners = torch.tensor([owner for _, owner in planted])
+        if told_before := pool.replaced.get(fact):
+            value = rng.choice(told_before)
+            read = torch.cat((text, value.hidden))
+            replaced.append(read[value.start : value.start + context + min(value.size, _LONGEST)])
+            replaced_by.append(i)
+    counts = [torch.ones(len(read) - context, dtype=torch.bool) for read in replaced]
+    if not replaced:
+        none = torch.zeros(1, dtype=torch.bool)
+        replaced, counts, replaced_by = [leading[0][: context + 1]], [none], [0]
     return Recalls(
         torch.stack(leading),
+        pad_sequence(replaced, batch_first=True),
+        pad_sequence(counts, batch_first=True),
+        torch.tensor(replaced_by),
         pad_sequence(stated, batch_first=True),
         pad_sequence(asking, batch_first=True),
         pad_sequence(answers, batch_first=True, padding_value=-100),
-        owners,
+        torch.tensor([owner for _, owner in planted]),
     )

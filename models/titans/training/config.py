@@ -100,8 +100,8 @@ class TrainingConfig:
         """The first lessons by themselves: how it is found what is stated in ways that are new to a trained memory."""
         return replace(
             self.going_on(),
-            key_steps=400,
-            num_facts=8_000,
+            key_steps=500,
+            num_facts=9_000,
             haystack_tokens=131_072,
             joint=Rates(keys=0, values=0, answers=0, gates=0, readout=0),
             stages=(Stage(1_024, 16, 0, 12, 32),),  # without steps: the size of answers is measured on its documents

@@ -152,7 +152,10 @@ def _loss(memory: NeuralMemory, recalls: Recalls, plain: Tensor) -> Tensor:
     similar = _similar(queries, torch.cat((keys, others), dim=1))  # [H, Q, all keys]
     own = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
     found = F.cross_entropy(similar.flatten(0, 1) / _TEMPERATURE, own.flatten())
-    lost = found + _DISTURBED_WEIGHT * _disturbed(queries, keys, counts)
+    told_before = recalls.replaced_counts
+    replaced = memory.writes(recalls.replaced).keys.transpose(0, 1)[:, told_before]
+    owners = recalls.replaced_by[:, None].expand_as(told_before)[told_before]
+    lost = found + _DISTURBED_WEIGHT * _disturbed(queries, keys, counts, replaced, owners)
     opening = _OPENING_WEIGHT * _opening(unwanted) + _LEADING_WEIGHT * _opening(memory.writes(recalls.leading))
     return lost + away_from_half(wanted, counts) + opening
 
@@ -162,18 +165,21 @@ def _opening(unwanted: Writes) -> Tensor:
     return -(1 - unwanted.theta).log().mean()
 
 
-def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor) -> Tensor:
+def _disturbed(queries: Tensor, keys: Tensor, counts: Tensor, replaced: Tensor, owners: Tensor) -> Tensor:
     """-log of the cosine between what queries [H, Q, K] read and their own values, random ones.
 
-    `counts` [F, S]: which tokens of each fact the Q are; so many facts in order make a document.
+    `counts` [F, S]: which tokens of each fact the Q are; so many facts in order make a document. Before these it has
+    tokens with the keys `replaced` [H, N, K], of values that were told of the facts `owners` [N] before: where their
+    keys are those of the values that hold, these replace them.
     """
-    sizes = [int(part.sum()) for part in counts.tensor_split(_DOCUMENTS)]
-    losses = []
-    for q, k in zip(queries.split(sizes, dim=1), keys.split(sizes, dim=1), strict=True):
-        values = F.normalize(torch.randn(*k.shape[:2], _RANDOM_VALUE, device=k.device), dim=-1)
-        errors = torch.linalg.solve_triangular(_STEP_SIZE * (k @ k.mT), values, upper=False, unitriangular=True)
-        read = _STEP_SIZE * (q @ k.mT) @ errors
-        alike = F.cosine_similarity(read.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1), dim=-1)
+    losses, parts = [], torch.arange(len(counts), device=counts.device).tensor_split(_DOCUMENTS)
+    sizes = [int(counts[facts].sum()) for facts in parts]
+    for q, k, facts in zip(queries.split(sizes, dim=1), keys.split(sizes, dim=1), parts, strict=True):
+        told = torch.cat((replaced[:, torch.isin(owners, facts)], k), dim=1)
+        values = F.normalize(torch.randn(*told.shape[:2], _RANDOM_VALUE, device=k.device), dim=-1)
+        errors = torch.linalg.solve_triangular(_STEP_SIZE * (told @ told.mT), values, upper=False, unitriangular=True)
+        read, own = _STEP_SIZE * (q @ told.mT) @ errors, values[:, told.shape[1] - k.shape[1] :]
+        alike = F.cosine_similarity(read.transpose(0, 1).flatten(1), own.transpose(0, 1).flatten(1), dim=-1)
         losses.append(alike.clamp(min=_LEAST_ALIKE).log())
     return -torch.cat(losses).mean()
 

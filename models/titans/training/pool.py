@@ -37,7 +37,10 @@ _HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held 
 
 @dataclass(frozen=True)
 class Statement:
-    """A fact as a text states it, by itself or among others like it."""
+    """A fact as a text states it, by itself or among others like it.
+
+    In a list there stands before it what no longer holds, back to the last line that does.
+    """
 
     hidden: Tensor  # [T, D] where the memory stands: the statement and, of the last, a few tokens of the text after it
     start: int  # where the value begins
@@ -73,6 +76,7 @@ class Pool:
     haystack_tokens: Tensor  # [texts, tokens]
     names: Tensor  # [texts, tokens]: True for those of names that were said before, but not within the window
     statements: list[Statement]  # those that stand together are easily confused
+    replaced: dict[int, list[Statement]]  # what the list told of the same thing before, by that index: just the values
     questions: list[Question]  # of the statement with the same index
     unanswered: dict[int, Question]  # as some would be answered by a reader whom nobody has told, by that index
     tails: Tails
@@ -121,6 +125,7 @@ def load_pool(path: Path) -> Pool:
         fields["haystack_tokens"],
         fields["names"],
         [Statement(*row) for row in fields["statements"]],
+        {i: [Statement(*row) for row in rows] for i, rows in fields["replaced"].items()},
         [Question(*row) for row in fields["questions"]],
         {i: Question(*row) for i, row in fields["unanswered"].items()},
         Tails(**fields["tails"]),
@@ -134,6 +139,7 @@ def _pack(pool: Pool) -> dict[str, object]:
         "haystack_tokens": pool.haystack_tokens,
         "names": pool.names,
         "statements": [tuple(vars(x).values()) for x in pool.statements],
+        "replaced": {i: [tuple(vars(x).values()) for x in told] for i, told in pool.replaced.items()},
         "questions": [tuple(vars(x).values()) for x in pool.questions],
         "unanswered": {i: tuple(vars(x).values()) for i, x in pool.unanswered.items()},
         "tails": vars(pool.tails),
@@ -152,11 +158,12 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
     ends = range(window, each - window + 1, window)  # where streams branch; the text must go on for a window
     asked_ends = ends[:: config.asking_stride]
     stating = _shares(facts, num_texts * len(ends))
-    asking = _shares(facts, num_texts * len(asked_ends))
+    asking = _shares([fact for fact in facts if fact.holds], num_texts * len(asked_ends))
 
     state = model.new_state(num_texts)
     hidden: list[Tensor] = []
     statements: list[Statement] = []
+    replaced: dict[int, list[Statement]] = {}
     questions: list[Question] = []
     unanswered: dict[int, Question] = {}
     tails: list[Tails] = []
@@ -164,7 +171,11 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
         state = model.ingest(tokens[:, end - window : end].to(model.device), state)
         hidden.append(state.tail.cpu())
         if end in ends:
-            statements += _state_facts(model, tokenizer, state, stating, tokens[:, end : end + config.after_tokens])
+            after = tokens[:, end : end + config.after_tokens]
+            for statement, told_before in _state_facts(model, tokenizer, state, stating, after, context=config.context):
+                if told_before:
+                    replaced[len(statements)] = told_before
+                statements.append(statement)
         if end in asked_ends:
             first = num_texts * len(tails)
             asked, unknown = _ask_facts(model, tokenizer, state, asking, first, rng=rng)
@@ -172,7 +183,8 @@ def _compute(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], config
             questions += asked
             tails.append(_tails(model.open(state), end))
     names = _names(tokens, tokenizer, window)
-    return Pool(torch.cat(hidden, dim=1), tokens, names, statements, questions, unanswered, _joined(tails))
+    haystack = torch.cat(hidden, dim=1)
+    return Pool(haystack, tokens, names, statements, replaced, questions, unanswered, _joined(tails))
 
 
 def _tokens_each(config: TrainingConfig, num_texts: int, window: int) -> int:
@@ -233,24 +245,46 @@ def _names(tokens: Tensor, tokenizer: Tokenizer, window: int) -> Tensor:
 
 
 def _state_facts(
-    model: TitansModel, tokenizer: Tokenizer, state: State, shares: Iterator[list[Fact]], after: Tensor
-) -> list[Statement]:
-    """What each text would be if facts of its share stood here: one at a time, or a few in one breath."""
-    rows, runs, places = [], [], []
+    model: TitansModel,
+    tokenizer: Tokenizer,
+    state: State,
+    shares: Iterator[list[Fact]],
+    after: Tensor,
+    *,
+    context: int,
+) -> list[tuple[Statement, list[Statement]]]:
+    """What each text would be if facts of its share stood here: one at a time, or a few in one breath.
+
+    Of all that hold, each with what was told of the same thing before.
+    """
+    rows, runs, groups, places = [], [], [], []
     for text in range(state.batch_size):
         for group in _breaths(next(shares)):
             stated = [_stated(tokenizer, fact) for fact in group]
             rows.append(text)
             runs.append([token for run, _, _ in stated for token in run] + after[text].tolist())
+            groups.append(group)
             places.append([(len(run), start, size) for run, start, size in stated])
-    statements = []
-    for h, each in zip(_branch(model, state, rows, runs), places, strict=True):
-        lengths = [length for length, _, _ in each]
-        pieces = h.split([*lengths[:-1], lengths[-1] + after.shape[1]])
-        statements += [
-            Statement(piece.clone(), start, size) for piece, (_, start, size) in zip(pieces, each, strict=True)
-        ]
-    return statements
+    branches = zip(_branch(model, state, rows, runs), groups, places, strict=True)
+    return [statement for h, group, each in branches for statement in _those_that_hold(h, group, each, context)]
+
+
+def _those_that_hold(
+    hidden: Tensor, facts: list[Fact], places: list[tuple[int, int, int]], context: int
+) -> Iterator[tuple[Statement, list[Statement]]]:
+    """Of a run of facts; `places`: the tokens of each, where its value begins, and the value's tokens."""
+    told_before: dict[str, list[Statement]] = {}
+    begun = end = 0
+    for i, (fact, (length, start, size)) in enumerate(zip(facts, places, strict=True), 1):
+        value, end = end + start, end + length
+        told = told_before.setdefault(fact.thing, [])
+        if fact.holds:
+            stop = len(hidden) if i == len(facts) else end
+            yield Statement(hidden[begun:stop].clone(), value - begun, size), told
+            begun = stop
+        else:
+            first = max(0, value - context)
+            told.append(Statement(hidden[first : value + size].clone(), value - first, size))
 
 
 def _stated(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], int, int]:
