@@ -239,7 +239,7 @@ def test_a_state_file_that_waits_for_a_document_longer_than_an_hour_is_there_aft
         store = Database(Path(settings.store.removeprefix("sqlite:///")))
         with closing(store):
             store.open()
-            store.sweep()
+            store.delete_orphans()
             go.set()
             assert learning.result() == 200
             assert importing.result().json()["version"] == 5

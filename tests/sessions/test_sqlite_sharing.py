@@ -98,6 +98,24 @@ async def test_a_session_that_another_process_writes_to_amid_a_sweep_stays(
     assert await store.get(expired.id) == commit.record
 
 
+async def test_many_sessions_that_have_expired_keep_nobody_waiting(
+    store: SqliteStore, path: Path, record: SessionRecord
+) -> None:
+    past = time.time() - 50
+    expired = [await made(store, updated_at=past, ttl_seconds=49) for _ in range(60)]
+    other = SqliteStore(path)
+    await other.open()
+    sweeping = asyncio.create_task(store.sweep())
+    await asyncio.wait([sweeping], timeout=0.1)
+    assert 0 < len(await store._run(store._database.expired)) < len(expired)
+    assert await store.get(record.id) == record
+    await made(other)
+    assert not sweeping.done(), "some are left"
+    await sweeping
+    assert not await store._run(store._database.expired)
+    await other.close()
+
+
 async def test_a_database_that_another_process_holds_is_unavailable(
     store: SqliteStore, path: Path, record: SessionRecord
 ) -> None:

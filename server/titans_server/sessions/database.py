@@ -163,14 +163,21 @@ class Database:
         """See SessionStore."""
         return [name for (name,) in self._db.execute("SELECT id FROM sessions WHERE due_at < ?", (time.time(),))]
 
-    def sweep(self) -> None:
-        """See SessionStore."""
-        query, now = "SELECT id FROM sessions WHERE expires_at <= ?", time.time()
-        for (session_id,) in self._db.execute(query, (now,)).fetchall():
-            with self._transaction():  # a commit may have come between, as its process's clock allowed
-                still = self._db.execute(f"{query} AND id = ?", (now, session_id)).fetchone()
-                unused = self._delete(session_id) if still else set()
-            self._remove(unused)
+    def expired(self) -> Sequence[str]:
+        """The sessions that are gone, and not yet deleted."""
+        return [name for (name,) in self._db.execute("SELECT id FROM sessions WHERE expires_at <= ?", (time.time(),))]
+
+    def delete_expired(self, session_ids: Iterable[str]) -> None:
+        """Delete those that are gone still: a commit may have come between, as its process's clock allowed."""
+        query, unused = "SELECT 1 FROM sessions WHERE expires_at <= ? AND id = ?", set[str]()
+        with self._transaction():
+            for session_id in session_ids:
+                if self._db.execute(query, (time.time(), session_id)).fetchone():
+                    unused |= self._delete(session_id)
+        self._remove(unused)
+
+    def delete_orphans(self) -> None:
+        """Delete the files that nothing points at."""
         old = self.blobs.older_than(_ORPHAN_SECONDS)
         with self._transaction():  # no commit may point at one meanwhile
             self._remove(old.difference(name for (name,) in self._db.execute("SELECT blob FROM pointers")))

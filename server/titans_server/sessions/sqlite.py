@@ -17,6 +17,9 @@ from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.store import Commit, Usage
 from titans_server.sessions.uncancelled import Uncancelled
 
+_TOGETHER = 20  # expired sessions that are deleted in one transaction
+_PAUSE = 0.15  # seconds between two of these: whoever waits for SQLite's lock looks every tenth of a second
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -86,8 +89,15 @@ class SqliteStore:
         return await self._run(self._database.due)
 
     async def sweep(self) -> None:
-        """Delete what has expired and what crashes left behind."""
-        await self._run(self._database.sweep)
+        """Delete what has expired and what crashes left behind.
+
+        A few sessions at a time: nobody else writes meanwhile, and what this process asks for waits.
+        """
+        expired = await self._run(self._database.expired)
+        for start in range(0, len(expired), _TOGETHER):
+            await self._run(self._database.delete_expired, expired[start : start + _TOGETHER])
+            await asyncio.sleep(_PAUSE)
+        await self._run(self._database.delete_orphans)
 
     async def ping(self) -> None:
         """Read from the database."""
