@@ -71,6 +71,18 @@ def test_a_document_with_a_key_is_learnt_once(http: httpx.Client, session: str) 
     assert learn(http, elsewhere, TEXT, **key).json()["replayed"] is False
 
 
+def test_a_document_that_was_taken_back_is_learnt_anew(http: httpx.Client, session: str) -> None:
+    learn(http, session, TEXT).raise_for_status()
+    key = {"Idempotency-Key": "second"}
+    first = learn(http, session, "the second", **key).json()
+    http.post(f"/v1/sessions/{session}/restore", json={"version": 1}).raise_for_status()
+    assert learn(http, session, "the second", **key, **{"If-Match": '"1"'}).status_code == 412
+    again = learn(http, session, "the second", **key).json()
+    assert again == first | {"version": 4, "ingestion": again["ingestion"], "seconds": again["seconds"]}
+    assert version(http, session) == 4
+    assert learn(http, session, "the second", **key).json() == again | {"replayed": True}
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, "two words"])
 def test_a_key_that_is_none_is_refused(http: httpx.Client, session: str, key: str) -> None:
     assert code(learn(http, session, TEXT, **{"Idempotency-Key": key})) == (422, "invalid_request")

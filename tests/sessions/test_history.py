@@ -208,6 +208,34 @@ def test_a_document_whose_key_was_done_meanwhile_is_that_one_or_has_failed() -> 
     assert history.seal(done, Draft("ing_1", "ours", 0.0, 1.0, key="key"), SEPARATOR, writing, outcome).record is done
 
 
+def test_a_key_is_good_for_what_the_session_has_learnt_and_for_nothing_that_was_taken_back() -> None:
+    def learn(record: SessionRecord, key: str) -> SessionRecord:
+        writing = Writing(record.head, f"by {key} {record.version}", (1, 2, 3), 8, num_kept=9)
+        outcome = Outcome(f"ing_{record.version}", "done", 0.0, key=key)
+        return history.seal(
+            record, Draft(outcome.ingestion, "server", 1e12, 0.0, key), SEPARATOR, writing, outcome
+        ).record
+
+    def keys(record: SessionRecord) -> set[str]:
+        again = SessionRecord.from_json(record.to_json(), record.id)
+        assert again == record
+        return {key for key in "abc" if again.done(key)}
+
+    record = learn(learn(a_session(), "a"), "b")
+    assert keys(record) == {"a", "b"}
+    back = history.restore(record, 1, "back", num_kept=9).record
+    assert keys(back) == {"a"}
+    anew = learn(learn(back, "c"), "b")
+    assert keys(anew) == {"a", "b", "c"} and anew.tokens_seen == record.tokens_seen + 5
+    assert keys(history.restore(anew, 2, "forth", num_kept=9).record) == {"a", "b"}
+    assert keys(history.restore(anew, 4, "further", num_kept=9).record) == {"a", "c"}
+    assert keys(history.restore(anew, 0, "all", num_kept=9).record) == set()
+    writing = Writing(anew.head, "from outside", (), 8, num_kept=9)
+    replaced = history.replace_state(anew, writing, Snapshot("blob", "0" * 64, 8, 3)).record
+    assert keys(replaced) == set()
+    assert keys(learn(replaced, "a")) == {"a"}
+
+
 def test_a_record_keeps_so_much_and_no_number_twice() -> None:
     record = having_read(2)
     old = replace(Draft("ing_old", "gone", 0.0, 0.0), entries=((record.next_entry, 2),))

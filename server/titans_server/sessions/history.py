@@ -210,20 +210,23 @@ def attach(record: SessionRecord, version: Version, snapshot: Snapshot, *, is_re
 
 
 def restore(record: SessionRecord, number: int, write_id: str, num_kept: int) -> Edit:
-    """A new version that is what an older one was. Raises VersionNotFound."""
+    """A new version that is what an older one was: what it had not read is learnt anew. Raises VersionNotFound."""
     if record.made_by(write_id):
         return Edit(record)
     old = record.kept(number)
-    version = _next(record, write_id, old.tokens, old.snapshot, old.entries)
+    undone = tuple(x.version for x in record.learnt() if x.version > number or x.version in old.undone)
+    version = replace(_next(record, write_id, old.tokens, old.snapshot, old.entries), undone=undone)
     return Edit(_advanced(record, version, Writing(record.head, write_id, (), record.state_bytes, num_kept)))
 
 
 def replace_state(record: SessionRecord, writing: Writing, snapshot: Snapshot) -> Edit:
-    """A new version whose state came from outside. Raises Overtaken."""
+    """A new version whose state came from outside: what was learnt before is learnt anew. Raises Overtaken."""
     if record.made_by(writing.write_id):
         return Edit(record)
     _standing(record, writing.base)
-    return Edit(_advanced(record, _next(record, writing.write_id, snapshot.tokens, snapshot, ()), writing))
+    version = _next(record, writing.write_id, snapshot.tokens, snapshot, ())
+    version = replace(version, undone=tuple(x.version for x in record.learnt()))
+    return Edit(_advanced(record, version, writing))
 
 
 def tail(entries: Entries, num_tokens: int) -> Entries:
@@ -236,7 +239,7 @@ def tail(entries: Entries, num_tokens: int) -> Entries:
 
 
 def _next(record: SessionRecord, write_id: str, tokens: int, snapshot: Snapshot | None, entries: Entries) -> Version:
-    return Version(record.version + 1, tokens, time.time(), write_id, snapshot, entries)
+    return Version(record.version + 1, tokens, time.time(), write_id, snapshot, entries, record.head.undone)
 
 
 def _advanced(record: SessionRecord, version: Version, writing: Writing) -> SessionRecord:

@@ -36,6 +36,7 @@ class Version:
     write_id: str  # of this version and no other of any session
     snapshot: Snapshot | None = None  # None: a state that has read nothing
     entries: Entries = ()
+    undone: tuple[int, ...] = ()  # versions before it, made of documents that it has not read: they were taken back
 
     @property
     def num_to_replay(self) -> int:
@@ -172,8 +173,12 @@ class SessionRecord:
         return next((x for x in self.outcomes if x.ingestion == ingestion), None)
 
     def done(self, key: str) -> Outcome | None:
-        """What was learnt under an Idempotency-Key; None for none, and where there is no key."""
-        return next((x for x in self.outcomes if key and x.key == key and x.status == "done"), None)
+        """What was learnt under an Idempotency-Key, and not taken back; None for none, and where there is no key."""
+        return next((x for x in self.learnt() if key and x.key == key and x.version not in self.head.undone), None)
+
+    def learnt(self) -> "list[Outcome]":
+        """The documents that were, also those that were taken back."""
+        return [x for x in self.outcomes if x.status == "done"]
 
     def kept(self, number: int) -> Version:
         """One of the versions. Raises VersionNotFound where it is kept no more, or never was."""
@@ -203,7 +208,9 @@ class SessionRecord:
             found = fields.pop("format", 1)
             if found != FORMAT:
                 raise StateCorrupted(f"a session record has format {found}; this server reads {FORMAT}")
-            fields["versions"] = tuple(_pointing(Version, x) for x in fields["versions"])
+            fields["versions"] = tuple(
+                _pointing(Version, x | {"undone": tuple(x.get("undone", ()))}) for x in fields["versions"]
+            )
             fields["drafts"] = tuple(_pointing(Draft, x) for x in fields["drafts"])
             fields["outcomes"] = tuple(Outcome(**x) for x in fields["outcomes"])
             fields["parent"] = fields["parent"] and Parent(**fields["parent"])
