@@ -8,21 +8,21 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-from support.engines import states_on
+from support.engines import service_on, states_on
 from support.records import made
 from titans_server import accepted, learning, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine, Ingestion
 from titans_server.engine.runner import Runner
-from titans_server.errors import VersionConflict
-from titans_server.learning import Learning, Work
+from titans_server.errors import SessionBusy, VersionConflict
+from titans_server.learning import Learning
 from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history, ledger
 from titans_server.sessions.history import Portion, Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
-from titans_server.sessions.record import Draft, Outcome, SessionRecord
+from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
 from titans_server.sessions.store import Commit
 from titans_server.takeover import TakeOver
 from titans_server.writers import Writers
@@ -312,8 +312,7 @@ async def test_a_document_behind_one_that_is_cancelled_when_its_turn_has_come_is
     ledger, states = Ledger(store), states_on(store, engine)
     learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
     accepted = Accepted(ledger, learning, Writers(4), Leases(ledger), works={})
-    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
-    assert not (await accepted.after_others(behind)).drafts
+    assert not (await accepted.after_others(session, "ing_behind")).drafts
 
 
 async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another_servers(
@@ -330,8 +329,7 @@ async def test_the_time_that_an_accepted_document_takes_is_not_taken_for_another
     store.read_log = slowly  # type: ignore[method-assign]
     ledger, states = Ledger(store), states_on(store, engine)
     learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
-    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
-    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(session, "ing_behind")
     assert record.version == 1
 
 
@@ -346,9 +344,68 @@ async def test_an_accepted_document_behind_one_that_broke_off_is_not_waited_for(
     kept.record = replace(kept.record, drafts=(broken_off, *kept.record.drafts))
     ledger, states = Ledger(store), states_on(store, engine)
     learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
-    behind = Work(session, Draft("ing_behind", "ours", 0.0, time.time()))
-    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(behind)
+    record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(session, "ing_behind")
     assert (record.version, record.drafts) == (1, (broken_off,))
+
+
+async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "max_requests", 8)
+    store = Faulty()
+    sessions, read_log, reading, most = [await left_behind(store) for _ in range(12)], store.read_log, 0, 0
+
+    async def slowly(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await asyncio.sleep(0.1)
+        reading -= 1
+        return await read_log(session_id, numbers)
+
+    store.read_log = slowly  # type: ignore[method-assign]
+    async with server_on(store, engine):
+        await learnt(store, sessions)
+    assert most == 2, "a quarter of the engine's places"
+
+
+@pytest.mark.parametrize("change", ["restore", "state"])
+async def test_what_is_put_back_is_put_back_after_what_was_accepted_before(engine: Engine, change: str) -> None:
+    store = MemoryStore()
+    service, session = service_on(store, engine), await left_behind(store)
+    if change == "restore":
+        record = await service.restore(session, 0, None)
+    else:
+        *_, empty = await service.export_state(session, 0)
+        record = await service.import_state(session, empty, None)
+    assert (record.version, record.tokens_seen, record.drafts) == (2, 0, ())
+    assert [outcome.version for outcome in record.outcomes] == [1]
+    await service.close()
+
+
+async def test_a_session_is_not_put_back_while_another_server_learns(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 0.3)
+    store = MemoryStore()
+    service, session = service_on(store, engine), await left_behind(store)
+    await Ledger(store).change(session, lambda record: history.take(record, f"ing_{session}", "another"))
+    with pytest.raises(SessionBusy):
+        await service.restore(session, 0, None)
+    assert (await store.get(session)).version == 0
+    await service.close()
+
+
+async def test_a_session_is_put_back_though_what_was_accepted_cannot_follow_what_it_is(engine: Engine) -> None:
+    store = MemoryStore()
+    service, session = service_on(store, engine), await left_behind(store)
+    kept = store._sessions[session]
+    torn = Snapshot("torn", "0" * 64, 4, 7)
+    head = Version(1, 7, time.time(), "torn", torn)
+    kept.record = replace(kept.record, versions=(*kept.record.versions, head))
+    record = await service.restore(session, 0, None)
+    assert (record.version, record.tokens_seen, len(record.drafts)) == (2, 0, 1)
+    await service.close()
 
 
 async def test_another_models_session_is_left_to_that_models_server(

@@ -55,6 +55,8 @@ class Accepted:
         self._writers = writers
         self._leases = leases
         self._works = works
+        self._queues = Writers(max_waiting=0)  # a session's documents wait in one line: its first one waits for a place
+        self._places = asyncio.Semaphore(learning.max_accepted)  # however many wait, others find room
         self._tasks: set[asyncio.Task[None]] = set()  # ended by `close`
 
     def begin(self, work: Work) -> None:
@@ -70,21 +72,26 @@ class Accepted:
             work = self._works[draft.ingestion] = self._taken(session_id, draft)
             self.begin(work)
 
+    def sessions(self) -> set[str]:
+        """Those with a document that this server works on, or that waits for it to."""
+        return {work.session_id for work in self._works.values() if work.draft.accepted}
+
     async def close(self) -> None:
         """Stop. The documents stay accepted."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def after_others(self, work: Work) -> SessionRecord:
+    async def after_others(self, session_id: str, ingestion: str = "") -> SessionRecord:
         """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
-        Raises SessionBusy where another server takes too long; what is learnt here takes as long as it does.
+        `ingestion`: what the others came before; all that are under way, where the session has none such. Raises
+        SessionBusy where another server takes too long; what is learnt here takes as long as it does.
         """
         deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
-            record = await self._ledger.store.get(work.session_id)
-            earlier = _before(record, work.draft.ingestion)
+            record = await self._ledger.store.get(session_id)
+            earlier = _before(record, ingestion)
             elsewhere = [x for x in earlier if self._leases.is_elsewhere(x)]
             first = next((x for x in earlier if x.accepted or (x in elsewhere and not x.is_async)), None)
             if first is None:
@@ -101,7 +108,15 @@ class Accepted:
                 deadline += time.monotonic() - began
             else:
                 await asyncio.sleep(0.1)
-        raise SessionBusy(f"another server writes to session {work.session_id}")
+        raise SessionBusy(f"another server writes to session {session_id}")
+
+    async def settle(self, session_id: str) -> None:
+        """Learn what was accepted before a session is put back. Raises as `after_others`.
+
+        Where the session is damaged nothing can follow it, and maybe that is why it is put back.
+        """
+        with suppress(SessionCorrupted):
+            await self.after_others(session_id)
 
     async def _finish(self, work: Work) -> None:
         """Learn it, however often that takes, unless it cannot be."""
@@ -115,12 +130,13 @@ class Accepted:
     async def _try(self, work: Work) -> Exception | None:
         """Why it needs another try; None where it needs none."""
         try:
-            draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
-            if draft is None or self._leases.is_elsewhere(draft):
-                return None  # another server has learnt it, or does: it had time for that while this one paused
-            async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
-                await self.after_others(work)
-                await self._learn(work)
+            async with self._queues.turn(work.session_id, bounded=False), self._places:
+                draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
+                if draft is None or self._leases.is_elsewhere(draft):
+                    return None  # another server has learnt it, or does: it had time for that while this one waited
+                async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
+                    await self.after_others(work.session_id, work.draft.ingestion)
+                    await self._learn(work)
         except (StoreUnavailable, StateCorrupted, Overloaded, SessionBusy, VersionConflict) as error:
             return error
         except TitansError as error:  # the session is gone, the server ends, or somebody cancelled it

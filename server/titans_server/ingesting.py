@@ -97,7 +97,7 @@ class Ingestions:
                 async with arrived.waiting():
                     await stack.enter_async_context(self._writers.turn(session_id))
                     await stack.enter_async_context(self._leases.held(work))
-                    work.known = await self._accepted.after_others(work)
+                    work.known = await self._accepted.after_others(session_id, work.draft.ingestion)
                 with self._learning.admitted():
                     async with aclosing(self._learn(work, Document(self._tokenizer, arrived.pieces()))) as events:
                         async for event in events:
@@ -135,6 +135,10 @@ class Ingestions:
         self._accepted.begin(work)
         assert work.appended is not None
         return self._status(work.appended, work.draft.ingestion)
+
+    async def settle(self, session_id: str) -> None:
+        """Learn what the session is learning, on any server. For its writer. Raises SessionBusy, Overloaded."""
+        await self._accepted.settle(session_id)
 
     async def status(self, ingestion: str) -> IngestionStatus:
         """How far a document has come. Raises IngestionNotFound."""

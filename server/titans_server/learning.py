@@ -34,6 +34,7 @@ from titans_server.states import States
 log = logging.getLogger(__name__)
 
 _MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds, until the engine may have room
+_ACCEPTED_SHARE = 4  # one of so many places at the engine is for documents that nobody waits for
 _STRIDE = 4  # times what the engine reads at once: so much is handed over, for each time is a trip there and back
 
 
@@ -121,6 +122,11 @@ class Learning:
     def stride(self) -> int:
         """Tokens that are logged and learnt at once, more or less."""
         return _STRIDE * self._engine.largest_block
+
+    @property
+    def max_accepted(self) -> int:
+        """Accepted documents that are learnt at once: nobody waits for them, as somebody does for all else."""
+        return max(1, self._engine.max_requests // _ACCEPTED_SHARE)
 
     def admitted(self) -> AbstractContextManager[None]:
         """A place for a document at the engine, for all of `learn`. Raises Overloaded."""

@@ -165,7 +165,10 @@ class SessionService:
         return await self._fork(session_id, number, metadata, ttl_seconds)
 
     async def restore(self, session_id: str, number: int, if_match: int | None) -> SessionRecord:
-        """Make what an older version was the newest. Raises VersionNotFound, VersionConflict."""
+        """Make what an older version was the newest, after what was accepted before.
+
+        Raises VersionNotFound, VersionConflict, SessionBusy, Overloaded.
+        """
         await self.get(session_id)
         write_id = secrets.token_hex(8)
 
@@ -175,6 +178,7 @@ class SessionService:
             return history.restore(record, number, write_id, self._limits.num_kept_versions)
 
         async with self._writers.turn(session_id):
+            await self._ingestions.settle(session_id)
             return await self._ledger.change(session_id, edit)
 
     async def export_state(self, session_id: str, number: int | None) -> tuple[SessionRecord, Version, bytes]:
@@ -209,6 +213,7 @@ class SessionService:
             return history.replace_state(record, writing, snapshot)
 
         async with self._writers.turn(session_id):
+            await self._ingestions.settle(session_id)
             check_match(await self.get(session_id), if_match)
             snapshot = await self._states.store(session_id, state)  # not before: what waits for an hour is swept
             record = await self._ledger.change(session_id, edit)

@@ -47,8 +47,10 @@ class TakeOver:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> None:
-        for session_id in await self._store.due():
-            if session_id not in self._adopting:
+        due = await self._store.due()
+        busy = self._accepted.sessions()
+        for session_id in due:
+            if session_id not in busy and session_id not in self._adopting:
                 self._adopting[session_id] = asyncio.create_task(self._adopt(session_id))
 
     async def _adopt(self, session_id: str) -> None:

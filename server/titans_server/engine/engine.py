@@ -38,7 +38,7 @@ class Engine:
         """
         self._runners = runners
         self._mailbox: Mailbox | None = None  # of the event loop that asked last
-        self._max_requests = max_requests
+        self.max_requests = max_requests
         self._num_places = 0  # that are taken
         self._workers = [
             Worker(
@@ -168,8 +168,8 @@ class Engine:
             telling.read(request.num_read)
 
     def _check(self, num_taken: int) -> None:
-        if num_taken >= self._max_requests:
-            raise Overloaded(f"{self._max_requests} requests are under way already")
+        if num_taken >= self.max_requests:
+            raise Overloaded(f"{self.max_requests} requests are under way already")
 
     def _submit(self, request: Generation | Ingestion, *, admitted: bool) -> None:
         if not admitted:
