@@ -102,14 +102,15 @@ async def test_a_drain_waits_for_requests_and_for_work_without_one(life: Lifecyc
 
 async def test_a_drain_waits_for_a_stream_that_nobody_reads_and_that_asks_for_nothing_just_now(worker: Worker) -> None:
     streams, life = ["a document between two strides"], Lifecycle[str]()
-    life.ready("served", worker, lambda: len(streams))
+    retired: list[bool] = []
+    life.ready("served", worker, num_streams=lambda: len(streams), retire=lambda: retired.append(life.is_draining))
     drain = asyncio.create_task(life.drain(60, never))
     await asyncio.sleep(0.1)
     assert not drain.done()
     streams.clear()
     async with asyncio.timeout(1):
         await drain
-    assert not worker.num_closed
+    assert not worker.num_closed and retired == [True]
 
 
 async def test_what_is_left_is_ended_and_given_time_to_say_so(life: Lifecycle[str], worker: Worker) -> None:

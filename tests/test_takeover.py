@@ -14,7 +14,7 @@ from titans_server import accepted, learning, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine, Ingestion
 from titans_server.engine.runner import Runner
-from titans_server.errors import SessionBusy, VersionConflict
+from titans_server.errors import SessionBusy, StateMismatch, VersionConflict, VersionNotFound
 from titans_server.learning import Learning
 from titans_server.leases import Leases
 from titans_server.observer import Observer
@@ -78,15 +78,17 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def server_on(store: MemoryStore, engine: Engine) -> AsyncIterator[None]:
+async def server_on(
+    store: MemoryStore, engine: Engine, writers: Writers | None = None
+) -> AsyncIterator[tuple[TakeOver, Accepted]]:
     """As much of a server as takes over."""
     ledger, states = Ledger(store), states_on(store, engine)
     learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
-    accepted = Accepted(ledger, learning, Writers(4), Leases(ledger), works={})
+    accepted = Accepted(ledger, learning, writers or Writers(4), Leases(ledger), works={})
     take_over = TakeOver(store, states, accepted)
     take_over.start()
     try:
-        yield
+        yield take_over, accepted
     finally:
         await take_over.close()
         await accepted.close()
@@ -367,6 +369,75 @@ async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(
     async with server_on(store, engine):
         await learnt(store, sessions)
     assert most == 2, "a quarter of the engine's places"
+
+
+async def test_a_session_that_somebody_writes_to_keeps_no_other_ones_document_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "max_requests", 4)
+    store, writers = Faulty(), Writers(4)
+    sessions = [await left_behind(store) for _ in range(3)]
+    async with writers.turn(sessions[0]), server_on(store, engine, writers):
+        await learnt(store, sessions[1:])
+        assert (await store.get(sessions[0])).version == 0
+    async with server_on(store, engine, writers):
+        await learnt(store, sessions)
+
+
+async def test_a_server_that_retires_begins_with_no_other_document(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "max_requests", 4)
+    store, reading, go_on = Faulty(), asyncio.Event(), asyncio.Event()
+    sessions, read_log = [await left_behind(store) for _ in range(3)], store.read_log
+
+    async def held(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
+        reading.set()
+        await go_on.wait()
+        return await read_log(session_id, numbers)
+
+    store.read_log = held  # type: ignore[method-assign]
+    async with server_on(store, engine) as (take_over, accepted), asyncio.timeout(SECONDS):
+        await reading.wait()
+        take_over.stop()
+        accepted.retire()
+        go_on.set()
+        while accepted._tasks:
+            await asyncio.wait(accepted._tasks)
+        records = [await store.get(session) for session in sessions]
+        assert sorted((record.version, len(record.drafts)) for record in records) == [(0, 1), (0, 1), (1, 0)]
+    async with server_on(store, engine):
+        await learnt(store, sessions)
+
+
+async def test_another_models_session_is_not_put_back_nor_is_its_document_lost(engine: Engine) -> None:
+    store = MemoryStore()
+    service, session = service_on(store, engine), await left_behind(store)
+    kept = store._sessions[session]
+    kept.record = replace(kept.record, fingerprint="e" * 32)
+    with pytest.raises(StateMismatch):
+        await service.restore(session, 0, None)
+    with pytest.raises(StateMismatch):
+        await service._ingestions.settle(session)
+    assert len((await store.get(session)).drafts) == 1
+    await service.close()
+
+
+async def test_what_would_be_gone_by_its_turn_is_not_waited_for(engine: Engine) -> None:
+    store = MemoryStore()
+    service, session = service_on(store, engine), await left_behind(store)
+    kept = store._sessions[session]
+    (draft,) = kept.record.drafts
+    many = tuple(replace(draft, ingestion=f"ing_{i}") for i in range(8))
+    kept.record = replace(kept.record, drafts=many)
+    with pytest.raises(SessionBusy, match="version 0 would be gone"):
+        await service.restore(session, 0, None)
+    with pytest.raises(VersionNotFound):
+        await service.restore(session, 1, None)
+    with pytest.raises(VersionConflict):
+        await service.restore(session, 0, 3)
+    assert (await store.get(session)).drafts == many
+    await service.close()
 
 
 @pytest.mark.parametrize("change", ["restore", "state"])

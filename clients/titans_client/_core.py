@@ -271,6 +271,7 @@ def restore(session_id: str, version: int, if_version: int | None) -> Call[Sessi
         path=_path(session_id, "restore"),
         headers=_headers(if_version=if_version),
         json={"version": version},
+        is_work=True,
         parse=_parser(Session),
     )
 

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from titans_server.engine import StepFailed
@@ -14,6 +15,7 @@ from titans_server.errors import (
     SessionNotFound,
     ShuttingDown,
     StateCorrupted,
+    StateMismatch,
     StoreUnavailable,
     TitansError,
     VersionConflict,
@@ -30,6 +32,7 @@ from titans_server.writers import Writers
 log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0  # for another server's documents that came first
+_MOMENT = 1.0  # seconds, of that: where others wait for the place meanwhile
 _MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds from one try to the next
 _MAX_FAULTS, _MAX_FAULT_PAUSE = 10, 60.0  # of the model on one document, none of which came further: some three minutes
 
@@ -58,6 +61,7 @@ class Accepted:
         self._queues = Writers(max_waiting=0)  # a session's documents wait in one line: its first one waits for a place
         self._places = asyncio.Semaphore(learning.max_accepted)  # however many wait, others find room
         self._tasks: set[asyncio.Task[None]] = set()  # ended by `close`
+        self._is_retiring = False
 
     def begin(self, work: Work) -> None:
         """Learn a document that is in the log whole; nobody waits for it."""
@@ -76,19 +80,26 @@ class Accepted:
         """Those with a document that this server works on, or that waits for it to."""
         return {work.session_id for work in self._works.values() if work.draft.accepted}
 
+    def retire(self) -> None:
+        """Begin with no other document. Those that are waiting stay accepted, for another server."""
+        self._is_retiring = True
+
     async def close(self) -> None:
         """Stop. The documents stay accepted."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def after_others(self, session_id: str, ingestion: str = "") -> SessionRecord:
+    async def after_others(
+        self, session_id: str, ingestion: str = "", *, seconds: float | None = None
+    ) -> SessionRecord:
         """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
         `ingestion`: what the others came before; all that are under way, where the session has none such. Raises
-        SessionBusy where another server takes too long; what is learnt here takes as long as it does.
+        SessionBusy where another server takes longer than so many `seconds`, a minute by default; what is learnt here
+        takes as long as it does.
         """
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + (_WAIT_SECONDS if seconds is None else seconds)
         while time.monotonic() < deadline:
             record = await self._ledger.store.get(session_id)
             earlier = _before(record, ingestion)
@@ -130,12 +141,12 @@ class Accepted:
     async def _try(self, work: Work) -> Exception | None:
         """Why it needs another try; None where it needs none."""
         try:
-            async with self._queues.turn(work.session_id, bounded=False), self._places:
+            async with self._place(work.session_id):
                 draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
-                if draft is None or self._leases.is_elsewhere(draft):
+                if self._is_retiring or draft is None or self._leases.is_elsewhere(draft):
                     return None  # another server has learnt it, or does: it had time for that while this one waited
-                async with self._leases.held(work), self._writers.turn(work.session_id, bounded=False):
-                    await self.after_others(work.session_id, work.draft.ingestion)
+                async with self._leases.held(work):
+                    await self.after_others(work.session_id, work.draft.ingestion, seconds=_MOMENT)
                     await self._learn(work)
         except (StoreUnavailable, StateCorrupted, Overloaded, SessionBusy, VersionConflict) as error:
             return error
@@ -145,10 +156,24 @@ class Accepted:
             return error
         return None
 
+    @asynccontextmanager
+    async def _place(self, session_id: str) -> AsyncIterator[None]:
+        """One of the places, as the session's writer. Who waits for either holds neither: both may take hours."""
+        async with self._queues.turn(session_id, bounded=False):
+            while True:
+                async with self._writers.turn(session_id, bounded=False):
+                    pass
+                async with self._places:
+                    if self._writers.is_free(session_id):
+                        async with self._writers.turn(session_id, bounded=False):
+                            yield
+                        return
+
     async def _learn(self, work: Work) -> None:
         """Learn it, as the session's writer. Raises StoreUnavailable, Overloaded, ShuttingDown; else it has ended.
 
         Raises StateCorrupted where the session is damaged: it may be put back from a backup, and the document goes on.
+        Raises StateMismatch where it is another model's, whose servers go on.
         Raises VersionConflict where it stands on the version it is to follow, and others were faster.
         """
         draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
@@ -160,7 +185,7 @@ class Accepted:
         work.draft, work.learner = replace(draft, server=self._leases.server), None
         try:
             await self._learn_despite_faults(work, Portion((), draft.num_bytes, draft.sha256, is_last=True))
-        except (StoreUnavailable, SessionCorrupted, Overloaded, ShuttingDown):
+        except (StoreUnavailable, SessionCorrupted, StateMismatch, Overloaded, ShuttingDown):
             raise
         except (IngestionCancelled, SessionNotFound):
             pass

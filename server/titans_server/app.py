@@ -140,7 +140,7 @@ async def _serve(
     if tracing is not None:
         tracing.serve(model.name)
     context = AppContext(service, streams, settings, device, store.name)
-    life.ready(context, engine, lambda: streams.num_under_way)
+    life.ready(context, engine, num_streams=lambda: streams.num_under_way, retire=service.retire)
     log.info("ready: %s (%s) on %s, sessions in %s", model.name, model.fingerprint, device, store.name)
 
 

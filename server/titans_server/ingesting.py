@@ -67,6 +67,11 @@ class Ingestions:
         """Begin to look for work that other servers left."""
         self._take_over.start()
 
+    def retire(self) -> None:
+        """Begin with nothing that nobody waits for: other servers do, or the next one."""
+        self._take_over.stop()
+        self._accepted.retire()
+
     async def close(self) -> None:
         """Stop working, and let other servers go on at once."""
         works = list(self._works.values())

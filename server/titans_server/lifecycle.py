@@ -48,6 +48,7 @@ class Lifecycle(Generic[T]):
         self._readers: set[asyncio.Task[Any]] = set()  # that wait for a client's bytes
         self._num_in_flight = 0
         self._num_streams: Callable[[], int] = lambda: 0
+        self._retire: Callable[[], None] = lambda: None
         self.is_draining = False
         self.is_stopping = False
         self.has_failed = False
@@ -63,9 +64,20 @@ class Lifecycle(Generic[T]):
             raise ModelFailed("the thread that runs the model has ended; the server's log says why")
         return self._served
 
-    def ready(self, served: T, worker: Worker, num_streams: Callable[[], int] = lambda: 0) -> None:
-        """Serve from now on. `num_streams`: those under way, some of them without a request or any at the worker's."""
-        self._served, self._worker, self._num_streams = served, worker, num_streams
+    def ready(
+        self,
+        served: T,
+        worker: Worker,
+        *,
+        num_streams: Callable[[], int] = lambda: 0,
+        retire: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Serve from now on.
+
+        `num_streams`: those under way, some of them without a request or any at the worker's. `retire` is called when
+        a drain begins: so that no work begins that nobody asked for.
+        """
+        self._served, self._worker, self._num_streams, self._retire = served, worker, num_streams, retire
 
     @asynccontextmanager
     async def loading(self, load: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
@@ -122,6 +134,7 @@ class Lifecycle(Generic[T]):
     async def drain(self, seconds: float, is_hurried: Callable[[], bool]) -> None:
         """Take no new work, wait for what is under way, and then end it. `is_hurried`: whether to wait for nothing."""
         self.is_draining = True
+        self._retire()
         log.info("draining: %d requests are under way", self._num_in_flight)
         if not await self._idle_within(seconds, is_hurried) and self._worker is not None:
             log.warning("ending %d requests that are under way after %.0f s", self._num_in_flight, seconds)

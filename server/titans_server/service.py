@@ -11,7 +11,7 @@ from titans.tokenizer import Tokenizer
 
 from titans_server.answering import Answers
 from titans_server.engine import Engine
-from titans_server.errors import InvalidState, SessionNotFound, StateCorrupted, VersionConflict
+from titans_server.errors import InvalidState, SessionBusy, SessionNotFound, StateCorrupted, VersionConflict
 from titans_server.events import AnswerPiece, CompletionChunk, DocumentLearnt, IngestionStatus, Progress
 from titans_server.ingesting import Ingestions, Terms
 from titans_server.learning import Learning, check_match
@@ -98,6 +98,10 @@ class SessionService:
         self._states.start()
         self._ingestions.start()
 
+    def retire(self) -> None:
+        """Begin with nothing more that nobody asks for."""
+        self._ingestions.retire()
+
     async def close(self) -> None:
         """Hand over what is under way, and write down the states that are in memory alone."""
         await self._ingestions.close()
@@ -167,9 +171,12 @@ class SessionService:
     async def restore(self, session_id: str, number: int, if_match: int | None) -> SessionRecord:
         """Make what an older version was the newest, after what was accepted before.
 
-        Raises VersionNotFound, VersionConflict, SessionBusy, Overloaded.
+        Raises VersionNotFound, VersionConflict, StateMismatch, SessionBusy, Overloaded.
         """
-        await self.get(session_id)
+        record = await self.get(session_id)
+        self._states.check(record)
+        check_match(record, if_match)
+        self._check_stays(record, number)
         write_id = secrets.token_hex(8)
 
         def edit(record: SessionRecord) -> history.Edit:
@@ -191,7 +198,9 @@ class SessionService:
 
         Raises StateMismatch for another model's, InvalidState for one that is torn or not of this model's shape.
         """
-        self._states.check(await self.get(session_id))
+        record = await self.get(session_id)
+        self._states.check(record)
+        check_match(record, if_match)
         try:
             state = await asyncio.to_thread(
                 codec.decode,
@@ -270,6 +279,14 @@ class SessionService:
     async def check(self) -> None:
         """Whether requests can be served. Raises StoreUnavailable."""
         await self._store.ping()
+
+    def _check_stays(self, record: SessionRecord, number: int) -> None:
+        """Raise VersionNotFound, or SessionBusy where what is accepted would push the version out before its turn."""
+        newer = record.version - record.kept(number).number
+        if newer + sum(x.accepted for x in record.drafts) >= self._limits.num_kept_versions:
+            raise SessionBusy(
+                f"so many documents are accepted that version {number} would be gone once they are learnt: cancel them"
+            )
 
     async def _fork(
         self, session_id: str, number: int | None, metadata: Mapping[str, str] | None, ttl_seconds: int | None

@@ -39,12 +39,15 @@ class TakeOver:
         sweep = _repeat(self._store.sweep, "cannot sweep the store", _SWEEP_SECONDS, _SWEEP_SECONDS)
         self._loops = [asyncio.create_task(look), asyncio.create_task(sweep)]
 
-    async def close(self) -> None:
-        """Stop. What was taken over is the accepted documents' affair."""
-        tasks = [*self._loops, *self._adopting.values()]
-        for task in tasks:
+    def stop(self) -> None:
+        """Look for nothing more. What was taken over is the accepted documents' affair."""
+        for task in (*self._loops, *self._adopting.values()):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop, and wait until nothing is looked for."""
+        self.stop()
+        await asyncio.gather(*self._loops, *self._adopting.values(), return_exceptions=True)
 
     async def _look(self) -> None:
         due = await self._store.due()

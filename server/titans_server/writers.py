@@ -22,6 +22,10 @@ class Writers:
         self._max_waiting = max_waiting
         self._writers: dict[str, _Writer] = {}
 
+    def is_free(self, session_id: str) -> bool:
+        """Whether nobody is the session's writer, or waits to be."""
+        return session_id not in self._writers
+
     @asynccontextmanager
     async def turn(self, session_id: str, *, bounded: bool = True) -> AsyncIterator[None]:
         """Be the session's writer. Raises SessionBusy where too many wait already; never, unless `bounded`."""

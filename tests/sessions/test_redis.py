@@ -53,6 +53,44 @@ async def test_a_commit_survives_sigkill(server: RedisServer, store: RedisStore,
     await store.commit(commit)  # repeated by a client that lost the answer
 
 
+async def test_a_primary_that_becomes_a_replica_is_left_for_the_one_that_its_name_means_now(
+    start_redis: Callable[[], RedisServer],
+) -> None:
+    old, new = start_redis(), start_redis()
+    with FaultProxy(old.port) as name:
+        store = RedisStore(f"redis://127.0.0.1:{name.port}/0")
+        await store.open()
+        await asyncio.gather(*(made(store) for _ in range(20)))
+        name.target = new.port  # for whoever connects from now on
+        old.command("REPLICAOF", "127.0.0.1", new.port)
+        with pytest.raises(StoreUnavailable, match="read-only"):
+            await made(store)
+        record = await made(store)
+        assert await store.get(record.id) == record
+        await store.close()
+
+
+async def test_sentinels_have_a_password_of_their_own(tmp_path: Path) -> None:
+    for name in ("watched", "sentinel"):
+        (tmp_path / name).mkdir()
+    config, watched = tmp_path / "sentinel.conf", RedisServer(tmp_path / "watched", requirepass="secret")
+    watched.start()
+    monitored = f"sentinel monitor titans 127.0.0.1 {watched.port} 1\nsentinel auth-pass titans secret\n"
+    config.write_text(monitored)
+    sentinel = RedisServer(tmp_path / "sentinel", str(config), "--sentinel", requirepass="another")
+    sentinel.start()
+    url = f"redis+sentinel://:secret@127.0.0.1:{sentinel.port}/titans/0?sentinel_password=another"
+    store = RedisStore(url)
+    try:
+        await store.open()
+        record = await made(store)
+        assert await store.get(record.id) == record
+    finally:
+        await store.close()
+        sentinel.kill()
+        watched.kill()
+
+
 async def test_a_store_that_is_down_is_unavailable_until_it_is_back(
     server: RedisServer, store: RedisStore, record: SessionRecord
 ) -> None:

@@ -17,7 +17,7 @@ import redis
 class RedisServer:
     """A real redis-server in a folder of its own. What it acknowledges is in the append-only file."""
 
-    def __init__(self, folder: Path, *words: str, **settings: object) -> None:
+    def __init__(self, folder: Path, *words: str, **settings: Any) -> None:
         """`words` come first on its command line; `settings` go before those that are set here."""
         binary = shutil.which("redis-server")
         if binary is None:
@@ -65,7 +65,7 @@ class RedisServer:
         return self._process is not None and self._process.poll() is None
 
     def command(self, *words: str | int | bytes) -> Any:
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(port=self.port, password=self.settings.get("requirepass")) as client:
             return client.execute_command(*words)
 
     def _wait(self) -> None:

@@ -88,7 +88,9 @@ def renew(record: SessionRecord, ingestion: str, server: str, seconds: float = L
     Raises IngestionCancelled. A draft that is not there needs no lease.
     """
     draft = record.draft(ingestion)
-    return Edit(record) if draft and draft.server != server else _held(record, ingestion, server, seconds)
+    if draft and (draft.server != server or (not seconds and draft.lease_until <= time.time())):
+        return Edit(record)
+    return _held(record, ingestion, server, seconds)
 
 
 def checkpoint(record: SessionRecord, draft: Draft, base: Version, snapshot: Snapshot | None) -> Edit:

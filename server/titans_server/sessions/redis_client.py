@@ -47,6 +47,9 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; ch
 def connect(url: str, *, max_connections: int) -> Any:
     """A client for a URL, not yet connected. Any query may hold redis-py's connection options, and `wait_replicas`.
 
+    Behind Sentinel they are for what it watches; those of TLS are also for the Sentinels, whose own user and password
+    are `sentinel_username` and `sentinel_password`.
+
         redis://user:password@host:6379/0      rediss://…              TLS
         redis+sentinel://host:26379,host:26379/master/0                rediss+sentinel://…
         redis+cluster://host:6379                                      rediss+cluster://…
@@ -105,10 +108,12 @@ def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
     sentinels = [(place.hostname or "", place.port or 26379) for place in places]
     own = urlunsplit((parts.scheme, f"{credentials}@master" if credentials else "master", database, parts.query, ""))
     given = {name: value for name, value in parse_url(own).items() if name not in {"host", "port", "connection_class"}}
+    watching = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout")}
+    watching |= {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     if parts.scheme == "rediss":
         given["ssl"] = True
-    timeouts = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout")}
-    sentinel = Sentinel(sentinels, sentinel_kwargs=timeouts)  # type: ignore[no-untyped-call]
+        watching |= {name: value for name, value in given.items() if name.startswith("ssl")}
+    sentinel = Sentinel(sentinels, sentinel_kwargs=watching)  # type: ignore[no-untyped-call]
     client = sentinel.master_for(unquote(service), redis_class=_Watched, **options | given)
     client.watchers = sentinel.sentinels
     return client
@@ -146,7 +151,13 @@ class Connections:
 
     async def _in_turn(self, operation: Coroutine[Any, Any, T]) -> T:
         async with self._turns:
-            return await translated(operation)
+            try:
+                return await translated(operation)
+            except StoreUnavailable as error:
+                if isinstance(error.__cause__, exceptions.ReadOnlyError) and not isinstance(self.client, RedisCluster):
+                    # no longer the primary, though it keeps its connections: new ones may go to the one that is
+                    await self.client.connection_pool.disconnect(inuse_connections=False)
+                raise
 
 
 async def check(client: Any) -> None:
