@@ -86,18 +86,39 @@ class Answers:
                 yield replace(piece, version=version)
 
     async def _answer_and_learn(self, session_id: str, request: CompletionRequest) -> AsyncGenerator[AnswerPiece, None]:
-        async with self._writers.turn(session_id):
-            with self._engine.admitted():
-                record, state = await self._states.newest(session_id)
-                check_match(record, request.if_match)
-                said: list[int] = []
-                async with aclosing(self._answer(state, request, said, admitted=True)) as pieces:
-                    async for piece in pieces:
-                        if piece.finish_reason is not None:
-                            with self._observer.working("ingest", len(said)):
-                                state = await self._engine.ingest(state, said, urgent=True, admitted=True)
-                            record = await self._write(record, state, said)
-                        yield replace(piece, version=record.version)
+        """In a task of its own: whoever takes the answer slowly holds up no other writer."""
+        pieces: asyncio.Queue[AnswerPiece | None] = asyncio.Queue()  # bounded by the answer's length
+
+        async def learn() -> None:
+            try:
+                async with self._writers.turn(session_id):
+                    with self._engine.admitted():
+                        await self._learn_answer(session_id, request, pieces)
+            finally:
+                pieces.put_nowait(None)
+
+        learning = asyncio.create_task(learn())
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            await learning
+        finally:
+            learning.cancel()
+            await asyncio.gather(learning, return_exceptions=True)
+
+    async def _learn_answer(
+        self, session_id: str, request: CompletionRequest, told: "asyncio.Queue[AnswerPiece | None]"
+    ) -> None:
+        record, state = await self._states.newest(session_id)
+        check_match(record, request.if_match)
+        said: list[int] = []
+        async with aclosing(self._answer(state, request, said, admitted=True)) as pieces:
+            async for piece in pieces:
+                if piece.finish_reason is not None:
+                    with self._observer.working("ingest", len(said)):
+                        state = await self._engine.ingest(state, said, urgent=True, admitted=True)
+                    record = await self._write(record, state, said)
+                told.put_nowait(replace(piece, version=record.version))
 
     async def _answer(
         self, state: State, request: CompletionRequest, said: list[int], *, admitted: bool = False
@@ -126,8 +147,6 @@ class Answers:
                         if piece := text.echo(drawn.drawn):
                             yield AnswerPiece(piece, text.take_tokens())
                         continue
-                    if request.echo and len(said) == len(prompt) and (piece := text.echo_rest()):
-                        yield AnswerPiece(piece, text.take_tokens())
                     if isinstance(drawn, str):
                         finish = drawn
                         break

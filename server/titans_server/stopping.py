@@ -33,12 +33,6 @@ class AnswerText:
         self._num_released += len(text)
         return text
 
-    def echo_rest(self) -> str:
-        """What of the prompt was held back: its end. The answer begins."""
-        rest = self._decoder.finish()
-        self._num_released += len(rest)
-        return rest
-
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
         return "" if self.stopped else self._release(self._decoder.finish(), last=True)

@@ -39,9 +39,9 @@ def taking_nothing(server: LiveServer, request: dict[str, Any]) -> Iterator[sock
 
 
 def telling_much(session: str) -> dict[str, Any]:
-    """An answer that does not end, with much said of each of its tokens."""
+    """An answer that is long in ending, with much said of each of its tokens."""
     request = endless("chat", session)
-    request["json"] |= {"logprobs": True, "top_logprobs": 20}
+    request["json"] |= {"logprobs": True, "top_logprobs": 20, "max_tokens": 20_000}
     return request
 
 
@@ -124,6 +124,19 @@ def test_a_reader_that_takes_nothing_is_left(server: LiveServer, http: httpx.Cli
         raw.settimeout(10)
         while raw.recv(1 << 20):
             pass  # what had been sent; the end comes, though not the answer's
+
+
+def test_an_answer_that_nobody_takes_is_learnt_and_holds_up_no_other_writer(
+    server: LiveServer, http: httpx.Client, session: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 60)
+    request = telling_much(session)
+    request["json"] |= {"max_tokens": 2_000, "memory": "write", "session": session}
+    with taking_nothing(server, request) as raw:
+        plain = {"Content-Type": "text/plain"}
+        learnt = http.post(f"/v1/sessions/{session}/documents", content=b"text", headers=plain)
+        assert learnt.json()["version"] == 2, "the answer is the version before"
+        assert connection_of(server, raw) is not None, "it waits to be taken"
 
 
 def learnt(http: httpx.Client, session: str) -> int:

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from support.models import write_tiny_checkpoint
+from support.models import tiny_tokenizer, write_tiny_checkpoint
 from support.openai_client import CHAT, EOS, GREEDY, MODEL, STORY, Driver
 from support.servers import LiveServer, free_port
 from titans.backbone import load_backbone
@@ -210,6 +210,14 @@ async def test_an_echo_comes_before_the_answer_streamed_as_at_once(ai: Driver, t
     several = await ai.text(["a", "bc"], echo=True, n=2)
     assert [choice.text[:2].rstrip() for choice in several.choices][2:] == ["bc", "bc"]
     assert (await ai.text("abc", echo=True, stop="b", max_tokens=1)).choices[0].text.startswith("abc")
+
+
+async def test_a_character_that_a_prompt_begins_and_an_answer_ends_is_told_whole(ai: Driver) -> None:
+    *prompt, last = tiny_tokenizer().encode("café")
+    made = await ai.text(prompt, logprobs=0, echo=True, max_tokens=1, logit_bias={str(last): 100})
+    whole = made.choices[0]
+    assert whole.text == "café"
+    assert whole.logprobs.text_offset == [0, 1, 2, 3, 3]
 
 
 async def test_an_echo_tells_of_the_end_of_text_too(ai: Driver) -> None:

@@ -8,7 +8,8 @@ import openai
 import pytest
 from httpx_sse import connect_sse
 from openai import AsyncOpenAI, OpenAI
-from openai.types.responses import ResponseStreamEvent
+from openai.types.conversations import ConversationItemList
+from openai.types.responses import EasyInputMessage, ResponseStreamEvent
 from pydantic import TypeAdapter
 from support.openai_client import EOS, MODEL, STORY, Driver
 from support.servers import LiveServer
@@ -152,10 +153,22 @@ async def test_items_are_learnt_as_a_document(ai: Driver, http: httpx.Client) ->
         ("assistant", "and second"),
     ]
     assert listed.has_more is False
+    TypeAdapter(ConversationItemList).validate_python(listed.to_dict())
     assert version(http, conversation.id) == 2
     with pytest.raises(openai.BadRequestError) as caught:
         await ai.settle(ai.client.conversations.items.list(conversation.id))
     assert caught.value.code == "items_not_kept"
+
+
+async def test_what_is_null_is_left_out(ai: Driver) -> None:
+    plain = await ai.respond([{"role": "user", "content": "what now"}])
+    item = EasyInputMessage(role="user", content="what now").model_dump()
+    assert None in item.values()
+    part = {"type": "input_text", "text": "what now", "prompt_cache_breakpoint": None}
+    for given in (item, {"role": "user", "content": [part], "name": None}):
+        assert (await ai.respond([given])).output_text == plain.output_text
+    with pytest.raises(openai.BadRequestError, match="name of an item is not supported"):
+        await ai.respond([{"role": "user", "content": "what now", "name": "me"}])
 
 
 def test_a_conversation_whose_items_cannot_be_learnt_is_not_there(http: httpx.Client) -> None:

@@ -18,7 +18,7 @@ from titans_server.events import AnswerPiece
 from titans_server.prompts import CompletionRequest
 from titans_server.service import SessionService
 
-MAX_SCORES = 1 << 19  # of tokens, in one object: a hundred bytes each
+MAX_SCORES = 1 << 19  # of tokens, of one request: a hundred bytes each, until they are taken
 
 T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, AnswerPiece], None]  # each with the number of its answer
@@ -31,8 +31,7 @@ async def respond(
     session_id, prepared = await prepare(body, body.memory, reply, context, header)
     choices = [choice for each in prepared for choice in choices_of(each, body.n)]
     check_number(choices, context.settings.max_requests)
-    if not body.stream:
-        check_scores(body, choices)
+    check_scores(body, choices)
     moment = None  # the same for all of them
     if session_id is not None and len(choices) > 1:
         moment = await context.service.moment(session_id)
@@ -64,7 +63,7 @@ async def prepare(
 
 
 def check_scores(body: Asked, choices: Sequence[CompletionRequest]) -> None:
-    """Raises InvalidRequest where more would have to be told of tokens than goes into one object."""
+    """Raises InvalidRequest where more would have to be told of tokens than is kept for one reader."""
     if body.num_logprobs is None:
         return
     num_scores = sum(choice.num_told for choice in choices) * (1 + body.num_logprobs)

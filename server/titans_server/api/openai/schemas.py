@@ -234,7 +234,8 @@ class Message(Body):
         parts = fields.get("content")
         if isinstance(parts, list):
             for part in parts:
-                if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+                is_part = isinstance(part, dict) and {x for x in part if part[x] is not None} == {"type", "text"}
+                if not is_part or part["type"] != "text":
                     raise InvalidRequest(
                         "only parts of text are supported", code="unsupported_parameter", param="messages"
                     )

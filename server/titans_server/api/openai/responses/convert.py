@@ -140,11 +140,17 @@ def item_list(items: Sequence[InputItem]) -> Json:
             "type": "message",
             "role": item.role,
             "status": "completed",
-            "content": [{"type": "output_text" if item.role == "assistant" else "input_text", "text": item.content}],
+            "content": [_part(item)],
         }
         for item in items
     ]
     return {"object": "list", "data": data, "first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
+
+
+def _part(item: InputItem) -> Json:
+    if item.role != "assistant":
+        return {"type": "input_text", "text": item.content}
+    return {"type": "output_text", "text": item.content, "annotations": [], "logprobs": []}
 
 
 def _usage(usage: Usage | None) -> Json | None:

@@ -34,8 +34,11 @@ class InputItem(Body):
         """Its role and its text. Raises InvalidRequest where it is something else."""
         if not isinstance(item, dict):
             return item
-        if item.get("type", "message") != "message" or not item.keys() <= _OF_ITEMS:
-            raise _unsupported(f"only items of the type message are supported, not {item.get('type')!r}")
+        item = _given(item)
+        if item.get("type", "message") != "message":
+            raise _unsupported(f"only items of the type message are supported, not {item['type']!r}")
+        for name in item.keys() - _OF_ITEMS:
+            raise _unsupported(f"{name} of an item is not supported")
         content = item.get("content")
         if isinstance(content, list):
             content = "".join(_text(part) for part in content)
@@ -143,7 +146,13 @@ def as_message(item: InputItem) -> dict[str, str]:
     return {"role": "system" if item.role == "developer" else item.role, "content": item.content}
 
 
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are null, which is the same as leaving them out."""
+    return {name: x for name, x in fields.items() if x is not None}
+
+
 def _text(part: Any) -> str:
+    part = _given(part) if isinstance(part, dict) else part
     is_text = isinstance(part, dict) and part.get("type") in ("input_text", "output_text") and part.keys() <= _OF_PARTS
     if not is_text or not isinstance(part.get("text"), str):
         raise _unsupported("only parts of text are supported")
