@@ -353,7 +353,7 @@ async def test_an_accepted_document_behind_one_that_broke_off_is_not_waited_for(
 async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "max_requests", 8)
+    monkeypatch.setattr(engine, "_max_requests", 8)
     store = Faulty()
     sessions, read_log, reading, most = [await left_behind(store) for _ in range(12)], store.read_log, 0, 0
 
@@ -374,7 +374,7 @@ async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(
 async def test_a_session_that_somebody_writes_to_keeps_no_other_ones_document_waiting(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "max_requests", 4)
+    monkeypatch.setattr(engine, "_max_requests", 4)
     store, writers = Faulty(), Writers(4)
     sessions = [await left_behind(store) for _ in range(3)]
     async with writers.turn(sessions[0]), server_on(store, engine, writers):
@@ -384,10 +384,57 @@ async def test_a_session_that_somebody_writes_to_keeps_no_other_ones_document_wa
         await learnt(store, sessions)
 
 
+def accepted_on(engine: Engine, writers: Writers) -> Accepted:
+    ledger, store = Ledger(Faulty()), Faulty()
+    learning = Learning(engine, ledger, states_on(store, engine), (3,), num_kept_versions=8, observer=Observer())
+    return Accepted(ledger, learning, writers, Leases(ledger), works={})
+
+
+async def take_place(accepted: Accepted) -> None:
+    async with accepted._place("ses_1"):
+        pass
+
+
+async def test_a_writer_that_leaves_as_its_turn_comes_keeps_no_document_waiting(engine: Engine) -> None:
+    writers = Writers(4)
+
+    async def write() -> None:
+        async with writers.turn("ses_1"):
+            await asyncio.sleep(60)
+
+    async with writers.turn("ses_1"):
+        document = asyncio.create_task(take_place(accepted_on(engine, writers)))
+        await asyncio.sleep(0.01)
+        client = asyncio.create_task(write())
+        await asyncio.sleep(0.01)
+    client.cancel()
+    async with asyncio.timeout(SECONDS):
+        await document
+
+
+async def test_a_document_has_its_turn_among_writers_that_overlap(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_max_requests", 4)
+    writers = Writers(4)
+
+    async def write() -> None:
+        while True:
+            async with writers.turn("ses_1"):
+                await asyncio.sleep(0.005)
+
+    clients = [asyncio.create_task(write()) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(SECONDS):
+        await take_place(accepted_on(engine, writers))
+    for client in clients:
+        client.cancel()
+
+
 async def test_a_server_that_retires_begins_with_no_other_document(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "max_requests", 4)
+    monkeypatch.setattr(engine, "_max_requests", 4)
     store, reading, go_on = Faulty(), asyncio.Event(), asyncio.Event()
     sessions, read_log = [await left_behind(store) for _ in range(3)], store.read_log
 

@@ -246,7 +246,10 @@ class Sessions:
         return self._client._send(_core.list_versions(session_id))
 
     def restore(self, session_id: str, version: int, *, if_version: int | None = None) -> Session:
-        """Make what an older version was the newest. Raises VersionNotFoundError, VersionConflictError."""
+        """Make what an older version was the newest, after what was accepted before.
+
+        Raises VersionNotFoundError, VersionConflictError, SessionBusyError.
+        """
         return self._client._send(_core.restore(session_id, version, if_version))
 
     def fork(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -32,7 +32,6 @@ from titans_server.writers import Writers
 log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0  # for another server's documents that came first
-_MOMENT = 1.0  # seconds, of that: where others wait for the place meanwhile
 _MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0  # seconds from one try to the next
 _MAX_FAULTS, _MAX_FAULT_PAUSE = 10, 60.0  # of the model on one document, none of which came further: some three minutes
 
@@ -58,7 +57,7 @@ class Accepted:
         self._writers = writers
         self._leases = leases
         self._works = works
-        self._queues = Writers(max_waiting=0)  # a session's documents wait in one line: its first one waits for a place
+        self._queues = Writers()  # a session's documents wait in one line: its first one waits for a place
         self._places = asyncio.Semaphore(learning.max_accepted)  # however many wait, others find room
         self._tasks: set[asyncio.Task[None]] = set()  # ended by `close`
         self._is_retiring = False
@@ -90,24 +89,34 @@ class Accepted:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def after_others(
-        self, session_id: str, ingestion: str = "", *, seconds: float | None = None
-    ) -> SessionRecord:
+    async def after_others(self, session_id: str, ingestion: str) -> SessionRecord:
         """The session, when no document that came first is left: learn those that were accepted and nobody works on.
 
-        `ingestion`: what the others came before; all that are under way, where the session has none such. Raises
-        SessionBusy where another server takes longer than so many `seconds`, a minute by default; what is learnt here
-        takes as long as it does.
+        Raises SessionBusy where another server takes too long; what is learnt here takes as long as it does.
         """
-        deadline = time.monotonic() + (_WAIT_SECONDS if seconds is None else seconds)
+        return await self._after(session_id, lambda record: _before(record, ingestion))
+
+    async def settle(self, session_id: str) -> None:
+        """The same with what is under way now, before the session is put back. Also raises Overloaded.
+
+        Where the session is damaged nothing can follow it, and maybe that is why it is put back.
+        """
+        now = {draft.ingestion for draft in (await self._ledger.store.get(session_id)).drafts}
+        try:
+            await self._after(session_id, lambda record: [x for x in record.drafts if x.ingestion in now])
+        except SessionCorrupted:
+            pass
+        except VersionConflict as error:  # of a document's, not of whoever asks
+            raise SessionBusy(error.message) from error
+
+    async def _after(self, session_id: str, others: Callable[[SessionRecord], Sequence[Draft]]) -> SessionRecord:
+        deadline = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < deadline:
             record = await self._ledger.store.get(session_id)
-            earlier = _before(record, ingestion)
-            elsewhere = [x for x in earlier if self._leases.is_elsewhere(x)]
-            first = next((x for x in earlier if x.accepted or (x in elsewhere and not x.is_async)), None)
+            first = next((x for x in others(record) if self._has_to_end(x)), None)
             if first is None:
                 return record
-            if first not in elsewhere:
+            if not self._leases.is_elsewhere(first):
                 mine = self._works.setdefault(first.ingestion, self._taken(record.id, first))
                 began = time.monotonic()
                 try:
@@ -121,13 +130,9 @@ class Accepted:
                 await asyncio.sleep(0.1)
         raise SessionBusy(f"another server writes to session {session_id}")
 
-    async def settle(self, session_id: str) -> None:
-        """Learn what was accepted before a session is put back. Raises as `after_others`.
-
-        Where the session is damaged nothing can follow it, and maybe that is why it is put back.
-        """
-        with suppress(SessionCorrupted):
-            await self.after_others(session_id)
+    def _has_to_end(self, draft: Draft) -> bool:
+        """Whether what comes after a document waits for it: not for one that broke off, or is still taken in."""
+        return draft.accepted or (self._leases.is_elsewhere(draft) and not draft.is_async)
 
     async def _finish(self, work: Work) -> None:
         """Learn it, however often that takes, unless it cannot be."""
@@ -142,11 +147,18 @@ class Accepted:
         """Why it needs another try; None where it needs none."""
         try:
             async with self._place(work.session_id):
-                draft = (await self._ledger.store.get(work.session_id)).draft(work.draft.ingestion)
-                if self._is_retiring or draft is None or self._leases.is_elsewhere(draft):
+                if self._is_retiring:
+                    await self._leases.release(work)
+                    return None
+                record = await self._ledger.store.get(work.session_id)
+                draft = record.draft(work.draft.ingestion)
+                if draft is None or self._leases.is_elsewhere(draft):
                     return None  # another server has learnt it, or does: it had time for that while this one waited
+                earlier = filter(self._leases.is_elsewhere, _before(record, draft.ingestion))
+                if any(map(self._has_to_end, earlier)):
+                    return SessionBusy(f"another server writes to session {work.session_id}")
                 async with self._leases.held(work):
-                    await self.after_others(work.session_id, work.draft.ingestion, seconds=_MOMENT)
+                    await self.after_others(work.session_id, work.draft.ingestion)
                     await self._learn(work)
         except (StoreUnavailable, StateCorrupted, Overloaded, SessionBusy, VersionConflict) as error:
             return error
@@ -162,7 +174,10 @@ class Accepted:
         async with self._queues.turn(session_id, bounded=False):
             while True:
                 async with self._writers.turn(session_id, bounded=False):
-                    pass
+                    if not self._places.locked():
+                        async with self._places:
+                            yield
+                        return
                 async with self._places:
                     if self._writers.is_free(session_id):
                         async with self._writers.turn(session_id, bounded=False):

@@ -68,7 +68,7 @@ class Ingestions:
         self._take_over.start()
 
     def retire(self) -> None:
-        """Begin with nothing that nobody waits for: other servers do, or the next one."""
+        """Start no more work that no client waits for: another server will, or the next one."""
         self._take_over.stop()
         self._accepted.retire()
 
@@ -142,7 +142,7 @@ class Ingestions:
         return self._status(work.appended, work.draft.ingestion)
 
     async def settle(self, session_id: str) -> None:
-        """Learn what the session is learning, on any server. For its writer. Raises SessionBusy, Overloaded."""
+        """Learn what the session is learning now, on any server. For its writer. Raises SessionBusy, Overloaded."""
         await self._accepted.settle(session_id)
 
     async def status(self, ingestion: str) -> IngestionStatus:

@@ -75,9 +75,11 @@ class Lifecycle(Generic[T]):
         """Serve from now on.
 
         `num_streams`: those under way, some of them without a request or any at the worker's. `retire` is called when
-        a drain begins: so that no work begins that nobody asked for.
+        a drain begins: no work is started from then on that no client waits for.
         """
         self._served, self._worker, self._num_streams, self._retire = served, worker, num_streams, retire
+        if self.is_draining:
+            retire()
 
     @asynccontextmanager
     async def loading(self, load: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:

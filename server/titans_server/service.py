@@ -99,7 +99,7 @@ class SessionService:
         self._ingestions.start()
 
     def retire(self) -> None:
-        """Begin with nothing more that nobody asks for."""
+        """Start no more work that no client waits for."""
         self._ingestions.retire()
 
     async def close(self) -> None:
@@ -174,8 +174,7 @@ class SessionService:
         Raises VersionNotFound, VersionConflict, StateMismatch, SessionBusy, Overloaded.
         """
         record = await self.get(session_id)
-        self._states.check(record)
-        check_match(record, if_match)
+        self._check_may_change(record, if_match)
         self._check_stays(record, number)
         write_id = secrets.token_hex(8)
 
@@ -198,9 +197,7 @@ class SessionService:
 
         Raises StateMismatch for another model's, InvalidState for one that is torn or not of this model's shape.
         """
-        record = await self.get(session_id)
-        self._states.check(record)
-        check_match(record, if_match)
+        self._check_may_change(await self.get(session_id), if_match)
         try:
             state = await asyncio.to_thread(
                 codec.decode,
@@ -279,6 +276,13 @@ class SessionService:
     async def check(self) -> None:
         """Whether requests can be served. Raises StoreUnavailable."""
         await self._store.ping()
+
+    def _check_may_change(self, record: SessionRecord, if_match: int | None) -> None:
+        """Raise StateMismatch, VersionConflict where a version is asked for that the session leaves before its turn."""
+        self._states.check(record)
+        check_match(record, if_match)
+        if if_match is not None and any(x.accepted for x in record.drafts):
+            raise VersionConflict(f"session {record.id} is about to leave version {if_match}: documents are accepted")
 
     def _check_stays(self, record: SessionRecord, number: int) -> None:
         """Raise VersionNotFound, or SessionBusy where what is accepted would push the version out before its turn."""

@@ -30,7 +30,7 @@ class TakeOver:
         self._store = store
         self._states = states
         self._accepted = accepted
-        self._loops: list[asyncio.Task[None]] = []  # ended by `close`, as are the next ones
+        self._loops: list[asyncio.Task[None]] = []  # ended by `stop`, as are the next ones
         self._adopting: dict[str, asyncio.Task[None]] = {}  # by session
 
     def start(self) -> None:
@@ -61,7 +61,9 @@ class TakeOver:
         try:
             record = await self._readable(session_id)
             for draft in record.drafts if record else ():
-                if draft.accepted and draft.lease_until < time.time():
+                if draft.accepted and draft.lease_until >= time.time():
+                    break  # whoever learns it goes on with those that follow
+                if draft.accepted:
                     self._accepted.adopt(session_id, draft)
         finally:
             self._adopting.pop(session_id, None)

@@ -18,7 +18,8 @@ class _Writer:
 class Writers:
     """Locks by session, first come, first served. Lives on the event loop."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int = 0) -> None:
+        """`max_waiting`: turns that are waited for under the bound, of each session."""
         self._max_waiting = max_waiting
         self._writers: dict[str, _Writer] = {}
 

@@ -39,9 +39,9 @@ def taking_nothing(server: LiveServer, request: dict[str, Any]) -> Iterator[sock
 
 
 def telling_much(session: str) -> dict[str, Any]:
-    """An answer that is long in ending, with much said of each of its tokens."""
+    """A long answer, with something said of each of its tokens."""
     request = endless("chat", session)
-    request["json"] |= {"logprobs": True, "top_logprobs": 20, "max_tokens": 20_000}
+    request["json"] |= {"logprobs": True, "top_logprobs": 1, "max_tokens": 250_000}
     return request
 
 
@@ -131,7 +131,7 @@ def test_an_answer_that_nobody_takes_is_learnt_and_holds_up_no_other_writer(
 ) -> None:
     monkeypatch.setitem(server.server.lifespan.state, "stall_seconds", 60)
     request = telling_much(session)
-    request["json"] |= {"max_tokens": 2_000, "memory": "write", "session": session}
+    request["json"] |= {"max_tokens": 2_000, "top_logprobs": 20, "memory": "write", "session": session}
     with taking_nothing(server, request) as raw:
         plain = {"Content-Type": "text/plain"}
         learnt = http.post(f"/v1/sessions/{session}/documents", content=b"text", headers=plain)

@@ -84,7 +84,7 @@ def test_lists_are_cached_as_a_text_has_them_and_read_in_one_piece(tiny: TinyChe
 
 
 def test_what_stands_before_a_value_is_what_is_not_to_be_written(pool: Pool) -> None:
-    recalls = make_recalls(pool, [(fact, 0) for fact in range(40)], CONFIG.context, random.Random(0))
+    recalls = make_recalls(pool, [(fact, 0) for fact in range(len(pool.statements))], CONFIG.context, random.Random(0))
     for fact, leading in enumerate(recalls.leading):
         statement = pool.statements[fact]
         before = statement.hidden[max(0, statement.start - CONFIG.context - LEADING) : statement.start]

@@ -74,14 +74,14 @@ async def test_sentinels_have_a_password_of_their_own(tmp_path: Path) -> None:
     for name in ("watched", "sentinel"):
         (tmp_path / name).mkdir()
     config, watched = tmp_path / "sentinel.conf", RedisServer(tmp_path / "watched", requirepass="secret")
-    watched.start()
     monitored = f"sentinel monitor titans 127.0.0.1 {watched.port} 1\nsentinel auth-pass titans secret\n"
     config.write_text(monitored)
     sentinel = RedisServer(tmp_path / "sentinel", str(config), "--sentinel", requirepass="another")
-    sentinel.start()
     url = f"redis+sentinel://:secret@127.0.0.1:{sentinel.port}/titans/0?sentinel_password=another"
     store = RedisStore(url)
     try:
+        watched.start()
+        sentinel.start()
         await store.open()
         record = await made(store)
         assert await store.get(record.id) == record

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.records import logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
 from titans_server.errors import StoreUnavailable, VersionConflict
+from titans_server.sessions import sqlite
 from titans_server.sessions.database import Database
 from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.sqlite import SqliteStore
@@ -99,15 +100,17 @@ async def test_a_session_that_another_process_writes_to_amid_a_sweep_stays(
 
 
 async def test_many_sessions_that_have_expired_keep_nobody_waiting(
-    store: SqliteStore, path: Path, record: SessionRecord
+    store: SqliteStore, path: Path, record: SessionRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sqlite, "_PAUSE", 3.0)  # so that what is asked for meanwhile is asked for in the first
     past = time.time() - 50
     expired = [await made(store, updated_at=past, ttl_seconds=49) for _ in range(60)]
     other = SqliteStore(path)
     await other.open()
     sweeping = asyncio.create_task(store.sweep())
-    await asyncio.wait([sweeping], timeout=0.1)
-    assert 0 < len(await store._run(store._database.expired)) < len(expired)
+    while len(await store._run(store._database.expired)) == len(expired):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(sqlite, "_PAUSE", 0.0)
     assert await store.get(record.id) == record
     await made(other)
     assert not sweeping.done(), "some are left"

@@ -196,7 +196,9 @@ def make_families(count: int, rng: random.Random, words: Sequence[str], *, liste
                 facts.append(_plain_fact(thing, rng) if rng.random() < _PLAIN else _fact(thing, kind, source, rng))
         seen.update(things)
     ends = [i for i, fact in enumerate(facts, 1) if fact.holds]
-    return facts[: ends[count - 1]]
+    known = facts[: ends[count - 1]]
+    told = {fact.thing for fact in known if fact.holds}  # the last list may be cut before what replaces a line
+    return [fact for fact in known if fact.thing in told]
 
 
 def _kinds(split: Split) -> list[Kind]:

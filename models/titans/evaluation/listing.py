@@ -29,7 +29,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a list; of the first one, with the list's heading."""
+    """A line of a list; the first has the heading in front."""
 
     thing: str
     before: str  # what it says before the value

@@ -257,20 +257,20 @@ def make_recalls(pool: Pool, planted: list[tuple[int, int]], context: int, rng: 
         size = min(statement.size, _LONGEST)
         skipped = rng.randint(0, statement.size - size)
         start, ask = statement.start + skipped, question.start + skipped
-        text, tail = pool.stretches(1, context, rng)[0], pool.before(question.tail, context)
+        text, tail = pool.stretches(1, context + LEADING, rng)[0], pool.before(question.tail, context)
         read = torch.cat((text, statement.hidden))
-        leading.append(read[max(0, statement.start - LEADING) :][: context + LEADING])
-        stated.append(read[start : start + context + size])
+        leading.append(read[statement.start :][: context + LEADING])
+        stated.append(read[start + LEADING :][: context + size])
         asking.append(torch.cat((tail, question.hidden))[ask : ask + context + size])
         answers.append(question.targets[ask : ask + size])
         if told_before := pool.replaced.get(fact):
             value = rng.choice(told_before)
-            read = torch.cat((text, value.hidden))
-            replaced.append(read[value.start : value.start + context + min(value.size, _LONGEST)])
+            read = torch.cat((text[LEADING:], value.hidden))
+            replaced.append(read[value.start :][: context + min(value.size, _LONGEST)])
             replaced_by.append(i)
     counts = [torch.ones(len(read) - context, dtype=torch.bool) for read in replaced]
     if not replaced:
-        none = torch.zeros(1, dtype=torch.bool)
+        none = torch.zeros(1, dtype=torch.bool)  # one row, of which nothing counts
         replaced, counts, replaced_by = [leading[0][: context + 1]], [none], [0]
     return Recalls(
         torch.stack(leading),

@@ -118,8 +118,10 @@ def save_pool(model: TitansModel, tokenizer: Tokenizer, texts: list[Path], confi
 
 
 def load_pool(path: Path) -> Pool:
-    """What `save_pool` kept; it is read from the file as it is used."""
+    """What `save_pool` kept; it is read from the file as it is used. Raises ValueError for one of an earlier recipe."""
     fields = torch.load(path, weights_only=True, mmap=True)
+    if "replaced" not in fields:
+        raise ValueError(f"{path} is of an earlier recipe: begin another run")
     return Pool(
         fields["haystack"],
         fields["haystack_tokens"],

@@ -38,7 +38,7 @@ class Engine:
         """
         self._runners = runners
         self._mailbox: Mailbox | None = None  # of the event loop that asked last
-        self.max_requests = max_requests
+        self._max_requests = max_requests
         self._num_places = 0  # that are taken
         self._workers = [
             Worker(
@@ -66,6 +66,11 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether work is still being done, on every device."""
         return all(worker.is_alive() for worker in self._workers)
+
+    @property
+    def max_requests(self) -> int:
+        """Admitted at once."""
+        return self._max_requests
 
     @property
     def num_requests(self) -> int:
@@ -168,8 +173,8 @@ class Engine:
             telling.read(request.num_read)
 
     def _check(self, num_taken: int) -> None:
-        if num_taken >= self.max_requests:
-            raise Overloaded(f"{self.max_requests} requests are under way already")
+        if num_taken >= self._max_requests:
+            raise Overloaded(f"{self._max_requests} requests are under way already")
 
     def _submit(self, request: Generation | Ingestion, *, admitted: bool) -> None:
         if not admitted:

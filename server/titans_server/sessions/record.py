@@ -198,7 +198,7 @@ class SessionRecord:
         Written with every commit, and as long as a document under way has entries: so nothing of it is copied before.
         """
         fields = vars(self) | {"metadata": dict(self.metadata), "format": FORMAT}
-        return json.dumps(fields, separators=(",", ":"), default=vars)
+        return json.dumps(fields, separators=(",", ":"), default=_told)
 
     @classmethod
     def from_json(cls, text: str | bytes, session_id: str) -> "SessionRecord":
@@ -271,6 +271,11 @@ def taken(session_id: str) -> VersionConflict:
 def swept(session_id: str) -> StoreUnavailable:
     """The error for a commit that points at a blob which is there no more."""
     return StoreUnavailable(f"a snapshot of session {session_id} was swept before it was used")
+
+
+def _told(part: Any) -> dict[str, Any]:
+    """Without what a server before would not know, where it says nothing."""
+    return {name: x for name, x in vars(part).items() if x or name != "undone"}
 
 
 def _pointing(kind: type[Any], fields: dict[str, Any]) -> Any:

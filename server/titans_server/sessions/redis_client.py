@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, parse_qs, unquote, urlencode, urlsplit, urlunsplit
 
@@ -35,7 +36,6 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; ch
     (exceptions.AuthenticationError, "refuses the credentials"),
     (exceptions.AuthorizationError, "refuses the credentials"),
     (exceptions.BusyLoadingError, "is still loading its data"),
-    (exceptions.ReadOnlyError, "is a read-only replica"),
     (exceptions.ClusterDownError, "is a cluster that is down"),
     (exceptions.RedisClusterException, "is a cluster that cannot be reached"),
     (exceptions.TimeoutError, "did not answer in time"),
@@ -154,9 +154,10 @@ class Connections:
             try:
                 return await translated(operation)
             except StoreUnavailable as error:
-                if isinstance(error.__cause__, exceptions.ReadOnlyError) and not isinstance(self.client, RedisCluster):
+                if _is_read_only(error.__cause__) and not isinstance(self.client, RedisCluster):
                     # no longer the primary, though it keeps its connections: new ones may go to the one that is
-                    await self.client.connection_pool.disconnect(inuse_connections=False)
+                    with suppress(*FAILURES):
+                        await self.client.connection_pool.disconnect(inuse_connections=False)
                 raise
 
 
@@ -225,5 +226,12 @@ async def translated(operation: Coroutine[Any, Any, T]) -> T:
         return await operation
     except FAILURES as error:
         known = (reason for kind, reason in _REASONS if isinstance(error, kind))
-        reason = next(known, f"refused the operation: {error}")
+        reason = "is a read-only replica" if _is_read_only(error) else next(known, f"refused the operation: {error}")
         raise StoreUnavailable(f"the Redis store {reason}") from error
+
+
+def _is_read_only(error: BaseException | None) -> bool:
+    """Of a script before Redis 7 it is an error like any other, which says so in the middle."""
+    return isinstance(error, exceptions.ReadOnlyError) or (
+        isinstance(error, exceptions.ResponseError) and "READONLY" in str(error)
+    )

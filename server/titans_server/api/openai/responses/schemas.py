@@ -37,7 +37,7 @@ class InputItem(Body):
         item = _given(item)
         if item.get("type", "message") != "message":
             raise _unsupported(f"only items of the type message are supported, not {item['type']!r}")
-        for name in item.keys() - _OF_ITEMS:
+        for name in sorted(item.keys() - _OF_ITEMS):
             raise _unsupported(f"{name} of an item is not supported")
         content = item.get("content")
         if isinstance(content, list):
