@@ -484,6 +484,10 @@ async def test_what_would_be_gone_by_its_turn_is_not_waited_for(engine: Engine) 
     with pytest.raises(VersionConflict):
         await service.restore(session, 0, 3)
     assert (await store.get(session)).drafts == many
+    old = kept.record.head
+    newer = tuple(replace(old, number=i, write_id=f"{i}") for i in range(1, 12))
+    kept.record = replace(kept.record, versions=(old, *newer), drafts=())  # as a server kept them that keeps more
+    assert (await service.restore(session, 0, None)).version == 12
     await service.close()
 
 

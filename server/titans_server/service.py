@@ -286,8 +286,8 @@ class SessionService:
 
     def _check_stays(self, record: SessionRecord, number: int) -> None:
         """Raise VersionNotFound, or SessionBusy where what is accepted would push the version out before its turn."""
-        newer = record.version - record.kept(number).number
-        if newer + sum(x.accepted for x in record.drafts) >= self._limits.num_kept_versions:
+        newer, coming = record.version - record.kept(number).number, sum(x.accepted for x in record.drafts)
+        if coming and newer + coming >= self._limits.num_kept_versions:
             raise SessionBusy(
                 f"so many documents are accepted that version {number} would be gone once they are learnt: cancel them"
             )
