@@ -1,72 +1,26 @@
 """Accepted documents that a server is gone from, taken over beside sessions and stores that are broken."""
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from support.engines import service_on, states_on
-from support.records import made
+from support.accepted import SECONDS, TOKENS, Faulty, learnt, left_behind, server_on
+from support.engines import states_on
 from titans_server import accepted, learning, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine, Ingestion
 from titans_server.engine.runner import Runner
-from titans_server.errors import SessionBusy, StateMismatch, VersionConflict, VersionNotFound
 from titans_server.learning import Learning
 from titans_server.leases import Leases
 from titans_server.observer import Observer
 from titans_server.sessions import history, ledger
-from titans_server.sessions.history import Portion, Writing
+from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
-from titans_server.sessions.record import Draft, Outcome, SessionRecord, Snapshot, Version
-from titans_server.sessions.store import Commit
-from titans_server.takeover import TakeOver
+from titans_server.sessions.record import Draft, Outcome, SessionRecord
 from titans_server.writers import Writers
-
-TOKENS = tuple(range(3, 90))
-SECONDS = 60.0  # on a machine that has other things to do
-
-
-class Faulty(MemoryStore):
-    """Fails as no store should."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.broken = ""  # a session, which comes first wherever there are several
-        self.endless = ""  # another one, whose record is never done with being read
-        self.num_tries = 0  # to read the broken one
-        self.faults: list[str] = []  # that are still to come
-
-    async def due(self) -> Sequence[str]:
-        self._fail_if("due")
-        return sorted(await super().due(), key=lambda name: name not in {self.broken, self.endless})
-
-    async def get(self, session_id: str) -> SessionRecord:
-        if session_id == self.endless:
-            await asyncio.Event().wait()
-        if session_id == self.broken:
-            self.num_tries += 1
-            raise RuntimeError("unforeseen")
-        return await super().get(session_id)
-
-    async def commit(self, commit: Commit) -> None:
-        if commit.record.version and "race" in self.faults:
-            self.faults.remove("race")
-            raise VersionConflict("others are always faster")
-        await super().commit(commit)
-
-    async def read_log(self, session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
-        self._fail_if("log")
-        return await super().read_log(session_id, numbers)
-
-    def _fail_if(self, what: str) -> None:
-        if what in self.faults:
-            self.faults.remove(what)
-            raise RuntimeError("unforeseen")
 
 
 @pytest.fixture(autouse=True)
@@ -75,40 +29,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
     monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
     monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
-
-
-@asynccontextmanager
-async def server_on(
-    store: MemoryStore, engine: Engine, writers: Writers | None = None
-) -> AsyncIterator[tuple[TakeOver, Accepted]]:
-    """As much of a server as takes over."""
-    ledger, states = Ledger(store), states_on(store, engine)
-    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
-    accepted = Accepted(ledger, learning, writers or Writers(4), Leases(ledger), works={})
-    take_over = TakeOver(store, states, accepted)
-    take_over.start()
-    try:
-        yield take_over, accepted
-    finally:
-        await take_over.close()
-        await accepted.close()
-
-
-async def left_behind(store: MemoryStore, if_match: int | None = None, *, tokens: Sequence[int] = TOKENS) -> str:
-    """A session with an accepted document whose server is gone."""
-    record, ledger = await made(store), Ledger(store)
-    draft = Draft(f"ing_{record.id}", "gone", 0.0, time.time(), is_async=True, if_match=if_match)
-    portion = Portion(tokens, len(tokens), hashlib.sha256(b"text").hexdigest(), is_last=True)
-    await ledger.change(record.id, lambda record: history.append(record, draft, (3,), portion))
-    await ledger.change(record.id, lambda record: history.renew(record, draft.ingestion, "gone", seconds=0))
-    return record.id
-
-
-async def learnt(store: MemoryStore, sessions: list[str]) -> None:
-    """Return when the sessions' documents are."""
-    async with asyncio.timeout(SECONDS):
-        while {(await store.get(name)).version for name in sessions} != {1}:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def failure(store: MemoryStore, session: str) -> str:
@@ -348,186 +268,6 @@ async def test_an_accepted_document_behind_one_that_broke_off_is_not_waited_for(
     learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
     record = await Accepted(ledger, learning, Writers(4), Leases(ledger), works={}).after_others(session, "ing_behind")
     assert (record.version, record.drafts) == (1, (broken_off,))
-
-
-async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_max_requests", 8)
-    store = Faulty()
-    sessions, read_log, reading, most = [await left_behind(store) for _ in range(12)], store.read_log, 0, 0
-
-    async def slowly(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
-        nonlocal reading, most
-        reading += 1
-        most = max(most, reading)
-        await asyncio.sleep(0.1)
-        reading -= 1
-        return await read_log(session_id, numbers)
-
-    store.read_log = slowly  # type: ignore[method-assign]
-    async with server_on(store, engine):
-        await learnt(store, sessions)
-    assert most == 2, "a quarter of the engine's places"
-
-
-async def test_a_session_that_somebody_writes_to_keeps_no_other_ones_document_waiting(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_max_requests", 4)
-    store, writers = Faulty(), Writers(4)
-    sessions = [await left_behind(store) for _ in range(3)]
-    async with writers.turn(sessions[0]), server_on(store, engine, writers):
-        await learnt(store, sessions[1:])
-        assert (await store.get(sessions[0])).version == 0
-    async with server_on(store, engine, writers):
-        await learnt(store, sessions)
-
-
-def accepted_on(engine: Engine, writers: Writers) -> Accepted:
-    ledger, store = Ledger(Faulty()), Faulty()
-    learning = Learning(engine, ledger, states_on(store, engine), (3,), num_kept_versions=8, observer=Observer())
-    return Accepted(ledger, learning, writers, Leases(ledger), works={})
-
-
-async def take_place(accepted: Accepted) -> None:
-    async with accepted._place("ses_1"):
-        pass
-
-
-async def test_a_writer_that_leaves_as_its_turn_comes_keeps_no_document_waiting(engine: Engine) -> None:
-    writers = Writers(4)
-
-    async def write() -> None:
-        async with writers.turn("ses_1"):
-            await asyncio.sleep(60)
-
-    async with writers.turn("ses_1"):
-        document = asyncio.create_task(take_place(accepted_on(engine, writers)))
-        await asyncio.sleep(0.01)
-        client = asyncio.create_task(write())
-        await asyncio.sleep(0.01)
-    client.cancel()
-    async with asyncio.timeout(SECONDS):
-        await document
-
-
-async def test_a_document_has_its_turn_among_writers_that_overlap(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_max_requests", 4)
-    writers = Writers(4)
-
-    async def write() -> None:
-        while True:
-            async with writers.turn("ses_1"):
-                await asyncio.sleep(0.005)
-
-    clients = [asyncio.create_task(write()) for _ in range(2)]
-    await asyncio.sleep(0.02)
-    async with asyncio.timeout(SECONDS):
-        await take_place(accepted_on(engine, writers))
-    for client in clients:
-        client.cancel()
-
-
-async def test_a_server_that_retires_begins_with_no_other_document(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_max_requests", 4)
-    store, reading, go_on = Faulty(), asyncio.Event(), asyncio.Event()
-    sessions, read_log = [await left_behind(store) for _ in range(3)], store.read_log
-
-    async def held(session_id: str, numbers: Sequence[int]) -> Sequence[bytes | None]:
-        reading.set()
-        await go_on.wait()
-        return await read_log(session_id, numbers)
-
-    store.read_log = held  # type: ignore[method-assign]
-    async with server_on(store, engine) as (take_over, accepted), asyncio.timeout(SECONDS):
-        await reading.wait()
-        take_over.stop()
-        accepted.retire()
-        go_on.set()
-        while accepted._tasks:
-            await asyncio.wait(accepted._tasks)
-        records = [await store.get(session) for session in sessions]
-        assert sorted((record.version, len(record.drafts)) for record in records) == [(0, 1), (0, 1), (1, 0)]
-    async with server_on(store, engine):
-        await learnt(store, sessions)
-
-
-async def test_another_models_session_is_not_put_back_nor_is_its_document_lost(engine: Engine) -> None:
-    store = MemoryStore()
-    service, session = service_on(store, engine), await left_behind(store)
-    kept = store._sessions[session]
-    kept.record = replace(kept.record, fingerprint="e" * 32)
-    with pytest.raises(StateMismatch):
-        await service.restore(session, 0, None)
-    with pytest.raises(StateMismatch):
-        await service._ingestions.settle(session)
-    assert len((await store.get(session)).drafts) == 1
-    await service.close()
-
-
-async def test_what_would_be_gone_by_its_turn_is_not_waited_for(engine: Engine) -> None:
-    store = MemoryStore()
-    service, session = service_on(store, engine), await left_behind(store)
-    kept = store._sessions[session]
-    (draft,) = kept.record.drafts
-    many = tuple(replace(draft, ingestion=f"ing_{i}") for i in range(8))
-    kept.record = replace(kept.record, drafts=many)
-    with pytest.raises(SessionBusy, match="version 0 would be gone"):
-        await service.restore(session, 0, None)
-    with pytest.raises(VersionNotFound):
-        await service.restore(session, 1, None)
-    with pytest.raises(VersionConflict):
-        await service.restore(session, 0, 3)
-    assert (await store.get(session)).drafts == many
-    old = kept.record.head
-    newer = tuple(replace(old, number=i, write_id=f"{i}") for i in range(1, 12))
-    kept.record = replace(kept.record, versions=(old, *newer), drafts=())  # as a server kept them that keeps more
-    assert (await service.restore(session, 0, None)).version == 12
-    await service.close()
-
-
-@pytest.mark.parametrize("change", ["restore", "state"])
-async def test_what_is_put_back_is_put_back_after_what_was_accepted_before(engine: Engine, change: str) -> None:
-    store = MemoryStore()
-    service, session = service_on(store, engine), await left_behind(store)
-    if change == "restore":
-        record = await service.restore(session, 0, None)
-    else:
-        *_, empty = await service.export_state(session, 0)
-        record = await service.import_state(session, empty, None)
-    assert (record.version, record.tokens_seen, record.drafts) == (2, 0, ())
-    assert [outcome.version for outcome in record.outcomes] == [1]
-    await service.close()
-
-
-async def test_a_session_is_not_put_back_while_another_server_learns(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accepted, "_WAIT_SECONDS", 0.3)
-    store = MemoryStore()
-    service, session = service_on(store, engine), await left_behind(store)
-    await Ledger(store).change(session, lambda record: history.take(record, f"ing_{session}", "another"))
-    with pytest.raises(SessionBusy):
-        await service.restore(session, 0, None)
-    assert (await store.get(session)).version == 0
-    await service.close()
-
-
-async def test_a_session_is_put_back_though_what_was_accepted_cannot_follow_what_it_is(engine: Engine) -> None:
-    store = MemoryStore()
-    service, session = service_on(store, engine), await left_behind(store)
-    kept = store._sessions[session]
-    torn = Snapshot("torn", "0" * 64, 4, 7)
-    head = Version(1, 7, time.time(), "torn", torn)
-    kept.record = replace(kept.record, versions=(*kept.record.versions, head))
-    record = await service.restore(session, 0, None)
-    assert (record.version, record.tokens_seen, len(record.drafts)) == (2, 0, 1)
-    await service.close()
 
 
 async def test_another_models_session_is_left_to_that_models_server(
