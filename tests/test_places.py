@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from support.accepted import SECONDS, Faulty, learnt, left_behind, server_on
+from support.accepted import SECONDS, Faulty, be_impatient, learnt, left_behind, server_on
 from support.engines import states_on
-from titans_server import accepted, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine
 from titans_server.learning import Learning
@@ -17,11 +16,8 @@ from titans_server.writers import Writers
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
-    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
-    monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_impatient(monkeypatch)
 
 
 async def test_accepted_documents_are_learnt_a_few_at_once_however_many_wait(

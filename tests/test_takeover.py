@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from support.accepted import SECONDS, TOKENS, Faulty, learnt, left_behind, server_on
+from support.accepted import SECONDS, TOKENS, Faulty, be_impatient, learnt, left_behind, server_on
 from support.engines import states_on
-from titans_server import accepted, learning, takeover
+from titans_server import accepted, learning
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine, Ingestion
 from titans_server.engine.runner import Runner
@@ -24,11 +24,8 @@ from titans_server.writers import Writers
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
-    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
-    monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_impatient(monkeypatch)
 
 
 async def failure(store: MemoryStore, session: str) -> str:

@@ -6,8 +6,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import pytest
 from support.engines import states_on
 from support.records import made
+from titans_server import accepted, takeover
 from titans_server.accepted import Accepted
 from titans_server.engine import Engine
 from titans_server.errors import VersionConflict
@@ -63,6 +65,14 @@ class Faulty(MemoryStore):
         if what in self.faults:
             self.faults.remove(what)
             raise RuntimeError("unforeseen")
+
+
+def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look, and try again, in hundredths of a second."""
+    monkeypatch.setattr(takeover, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(takeover, "_MAX_BROKEN_PAUSE", 0.2)
+    monkeypatch.setattr(accepted, "_MIN_PAUSE", 0.01)
+    monkeypatch.setattr(accepted, "_MAX_FAULT_PAUSE", 0.02)
 
 
 @asynccontextmanager
