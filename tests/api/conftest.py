@@ -4,7 +4,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, free_port
+from support.servers import LiveServer, tiny_settings
 from titans_server.settings import Settings
 
 
@@ -12,13 +12,9 @@ from titans_server.settings import Settings
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder: Path = tmp_path_factory.mktemp("tiny")
     checkpoint = write_tiny_checkpoint(folder)
-    return Settings(
-        port=free_port(),
+    return tiny_settings(
+        checkpoint,
         store=f"sqlite:///{folder}/titans.db",
-        body=checkpoint.body,
-        memory=checkpoint.memory,
-        dtype="float32",
-        threads=1,
         max_prompt_tokens=100,
         max_document_bytes=20_000,
         max_waiting_writers=1,

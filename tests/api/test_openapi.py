@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, free_port
+from support.servers import LiveServer, tiny_settings
 from titans_server.settings import Settings
 
 CONFIG = Path(__file__).parent / "schemathesis.toml"
@@ -18,13 +18,9 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return Settings(
-        port=free_port(),
+    return tiny_settings(
+        checkpoint,
         store="memory://",
-        body=checkpoint.body,
-        memory=checkpoint.memory,
-        dtype="float32",
-        threads=1,
         max_completion_tokens=4,
         max_prompt_tokens=200,
         max_document_bytes=2_000,

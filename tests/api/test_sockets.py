@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.models import write_tiny_checkpoint
-from support.servers import LiveServer, free_port
+from support.servers import LiveServer, tiny_settings
 from titans_server.api import lingering
 from titans_server.settings import Settings
 
@@ -28,13 +28,9 @@ MODEL = "tiny-0"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return Settings(
-        port=free_port(),
+    return tiny_settings(
+        checkpoint,
         store="memory://",
-        body=checkpoint.body,
-        memory=checkpoint.memory,
-        dtype="float32",
-        threads=1,
         max_document_bytes=100_000,
     )
 

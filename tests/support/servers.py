@@ -18,6 +18,7 @@ import httpx
 import uvicorn
 from blockbuster import blockbuster_ctx
 from support.launcher import ForkedServer, Launcher
+from support.models import TinyCheckpoint
 from titans_client import Client, TitansError
 from titans_server.api.deps import AppContext
 from titans_server.app import create_app
@@ -33,6 +34,19 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def tiny_settings(checkpoint: TinyCheckpoint, *, store: str, **more: Any) -> Settings:
+    """Of a server of a tiny model, that takes the same steps each time."""
+    return Settings(
+        port=free_port(),
+        store=store,
+        body=checkpoint.body,
+        memory=checkpoint.memory,
+        dtype="float32",
+        threads=1,
+        **more,
+    )
 
 
 class ServerProcess:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from support.models import write_tiny_checkpoint
-from support.servers import free_port
+from support.servers import tiny_settings
 from titans_server.settings import Settings
 
 MODEL = "tiny-0"
@@ -19,13 +19,9 @@ _ENDLESS = {"max_tokens": 1_000_000, "stream": True}
 def stream_settings(folder: Path) -> Settings:
     """Of a server that keeps two streams, and loses patience soon."""
     checkpoint = write_tiny_checkpoint(folder)
-    return Settings(
-        port=free_port(),
+    return tiny_settings(
+        checkpoint,
         store="memory://",
-        body=checkpoint.body,
-        memory=checkpoint.memory,
-        dtype="float32",
-        threads=1,
         max_requests=2,
         max_completion_tokens=1_000_000,
         max_streams=2,
