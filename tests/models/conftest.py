@@ -8,6 +8,7 @@ from titans.evaluation.task import Task
 from titans.model import TitansModel
 from titans.tokenizer import Tokenizer
 from titans.training.pool import Pool, load_pool, save_pool
+from titans.training.states import cache_states
 
 DEEP = {"rule": "chunk", "depth": 2, "expansion": 2, "momentum": True}
 FORMS: dict[str, dict[str, object]] = {
@@ -66,5 +67,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 def pool(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     """What it is trained on."""
     path = tmp_path_factory.mktemp("pool") / "pool.pt"
-    save_pool(load_tiny(tiny), load_backbone(tiny.body).tokenizer, [TEXT, TEXT], CONFIG, path)
+    save_pool(cache_states(load_tiny(tiny), load_backbone(tiny.body).tokenizer, [TEXT, TEXT], CONFIG), path)
     return load_pool(path)

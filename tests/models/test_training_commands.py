@@ -18,8 +18,8 @@ from titans.model import TitansModel
 from titans.training import __main__ as training
 from titans.training.__main__ import add_arguments, run
 from titans.training.config import MEMORY
-from titans.training.pool import save_pool
 from titans.training.score import Scorer
+from titans.training.states import cache_states
 from titans_client import cli
 from torch import Tensor
 
@@ -155,7 +155,8 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left(
 def run_nothing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Let runs make an empty pool and train nothing. Returns where those that end have their logs."""
     ended: list[Path] = []
-    monkeypatch.setattr(training, "save_pool", lambda *given: given[-1].touch())
+    monkeypatch.setattr(training, "cache_states", lambda *_: None)
+    monkeypatch.setattr(training, "save_pool", lambda _, path: path.touch())
     monkeypatch.setattr(training, "load_pool", lambda _: None)
     monkeypatch.setattr(training, "plot", lambda log, _: ended.append(log))
     monkeypatch.setattr(training, "Trainer", lambda *_, **given: given["scorer"])
@@ -168,8 +169,8 @@ def test_a_run_that_was_killed_has_its_folder_as_soon_as_there_is_a_pool(
 ) -> None:
     run_nothing(monkeypatch)
 
-    def killed(*given: Path) -> None:
-        given[-1].touch()
+    def killed(_: None, path: Path) -> None:
+        path.touch()
         raise KeyboardInterrupt
 
     train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
@@ -188,9 +189,9 @@ def test_a_folder_in_which_another_process_trains_is_refused_and_left(
     ended, refused = run_nothing(monkeypatch), list[int]()
     train = ["train", str(TEXT), "--test-text", str(TEXT), "--body", str(tiny.body), "--run", str(tmp_path / "run")]
 
-    def meanwhile(*given: Path) -> None:
+    def meanwhile(_: None, path: Path) -> None:
         refused.extend(cli.main([*train, "--layer", layer]) for layer in ("1", "2"))
-        given[-1].touch()
+        path.touch()
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_pool", meanwhile)
@@ -235,7 +236,7 @@ def test_a_run_whose_texts_were_too_short_leaves_its_folder_to_one_of_longer_tex
     (tmp_path / "short").write_text("short")
     rest = ["--test-text", str(TEXT), "--layer", "2", "--body", str(tiny.body), "--run", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_pool", save_pool)
+        patch.setattr(training, "cache_states", cache_states)
         assert cli.main(["train", str(tmp_path / "short"), *rest]) == 1
     assert "give more or longer texts" in capsys.readouterr().err
     assert cli.main(["train", str(TEXT), *rest]) == 0

@@ -21,7 +21,8 @@ from titans.tokenizer import Tokenizer
 from titans.training.batch import LEADING, _fitting, _hay, _how_many, _rows, make_batch, make_recalls, make_text_rows
 from titans.training.config import Stage, TrainingConfig
 from titans.training.keys import _disturbed
-from titans.training.pool import Pool, _breaths, _make_facts, _repeat, _shares, _stated, load_pool, save_pool
+from titans.training.pool import Pool
+from titans.training.states import _breaths, _make_facts, _repeat, _shares, _stated, cache_states
 from torch.nn import functional as F
 
 
@@ -199,11 +200,10 @@ def test_a_text_beside_a_document_counts_past_its_window_and_has_a_name_that_is_
     assert len(places) > 5
 
 
-def test_as_many_texts_as_there_is_room_for_are_read_beside_documents(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+def test_as_many_texts_as_there_is_room_for_are_read_beside_documents(tiny: TinyCheckpoint) -> None:
     """Each has windows enough for a stretch of it, with what its first tokens are told from."""
-    model, tokenizer, path = load_tiny(tiny), load_backbone(tiny.body).tokenizer, tmp_path / "pool.pt"
-    save_pool(model, tokenizer, [TEXT] * 5, CONFIG, path)
-    pool = load_pool(path)
+    model, tokenizer = load_tiny(tiny), load_backbone(tiny.body).tokenizer
+    pool = cache_states(model, tokenizer, [TEXT] * 5, CONFIG)
     assert pool.haystack_tokens.shape == (5, 4 * WINDOW)
     for names in (pool.names, torch.zeros_like(pool.names)):
         for seed in range(20):
@@ -211,7 +211,7 @@ def test_as_many_texts_as_there_is_room_for_are_read_beside_documents(tiny: Tiny
             assert rows.before.shape[:2] == (CONFIG.text_rows, CONFIG.context)
             assert (rows.targets != -100).sum() == CONFIG.text_rows * CONFIG.text_tokens
     with pytest.raises(ValueError, match="of 6 texts 576 tokens each are read, 580 are needed: give fewer texts"):
-        save_pool(model, tokenizer, [TEXT] * 6, CONFIG, path)
+        cache_states(model, tokenizer, [TEXT] * 6, CONFIG)
 
 
 def test_a_text_beside_a_document_is_read_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:

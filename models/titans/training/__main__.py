@@ -29,6 +29,7 @@ from titans.training.plot import plot
 from titans.training.pool import load_pool, save_pool
 from titans.training.score import Scorer
 from titans.training.settings import claimed, seed
+from titans.training.states import cache_states
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,8 @@ def _train(args: argparse.Namespace) -> None:
     with claimed(args.run, ours | {"texts": _texts(args), "test_text": _digest(args.test_text)}):
         device, path = preferred_device(), args.run / "pool.pt"
         if not path.exists():
-            save_pool(_reader(backbone, args.layer, device), backbone.tokenizer, args.texts, config, path)
+            reader = _reader(backbone, args.layer, device)
+            save_pool(cache_states(reader, backbone.tokenizer, args.texts, config), path)
         torch.manual_seed(config.seed)  # once the pool is there, so that a run which finds it draws the same
         model = build(backbone, whole)
         ready(model, device, preferred_dtype(device))
