@@ -9,8 +9,8 @@ from typing import TypeVar, Unpack
 import httpx
 from httpx_sse import EventSource
 
-from . import _core
-from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
+from . import _calls
+from ._core import POLL, STOP_TIMEOUT, Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import AsyncDocumentSource, opened_async
 from ._errors import APIConnectionError, ServerUnavailableError, TitansError
 from ._models import (
@@ -64,7 +64,7 @@ class AsyncClient:
         session_id: str,
         document: AsyncDocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> Document:
@@ -72,53 +72,53 @@ class AsyncClient:
 
         Files and plain iterators are read in a thread, so that the event loop is never held up.
         """
-        return await self._send(_core.ingest(session_id, document, content_type, key, if_version))
+        return await self._send(_calls.ingest(session_id, document, content_type, key, if_version))
 
     def ingest_stream(
         self,
         session_id: str,
         document: AsyncDocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> AsyncStream[IngestEvent]:
         """As `Client.ingest_stream`."""
-        return AsyncStream(self._events(_core.ingest_stream(session_id, document, content_type, key, if_version)))
+        return AsyncStream(self._events(_calls.ingest_stream(session_id, document, content_type, key, if_version)))
 
     async def ingest_later(
         self,
         session_id: str,
         document: AsyncDocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> Ingestion:
         """As `Client.ingest_later`."""
-        return await self._send(_core.ingest_later(session_id, document, content_type, key, if_version))
+        return await self._send(_calls.ingest_later(session_id, document, content_type, key, if_version))
 
     async def ingestion(self, ingestion_id: str) -> Ingestion:
         """As `Client.ingestion`."""
-        return await self._send(_core.get_ingestion(ingestion_id))
+        return await self._send(_calls.get_ingestion(ingestion_id))
 
     async def cancel_ingestion(self, ingestion_id: str) -> Ingestion:
         """As `Client.cancel_ingestion`."""
-        return await self._send(_core.cancel_ingestion(ingestion_id))
+        return await self._send(_calls.cancel_ingestion(ingestion_id))
 
     async def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
         """As `Client.complete`."""
-        return await self._send(_core.complete(session_id, prompt, options))
+        return await self._send(_calls.complete(session_id, prompt, options))
 
     def stream(
         self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]
     ) -> AsyncStream[CompletionChunk]:
         """As `Client.stream`."""
-        return AsyncStream(self._events(_core.stream(session_id, prompt, options)))
+        return AsyncStream(self._events(_calls.stream(session_id, prompt, options)))
 
     async def health(self) -> Health:
         """As `Client.health`."""
-        return await self._send(_core.health())
+        return await self._send(_calls.health())
 
     async def wait_until_ready(
         self,
@@ -134,7 +134,7 @@ class AsyncClient:
             except (APIConnectionError, ServerUnavailableError):
                 if patience.has_ended():
                     raise
-            await asyncio.sleep(_core.POLL)
+            await asyncio.sleep(POLL)
 
     async def close(self) -> None:
         """Close the connections. The client is of no use afterwards."""
@@ -198,7 +198,7 @@ class AsyncClient:
 
     async def _stop(self, path: str) -> None:
         with suppress(httpx.HTTPError, RuntimeError):  # RuntimeError: the client is closed already
-            await self._http.delete(path, timeout=_core.STOP_TIMEOUT)
+            await self._http.delete(path, timeout=STOP_TIMEOUT)
 
 
 class AsyncSessions:
@@ -209,27 +209,27 @@ class AsyncSessions:
 
     async def create(self, metadata: Mapping[str, str] | None = None, *, ttl_seconds: int | None = None) -> Session:
         """As `Sessions.create`."""
-        return await self._client._send(_core.create_session(metadata, ttl_seconds))
+        return await self._client._send(_calls.create_session(metadata, ttl_seconds))
 
     async def get(self, session_id: str) -> Session:
         """As `Sessions.get`."""
-        return await self._client._send(_core.get_session(session_id))
+        return await self._client._send(_calls.get_session(session_id))
 
     async def delete(self, session_id: str) -> None:
         """As `Sessions.delete`."""
-        await self._client._send(_core.delete_session(session_id))
+        await self._client._send(_calls.delete_session(session_id))
 
     async def list(self, limit: int = 20, after: str | None = None) -> SessionList:
         """As `Sessions.list`."""
-        return await self._client._send(_core.list_sessions(limit, after))
+        return await self._client._send(_calls.list_sessions(limit, after))
 
     async def versions(self, session_id: str) -> VersionList:
         """As `Sessions.versions`."""
-        return await self._client._send(_core.list_versions(session_id))
+        return await self._client._send(_calls.list_versions(session_id))
 
     async def restore(self, session_id: str, version: int, *, if_version: int | None = None) -> Session:
         """As `Sessions.restore`."""
-        return await self._client._send(_core.restore(session_id, version, if_version))
+        return await self._client._send(_calls.restore(session_id, version, if_version))
 
     async def fork(
         self,
@@ -240,14 +240,14 @@ class AsyncSessions:
         ttl_seconds: int | None = None,
     ) -> Session:
         """As `Sessions.fork`."""
-        return await self._client._send(_core.fork(session_id, version, metadata, ttl_seconds))
+        return await self._client._send(_calls.fork(session_id, version, metadata, ttl_seconds))
 
     async def export_state(self, session_id: str, version: int | None = None) -> bytes:
         """As `Sessions.export_state`."""
-        return await self._client._send(_core.export_state(session_id, version))
+        return await self._client._send(_calls.export_state(session_id, version))
 
     async def import_state(
         self, session_id: str, state: AsyncDocumentSource, *, if_version: int | None = None
     ) -> Session:
         """As `Sessions.import_state`."""
-        return await self._client._send(_core.import_state(session_id, state, if_version))
+        return await self._client._send(_calls.import_state(session_id, state, if_version))

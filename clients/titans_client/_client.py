@@ -9,8 +9,8 @@ from typing import TypeVar, Unpack
 import httpx
 from httpx_sse import EventSource
 
-from . import _core
-from ._core import Call, EventReader, Patience, Retries, StreamCall, connection_errors
+from . import _calls
+from ._core import POLL, STOP_TIMEOUT, Call, EventReader, Patience, Retries, StreamCall, connection_errors
 from ._documents import DocumentSource, opened
 from ._errors import APIConnectionError, ServerUnavailableError, TitansError
 from ._models import (
@@ -77,7 +77,7 @@ class Client:
         session_id: str,
         document: DocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> Document:
@@ -90,14 +90,14 @@ class Client:
         from what was durable. `if_version`: the version that the session has to be at, else VersionConflictError.
         Raises also OSError for a path that cannot be read, TypeError for what is not bytes.
         """
-        return self._send(_core.ingest(session_id, document, content_type, key, if_version))
+        return self._send(_calls.ingest(session_id, document, content_type, key, if_version))
 
     def ingest_stream(
         self,
         session_id: str,
         document: DocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> Stream[IngestEvent]:
@@ -106,39 +106,39 @@ class Client:
         The document is sent before the first progress is read. Giving the stream up before its end leaves the
         session as it was.
         """
-        return Stream(self._events(_core.ingest_stream(session_id, document, content_type, key, if_version)))
+        return Stream(self._events(_calls.ingest_stream(session_id, document, content_type, key, if_version)))
 
     def ingest_later(
         self,
         session_id: str,
         document: DocumentSource,
         *,
-        content_type: str = _core.PLAIN_TEXT,
+        content_type: str = _calls.PLAIN_TEXT,
         key: str | None = None,
         if_version: int | None = None,
     ) -> Ingestion:
         """As `ingest`, but return when all of the document is durable: it is learnt afterwards, whatever happens."""
-        return self._send(_core.ingest_later(session_id, document, content_type, key, if_version))
+        return self._send(_calls.ingest_later(session_id, document, content_type, key, if_version))
 
     def ingestion(self, ingestion_id: str) -> Ingestion:
         """How far a document has come. Raises IngestionNotFoundError."""
-        return self._send(_core.get_ingestion(ingestion_id))
+        return self._send(_calls.get_ingestion(ingestion_id))
 
     def cancel_ingestion(self, ingestion_id: str) -> Ingestion:
         """Stop a document before it is learnt; one that is done stays. Raises IngestionNotFoundError."""
-        return self._send(_core.cancel_ingestion(ingestion_id))
+        return self._send(_calls.cancel_ingestion(ingestion_id))
 
     def complete(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
         """What follows the prompt, after all that the session has read. `CompletionOptions` says how."""
-        return self._send(_core.complete(session_id, prompt, options))
+        return self._send(_calls.complete(session_id, prompt, options))
 
     def stream(self, session_id: str, prompt: str, **options: Unpack[CompletionOptions]) -> Stream[CompletionChunk]:
         """As `complete`, in pieces, as they come."""
-        return Stream(self._events(_core.stream(session_id, prompt, options)))
+        return Stream(self._events(_calls.stream(session_id, prompt, options)))
 
     def health(self) -> Health:
         """The server, if it takes work now; raises APIStatusError if it does not. Never retried."""
-        return self._send(_core.health())
+        return self._send(_calls.health())
 
     def wait_until_ready(self, timeout: float = 120.0, *, is_alive: Callable[[], bool] | None = None) -> Health:
         """Ask until the server takes work; what `health` then says.
@@ -153,7 +153,7 @@ class Client:
             except (APIConnectionError, ServerUnavailableError):
                 if patience.has_ended():
                     raise
-            time.sleep(_core.POLL)
+            time.sleep(POLL)
 
     def close(self) -> None:
         """Close the connections. The client is of no use afterwards."""
@@ -197,7 +197,7 @@ class Client:
         finally:
             if reader.stop_path is not None:
                 with suppress(httpx.HTTPError, RuntimeError):  # RuntimeError: the client is closed already
-                    self._http.delete(reader.stop_path, timeout=_core.STOP_TIMEOUT)
+                    self._http.delete(reader.stop_path, timeout=STOP_TIMEOUT)
 
     def _events_of_one_connection(self, reader: EventReader[M]) -> Generator[M, None, None]:
         call = reader.next_call
@@ -224,33 +224,33 @@ class Sessions:
 
     def create(self, metadata: Mapping[str, str] | None = None, *, ttl_seconds: int | None = None) -> Session:
         """A new session, which has read nothing. The metadata is kept and given back, never looked at."""
-        return self._client._send(_core.create_session(metadata, ttl_seconds))
+        return self._client._send(_calls.create_session(metadata, ttl_seconds))
 
     def get(self, session_id: str) -> Session:
         """The session as it is now. Raises SessionNotFoundError."""
-        return self._client._send(_core.get_session(session_id))
+        return self._client._send(_calls.get_session(session_id))
 
     def delete(self, session_id: str) -> None:
         """Forget all that the session has learnt. Raises SessionNotFoundError.
 
         Also when the first try has done it but its answer was lost.
         """
-        self._client._send(_core.delete_session(session_id))
+        self._client._send(_calls.delete_session(session_id))
 
     def list(self, limit: int = 20, after: str | None = None) -> SessionList:
         """Your sessions, newest first: at most `limit`, those that come after the session `after`."""
-        return self._client._send(_core.list_sessions(limit, after))
+        return self._client._send(_calls.list_sessions(limit, after))
 
     def versions(self, session_id: str) -> VersionList:
         """The versions that are kept, newest first."""
-        return self._client._send(_core.list_versions(session_id))
+        return self._client._send(_calls.list_versions(session_id))
 
     def restore(self, session_id: str, version: int, *, if_version: int | None = None) -> Session:
         """Make what an older version was the newest, after what was accepted before.
 
         Raises VersionNotFoundError, VersionConflictError, SessionBusyError.
         """
-        return self._client._send(_core.restore(session_id, version, if_version))
+        return self._client._send(_calls.restore(session_id, version, if_version))
 
     def fork(
         self,
@@ -261,12 +261,12 @@ class Sessions:
         ttl_seconds: int | None = None,
     ) -> Session:
         """A new session that goes on from a version of another one. Raises VersionNotFoundError."""
-        return self._client._send(_core.fork(session_id, version, metadata, ttl_seconds))
+        return self._client._send(_calls.fork(session_id, version, metadata, ttl_seconds))
 
     def export_state(self, session_id: str, version: int | None = None) -> bytes:
         """A version as a safetensors file, which `import_state` reads."""
-        return self._client._send(_core.export_state(session_id, version))
+        return self._client._send(_calls.export_state(session_id, version))
 
     def import_state(self, session_id: str, state: DocumentSource, *, if_version: int | None = None) -> Session:
         """Make an exported state the newest version. Raises StateMismatchError, InvalidStateError."""
-        return self._client._send(_core.import_state(session_id, state, if_version))
+        return self._client._send(_calls.import_state(session_id, state, if_version))
