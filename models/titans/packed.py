@@ -88,7 +88,7 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
     `exact`: tensors in float32, by name, as they were before the model was moved to bfloat16; where one is missing the
     model's own is taken. Its weights can no longer be trained, saved or moved.
     """
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _is_packable(model):
         return
     team = Team(torch.get_num_threads()) if library() is not None else None
     memories = {child for memory in model.memories for child in memory.modules()}  # they read their weights themselves
@@ -102,5 +102,21 @@ def pack(model: TitansModel, exact: dict[str, Tensor]) -> None:
             setattr(model.get_submodule(parent), attribute, PackedLinear(weight, team, dtype))
     if team is not None:
         model.walks, model.pick = walks_of(model, team), NativePick(team)
-        for memory in model.memories:
-            memory.kernels = NativeMemory(memory, team) if NativeMemory.knows(memory) else None
+        _pack_memories(model, team)
+
+
+@torch.no_grad()
+def pack_memories(model: TitansModel) -> None:
+    """Let kernels read and write its memories, where this machine has any: they are as they were, and learn no more."""
+    if _is_packable(model) and library() is not None:
+        _pack_memories(model, Team(torch.get_num_threads()))
+
+
+def _is_packable(model: TitansModel) -> bool:
+    is_half = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    return is_half and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _pack_memories(model: TitansModel, team: Team) -> None:
+    for memory in model.memories:
+        memory.kernels = NativeMemory(memory, team) if NativeMemory.knows(memory) else None

@@ -14,7 +14,7 @@ from titans.grid import eight_bits, four_bits
 from titans.model import TitansModel
 from titans.native import build
 from titans.native.matrix import NativeMatrix, Team
-from titans.packed import PackedLinear, is_native, pack
+from titans.packed import PackedLinear, is_native, pack, pack_memories
 from titans.state import Stream
 from torch.nn import functional as F
 
@@ -244,3 +244,14 @@ def test_without_kernels_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None
     layers = [x for x in model.modules() if isinstance(x, PackedLinear)]
     assert layers and not any(x.native for x in layers)
     assert model.walks is None
+
+
+def test_memories_alone_are_left_to_kernels_where_the_layers_are_to_learn() -> None:
+    ours, theirs = aligned(), aligned()
+    pack_memories(ours)
+    assert all(memory.kernels is not None for memory in ours.memories)
+    assert ours.walks is None
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    tokens = torch.arange(40)[None]
+    logits, expected = (m.logits(m(tokens, m.open(m.ingest(tokens, m.new_state())))[0]) for m in (ours, theirs))
+    assert (logits - expected).norm() < 0.02 * expected.norm()

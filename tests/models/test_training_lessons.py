@@ -15,9 +15,11 @@ from titans.architecture import _state_of
 from titans.backbone import load_backbone
 from titans.evaluation.facts import NOT_KNOWN, Fact, fewest_words, make_facts, make_families, words_of
 from titans.evaluation.wording import ASKINGS, FULL_ANSWER, STATEMENTS, a_statement, an_asking
+from titans.memory import neural
 from titans.model import next_token_loss
 from titans.state import Parts
 from titans.tokenizer import Tokenizer
+from titans.training.average import average
 from titans.training.batch import LEADING, _fitting, _hay, _how_many, _rows, make_batch, make_recalls, make_text_rows
 from titans.training.config import Stage, TrainingConfig
 from titans.training.keys import _disturbed
@@ -34,7 +36,15 @@ def test_cached_states_are_those_of_a_server(tiny: TinyCheckpoint, pool: Pool) -
 
 
 @torch.no_grad()
-def test_a_cached_question_is_answered_as_a_server_would(tiny: TinyCheckpoint, pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("doubted", [False, True])
+def test_a_cached_question_is_answered_as_a_server_would(
+    tiny: TinyCheckpoint, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubted: bool
+) -> None:
+    if doubted:
+        body, doubting = tiny.body, tmp_path / "memory.safetensors"
+        average(body, [tiny.memory], [1.0], doubting, read_threshold=0.01, margin_threshold=0.4, protected_keys=8)
+        tiny = replace(tiny, memory=doubting)
+        monkeypatch.setattr(neural, "told", lambda margins, _: torch.full_like(margins, 0.25))
     trainer = make_trainer(tiny, pool, tmp_path / "run")
     tokenizer = load_backbone(tiny.body).tokenizer
     made = _make_facts(CONFIG, random.Random(CONFIG.seed), words_of([TEXT.read_text(encoding="utf-8")] * 2))
@@ -256,7 +266,8 @@ def test_what_stands_before_a_question_follows_the_layers_above(tiny: TinyCheckp
 
 def test_what_no_document_states_is_answered_so(tiny: TinyCheckpoint, pool: Pool) -> None:
     tokenizer = load_backbone(tiny.body).tokenizer
-    assert pool.unanswered, "some questions"
+    leads = {len(question.targets[question.targets != -100]) > question.answer for question in pool.unanswered.values()}
+    assert leads == {True, False}, "what a reader has begun to say is not known, either"
     for i, question in pool.unanswered.items():
         answer = question.targets[question.start : question.start + question.answer].tolist()
         assert tokenizer.decode(answer).startswith(f" {NOT_KNOWN}.")
@@ -320,6 +331,12 @@ def test_facts_that_are_neighbours_in_the_pool_are_easily_confused() -> None:
     assert len(set(things)) == len(things)
     alike = [words_in([a]) & words_in([b]) for a, b in itertools.pairwise(facts)]
     assert sum(map(bool, alike)) >= 30
+
+
+def test_a_memory_is_fixed_where_nothing_of_it_learns() -> None:
+    whole = TrainingConfig()
+    assert whole.adapting().is_memory_fixed
+    assert not any(each.is_memory_fixed for each in (whole, whole.going_on(), whole.finding(), whole.answering()))
 
 
 def test_a_share_of_the_recipe_is_the_recipe_with_less_of_everything_that_takes_time() -> None:

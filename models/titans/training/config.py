@@ -129,9 +129,17 @@ class TrainingConfig:
             self.answering(),
             joint=Rates(keys=0, values=0, answers=0, gates=0, readout=0, body=5e-4),
             text_weight=1.0,
+            unanswered_share=0.5,
             haystack_tokens=262_144,
             stages=(Stage(1_024, 8, 60, 12, 24), Stage(4_096, 4, 50, 24, 24)),
         )
+
+    @property
+    def is_memory_fixed(self) -> bool:
+        """Whether nothing of it learns in any lesson."""
+        taught = [self.joint if stage.num_questions else self.alone for stage in self.stages if stage.num_steps]
+        rates = [{**vars(each), "body": 0, "readout": 0} for each in taught]
+        return not (self.key_steps or self.value_steps or any(any(each.values()) for each in rates))
 
     @property
     def context(self) -> int:

@@ -18,6 +18,7 @@ from titans.checkpoint import read_memory, save_memory
 from titans.files import write_whole
 from titans.memory.neural import MemoryState, NeuralMemory
 from titans.model import TitansModel, next_token_loss
+from titans.packed import pack_memories
 from titans.training.batch import Batch, Recalls, Rows, make_batch
 from titans.training.config import Stage, TrainingConfig
 from titans.training.keys import away_from_half, teach_keys, teach_values, unit, value_loss
@@ -94,11 +95,15 @@ class Trainer:
 
         `start`: what `save_memory` wrote, to begin a run with. Raises CheckpointError where it does not fit.
         """
-        if not self._resume():
+        resumed = self._resume()
+        if start is not None and not resumed:
+            read_memory(self.model, start)
+        if self.config.is_memory_fixed:
+            pack_memories(self.model)
+        if not resumed:
             if start is None:
                 calibrate(self.memory, self.pool.haystack)
             else:
-                read_memory(self.model, start)
                 self._start_readout()
             self._first_lessons()
             self._save()
@@ -219,7 +224,8 @@ class Trainer:
         num_tokens = rows.hidden.shape[1]
         joined = torch.cat((rows.before, rows.hidden), dim=1)
         recent = torch.zeros_like(memory.recent[rows.document_of])
-        y, _ = self.memory.read(joined, memory.weights[rows.document_of], recent)
+        kept = memory.kept[rows.document_of]  # what nobody has told is as faint as it will be
+        y, _ = self.memory.read(joined, memory.weights[rows.document_of], recent, kept=kept)
         y = y[:, -num_tokens:]
         h = rows.hidden + y
         call = self.model.place(rows.position, None, num_tokens)

@@ -29,7 +29,7 @@ _BRANCHES = 128  # computed at once
 _BREATH = 4  # facts that are stated together, at most
 _SAID_JUST_NOW = 0.1  # share of questions about what attention still sees
 _OTHER_SAID = 0.15  # share of questions before which it sees another fact
-_UNANSWERED = 5  # one question of so many, where the answer's beginning is the model's own, is also not answered
+_UNANSWERED = 5  # one question of so many is also not answered
 _PASSAGES = (8, 16, 32, 64, 128)  # tokens of one that is repeated
 _HELD_OUT_WORDS = 10  # one word of so many is kept for the facts that are held out
 
@@ -230,7 +230,7 @@ def _ask_facts(
             prompt, end = _prompt(tokenizer, fact)
             lead = tokenizer.encode(f" {fact.answer_lead}") if fact.answer_lead else []
             for before, value in ((said, fact.value), ([], NOT_KNOWN)):
-                if value is NOT_KNOWN and (i % _UNANSWERED or not lead):
+                if value is NOT_KNOWN and i % _UNANSWERED:
                     continue
                 answer = tokenizer.encode(f" {value}") + tokenizer.encode(".") + end
                 rows.append(text)
