@@ -80,7 +80,7 @@ def create_app(
             async with life.loading(load):
                 yield {"lifecycle": life, "gatekeeper": gatekeeper, "stall_seconds": settings.stream_stall_seconds}
 
-    app = FastAPI(title="titans-server", version=_VERSION, lifespan=lifespan)
+    app = FastAPI(title="titans-server", version=_VERSION, lifespan=lifespan, redirect_slashes=False)
     routers = (router, ingestions.router, versions.router, openai_router, responses_router, streams_router)
     for each in (*routers, health_router(life)):
         app.include_router(each)

@@ -75,3 +75,27 @@ async def test_a_relative_path_is_taken_from_where_the_process_stood(
     await store.open()
     await store.close()
     assert (tmp_path / "made" / "sessions.db").is_file()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://one.example/prod",
+        "redis://one.example/1x",
+        "redis://one.example/1/2",
+        "redis+sentinel://one.example:26379/titans/prod",
+        "redis+cluster://one.example/prod",
+        "redis://secret/more@one.example",
+    ],
+)
+def test_a_redis_database_that_is_no_number_is_not_taken_for_the_first_one(url: str) -> None:
+    with pytest.raises(ValueError, match="database") as error:
+        open_store(url)
+    assert "more" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["redis://one.example/0", "redis+sentinel://one.example/titans/0"])
+@pytest.mark.parametrize("option", ["wait_replica=1", "ssl_ca_cert=x", "db=x"])
+def test_an_option_that_a_redis_connection_does_not_have_is_refused_before_it_connects(place: str, option: str) -> None:
+    with pytest.raises(ValueError, match=option.partition("=")[0]):
+        open_store(f"{place}?{option}")

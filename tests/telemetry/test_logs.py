@@ -7,6 +7,7 @@ import time
 import httpx
 import pytest
 from support.servers import ServerProcess
+from titans_server.errors import Overloaded
 from titans_server.telemetry import request
 from titans_server.telemetry.logs import JSONFormatter, TextFormatter
 
@@ -132,6 +133,6 @@ def test_a_traceback_is_in_the_object() -> None:
 
 def test_outside_of_a_request_nothing_is_told() -> None:
     assert request.current() is None
-    request.failed("overloaded")
+    request.failed(Overloaded("busy"))
     request.about_session("ses_1")
     assert request.current() is None

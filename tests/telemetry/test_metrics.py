@@ -8,6 +8,7 @@ import pytest
 from httpx_sse import connect_sse
 from prometheus_client.parser import text_string_to_metric_families
 from support.servers import ServerProcess
+from support.streams import EOS
 
 PLAIN = {"Content-Type": "text/plain"}
 
@@ -147,6 +148,24 @@ def test_an_error_inside_a_stream_is_counted_by_its_code(http: httpx.Client, cha
     with connect_sse(http, "POST", path, content=b"\xff\xfe", headers=PLAIN) as events:
         assert [event.event for event in events.iter_sse()] == ["error", "message"]
     wait_until(lambda: change("titans_errors_total", code="invalid_utf8") == 1)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_error_that_ends_a_stream_is_counted_for_whom_it_was_told(
+    http: httpx.Client, change: Change, resumed: bool
+) -> None:
+    body = {"prompt": "on", "stream": True, "max_tokens": 4_000, "logit_bias": {str(EOS): -100}}
+    body |= {"model": http.get("/v1/models").json()["data"][0]["id"]}
+    with http.stream("POST", "/v1/completions", json=body, headers={"Prefer": "resumable"}) as begun:
+        path = f"/v1/streams/{begun.headers['X-Stream-ID']}"
+        if not resumed:
+            http.delete(path)
+            assert "stream_stopped" in begun.read().decode()
+    if resumed:
+        with http.stream("GET", path) as gone_on:
+            http.delete(path)
+            assert "stream_stopped" in gone_on.read().decode()
+    wait_until(lambda: change("titans_errors_total", code="stream_stopped") == 1)
 
 
 def test_no_label_holds_what_a_client_chose(http: httpx.Client) -> None:

@@ -17,7 +17,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from support.models import TinyCheckpoint
 from support.servers import LiveServer, free_port
+from titans_server.errors import StoreUnavailable, StreamStopped, TitansError
 from titans_server.settings import Settings
+from titans_server.telemetry.request import RequestInfo
 from titans_server.telemetry.traces import Tracing
 
 MARKER = "xylophone-of-the-drowned-mayor"
@@ -158,6 +160,18 @@ def test_errors_have_their_code_and_only_a_servers_own_are_errors(http: httpx.Cl
         list(events.iter_sse())
     torn = spans.take()[-1]
     assert (torn.attributes or {})["error.type"] == "invalid_utf8"
+
+
+@pytest.mark.parametrize(("error", "status"), [(StoreUnavailable, StatusCode.ERROR), (StreamStopped, StatusCode.UNSET)])
+def test_a_stream_that_a_server_broke_off_is_an_error_though_it_began_well(
+    error: type[TitansError], status: StatusCode
+) -> None:
+    provider, spans = TracerProvider(), Spans()
+    provider.add_span_processor(spans)
+    with Tracing(provider).request("GET", "/", {}) as span:
+        span.ended("GET", "/", 200, RequestInfo("req_1", error=error("no")))
+    (ended,) = spans.take()
+    assert ended.status.status_code is status
 
 
 def test_no_span_holds_what_a_user_wrote(http: httpx.Client, spans: Spans) -> None:

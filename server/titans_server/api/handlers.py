@@ -26,7 +26,7 @@ def add_handlers(app: FastAPI) -> None:
 
 def answer(error: TitansError, status: int | None = None) -> Response:
     """The response that an error leaves as, with its own status unless another is given."""
-    request_info.failed(error.code)
+    request_info.failed(error)
     headers = dict(error.headers)
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)

@@ -70,6 +70,8 @@ class EventStream(EventSourceResponse):
         except SendTimeoutError:
             log.info("a reader that took nothing for too long was left")
         finally:
+            if self._reader.told is not None:  # it was told to this request, whichever the stream was made for
+                request.failed(self._reader.told)
             self._reader.leave()
 
     async def _events_of_document(self, body_read: asyncio.Event) -> AsyncGenerator[bytes, None]:
@@ -116,7 +118,7 @@ class Framing:
 
     def failure(self, error: TitansError) -> Frame:
         """What a stream that has failed ends with."""
-        return Frame(as_json(error.body()), name="error")
+        return Frame(as_json(error.body()), name="error", error=error)
 
     async def frames(self, events: AsyncGenerator[Any, None]) -> AsyncGenerator[Frame, None]:
         """Events to frames, ended by [DONE]; what goes wrong is one of them."""
@@ -139,7 +141,7 @@ class Framing:
         return [self.failure(StreamStopped("the stream was stopped")), DONE]
 
     def _failed(self, error: TitansError) -> Frame:
-        request.failed(error.code)
+        request.failed(error)
         return self.failure(error)
 
 

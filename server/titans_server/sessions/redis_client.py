@@ -65,11 +65,14 @@ def connect(url: str, *, max_connections: int) -> Any:
     url, _ = without_replicas(url)
     scheme, _, rest = url.partition("://")
     secure, _, kind = scheme.partition("+")
-    if kind == "cluster":
-        return RedisCluster.from_url(f"{secure}://{rest}", **options)
-    if kind == "sentinel":
-        return _behind_sentinel(f"{secure}://{rest}", options)
-    return Redis.from_pool(ConnectionPool.from_url(url, **options))
+    try:
+        if kind == "cluster":
+            return RedisCluster.from_url(_checked(f"{secure}://{rest}"), **options)
+        client = _behind_sentinel(f"{secure}://{rest}", options) if kind == "sentinel" else _alone(url, options)
+        client.connection_pool.make_connection()  # which connects to nothing yet, but reads the options
+    except TypeError as error:
+        raise ValueError(f"an option of the Redis store's URL cannot be read: {error}") from None
+    return client
 
 
 def without_replicas(url: str) -> tuple[str, int]:
@@ -98,6 +101,18 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
+def _checked(url: str) -> str:
+    """The URL. Raises ValueError where its database is no number: redis-py would take the first one instead."""
+    database = unquote(_split(url).path).removeprefix("/")
+    if database and not database.isdecimal():
+        raise ValueError("the database of a Redis store's URL, after the last /, is a number")
+    return url
+
+
+def _alone(url: str, options: dict[str, Any]) -> Any:
+    return Redis.from_pool(ConnectionPool.from_url(_checked(url), **options))
+
+
 def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
     parts = _split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
@@ -107,7 +122,11 @@ def _behind_sentinel(url: str, options: dict[str, Any]) -> Any:
     places = [_split(f"//{host}") for host in hosts.split(",")]
     sentinels = [(place.hostname or "", place.port or 26379) for place in places]
     own = urlunsplit((parts.scheme, f"{credentials}@master" if credentials else "master", database, parts.query, ""))
-    given = {name: value for name, value in parse_url(own).items() if name not in {"host", "port", "connection_class"}}
+    given = {
+        name: value
+        for name, value in parse_url(_checked(own)).items()
+        if name not in {"host", "port", "connection_class"}
+    }
     watching = {name: options[name] for name in ("socket_connect_timeout", "socket_timeout")}
     watching |= {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     if parts.scheme == "rediss":

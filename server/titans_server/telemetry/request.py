@@ -5,6 +5,8 @@ import secrets
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from titans_server.errors import TitansError
+
 _SANE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")  # nothing that could end a header or a line of a log
 
 
@@ -14,7 +16,12 @@ class RequestInfo:
 
     id: str
     session_id: str | None = None
-    error_code: str | None = None  # of the error that it was answered with, or that its stream ended with
+    error: TitansError | None = None  # that it was answered with, or that its stream ended with
+
+    @property
+    def error_code(self) -> str | None:
+        """Of that error."""
+        return None if self.error is None else self.error.code
 
 
 _current: ContextVar[RequestInfo | None] = ContextVar("titans_request", default=None)
@@ -39,7 +46,7 @@ def about_session(session_id: str) -> None:
         info.session_id = session_id
 
 
-def failed(code: str) -> None:
+def failed(error: TitansError) -> None:
     """The current request is answered with an error, or its stream ends with one."""
     if (info := _current.get()) is not None:
-        info.error_code = code
+        info.error = error

@@ -114,8 +114,9 @@ class RequestSpan:
         span.set_attributes({"http.route": route, "http.response.status_code": status, "titans.request_id": info.id})
         if info.session_id is not None:
             span.set_attribute("gen_ai.conversation.id", info.session_id)
-        if info.error_code is not None:
-            span.set_attribute("error.type", info.error_code)
+        if info.error is not None:
+            span.set_attribute("error.type", info.error.code)
+            status = info.error.status  # of a stream, which was begun as if all were well
         if status >= 500:  # what a client gets wrong is no error
             span.set_status(Status(StatusCode.ERROR))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sse_starlette import ServerSentEvent
 
-from titans_server.errors import EventsLost, InvalidRequest
+from titans_server.errors import EventsLost, InvalidRequest, TitansError
 
 _OVERHEAD = 128  # bytes that keeping an event costs beside its own
 
@@ -16,6 +16,7 @@ class Frame:
 
     data: str
     name: str | None = None  # None: "message", as a reader of events sees it
+    error: TitansError | None = None  # that it tells of
     is_passing: bool = False  # the next passing one may take its place, as long as no reader has it
 
 
@@ -26,6 +27,7 @@ class Numbered:
     id: int
     wire: bytes
     is_passing: bool
+    error: TitansError | None = None  # that it tells of
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +65,7 @@ class Ring:
             self.forget(self.last_to_go)
         self.last += 1
         wire = ServerSentEvent(frame.data, event=frame.name, id=str(self.last)).encode()
-        event = Numbered(self.last, wire, frame.is_passing)
+        event = Numbered(self.last, wire, frame.is_passing, frame.error)
         self._events.append(event)
         self.num_bytes += event.num_bytes
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from titans_server.api.streams.ring import Frame, Ring
+from titans_server.errors import TitansError
 
 
 class Stream:
@@ -102,6 +103,7 @@ class Reader:
     def __init__(self, stream: Stream, after: int) -> None:
         self.stream = stream
         self.number = after  # of the last event that was taken
+        self.told: TitansError | None = None  # the error that the stream ended with, once it was taken
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The events, to the stream's end or until another reader takes over."""
@@ -109,6 +111,7 @@ class Reader:
         while stream.reader is self:
             event = stream.ring.after(self.number)
             if event is not None:
+                self.told = event.error or self.told
                 yield event.wire
                 self._took(event.id)
             elif stream.has_ended:

@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from titans_server.api.openai.convert import Json, scored
@@ -117,9 +118,8 @@ class ResponseFraming(Framing):
     def failure(self, error: TitansError) -> Frame:
         """In the shape of a response's events, and with the body that errors have everywhere."""
         body = error.body()
-        return self.event(
-            {"type": "error", **{name: body["error"][name] for name in ("code", "message", "param")}, **body}
-        )
+        told = {name: body["error"][name] for name in ("code", "message", "param")}
+        return replace(self.event({"type": "error", **told, **body}), error=error)
 
 
 def conversation_object(session_id: str, created_at: float, metadata: Any) -> Json:
