@@ -323,6 +323,7 @@ def test_an_unknown_session_is_not_found(http: httpx.Client, name: str) -> None:
 
 def test_a_path_or_method_that_is_not_there_says_so_in_the_same_shape(http: httpx.Client) -> None:
     assert code(http.get("/v2/nothing")) == "http_404"
+    assert code(http.post("/v1/sessions/")) == "http_404"
     assert code(http.put("/v1/sessions")) == "http_405"
 
 

@@ -48,6 +48,8 @@ def test_the_document_names_every_status_and_the_shape_of_errors(http: httpx.Cli
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             statuses = set(operation["responses"])
+            if path == "/metrics":
+                assert {"401", "415", "431", "500", "503"} <= statuses and "429" not in statuses
             if not path.startswith("/v1/"):
                 continue
             assert {"401", "413", "415", "429", "431", "500", "503"} <= statuses, (method, path)
@@ -57,6 +59,22 @@ def test_the_document_names_every_status_and_the_shape_of_errors(http: httpx.Cli
                 if int(status) >= 400:
                     shown = response["content"]["application/json"]["schema"]
                     assert shown == {"$ref": "#/components/schemas/Error"}
+
+
+def test_the_document_has_the_shape_of_what_is_told_of_a_document_and_of_an_answer(
+    http: httpx.Client, session: str
+) -> None:
+    document, path = http.get("/openapi.json").json(), f"/v1/sessions/{session}"
+    learnt = http.post(f"{path}/documents", content="text", headers={"Content-Type": "text/plain"})
+    later = http.post(
+        f"{path}/documents", content="more", headers={"Content-Type": "text/plain", "Prefer": "respond-async"}
+    )
+    answer = http.post(f"{path}/completions", json={"prompt": "It was", "max_tokens": 1})
+    for told, kind in ((learnt, "documents"), (later, "documents"), (answer, "completions")):
+        shown = document["paths"]["/v1/sessions/{session_id}/" + kind]["post"]["responses"][str(told.status_code)]
+        reference = shown["content"]["application/json"]["schema"]["$ref"]
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+        assert told.json().keys() == schema["properties"].keys()
 
 
 @pytest.mark.parametrize("preference", ["].", "", "handling=lenient; x", "resumable-not, respond-asynchronously"])

@@ -50,7 +50,10 @@ class Gate:
         always: frozenset[str],
         everybody: frozenset[str],
     ) -> None:
-        """`always`: paths that are answered while the server loads and drains; `everybody`: without a key."""
+        """`always`: paths that are answered at any rate, and while the server loads and drains.
+
+        `everybody`: those that need no key, either.
+        """
         self._app = app
         self._lifecycle = lifecycle
         self._limits = limits
@@ -66,14 +69,16 @@ class Gate:
             return
         with ExitStack() as stack:
             try:
-                if scope["path"] not in self._always:
+                is_bounded = scope["path"] not in self._always
+                if is_bounded:
                     to_old_work = scope["path"].startswith(_OLD_WORK)
                     stack.enter_context(self._lifecycle.in_flight(to_old_work=to_old_work))
                 caller = await self._caller(scope)
                 send = _telling(self._limiter.allowance(caller), send)  # from here on, refusals too
                 self._check_body(scope, int(Headers(scope=scope).get("Content-Length", 0)))
                 works, ends = (scope["method"] == method for method in ("POST", "DELETE"))
-                stack.enter_context(self._limiter.admit(caller, costs_tokens=works, only_ends=ends))
+                if is_bounded:
+                    stack.enter_context(self._limiter.admit(caller, costs_tokens=works, only_ends=ends))
             except TitansError as error:
                 await answer(error)(scope, receive, send)
                 return

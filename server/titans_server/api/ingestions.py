@@ -20,7 +20,13 @@ router = APIRouter()
 INGESTION = "/v1/ingestions/{ingestion_id}"
 
 
-@router.post(SESSION + "/documents", response_model=None, dependencies=[Room])
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": DocumentLearnt},
+    202: {"model": IngestionStatus, "description": "Accepted: it is learnt afterwards"},
+}
+
+
+@router.post(SESSION + "/documents", response_model=None, responses=_ANSWERS, dependencies=[Room])
 async def post_document(
     session_id: OwnSession, *, request: Request, service: Service, context: Context, terms: AskedTerms, reply: Reply
 ) -> Any:

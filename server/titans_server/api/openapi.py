@@ -93,6 +93,7 @@ _HEADERS: dict[tuple[str, str], list[Json]] = {  # that a route reads itself
     ("delete", "/v1/conversations/{session_id}"): [_IF_MATCH],
     ("post", "/v1/conversations/{session_id}/items"): [_IF_MATCH],
 }
+_METRICS = "/metrics"
 _STREAMED = {  # operations that may answer with events
     "/v1/sessions/{session_id}/documents",
     "/v1/sessions/{session_id}/completions",
@@ -137,9 +138,6 @@ def _complete(operation: Json, path: str, method: str, refused: int) -> None:
     if (method, path) in _BODIES:
         operation["requestBody"] = {"required": True, "content": _BODIES[method, path]}
     operation.setdefault("parameters", []).extend(_HEADERS.get((method, path), []))
-    if path == "/v1/sessions/{session_id}/documents":
-        shown = {"application/json": {"schema": {"$ref": "#/components/schemas/IngestionStatus"}}}
-        responses["202"] = {"description": "Accepted: it is learnt afterwards", "content": shown}
     if path == "/v1/sessions/{session_id}/state" and method == "get":
         responses["200"]["content"] = _BODIES["put", path]
     if path in _STREAMED:
@@ -147,7 +145,9 @@ def _complete(operation: Json, path: str, method: str, refused: int) -> None:
     if path == "/v1/streams/{stream_id}" and method == "get":
         responses["200"]["content"] = _EVENTS
         responses["204"] = {"description": "The stream has ended there"}
-    if path.startswith("/v1/"):
+    if path == _METRICS:
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    if path.startswith("/v1/") or path == _METRICS:
         operation["security"] = [{"key": []}, {}]
     reference = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status, codes in sorted(_failures(operation, path, method, refused).items()):
@@ -166,11 +166,13 @@ def _failures(operation: Json, path: str, method: str, refused: int) -> dict[int
 def _errors(operation: Json, path: str, method: str) -> Iterator[type[TitansError]]:
     if path == "/health/ready":
         yield from (errors.Loading, errors.ModelFailed, errors.ShuttingDown, errors.StoreUnavailable)
+    if path.startswith("/v1/") or path == _METRICS:
+        yield from (errors.InvalidAPIKey, errors.HeadersTooLarge, errors.UnsupportedMediaType, errors.BodyTooLarge)
+        yield from (errors.StoreUnavailable, TitansError)
     if not path.startswith("/v1/"):
         return
-    yield from (errors.InvalidAPIKey, errors.HeadersTooLarge, errors.UnsupportedMediaType, errors.BodyTooLarge)
     yield from (errors.RateLimited, errors.QuotaExceeded, errors.Overloaded, errors.Loading, errors.ModelFailed)
-    yield from (errors.ShuttingDown, errors.StoreUnavailable, TitansError)
+    yield errors.ShuttingDown
     parameters = operation.get("parameters", [])
     if "requestBody" in operation or any(x["in"] != "path" for x in parameters) or path.endswith("/items"):
         yield errors.InvalidRequest

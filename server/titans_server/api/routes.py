@@ -48,7 +48,7 @@ async def delete_session(session_id: OwnSessionToDelete, service: Service, if_ma
     await service.delete(session_id, if_match)
 
 
-@router.post(SESSION + "/completions", response_model=None)
+@router.post(SESSION + "/completions", response_model=None, responses={200: {"model": Completion}})
 async def create_completion(
     session_id: OwnSession, body: CreateCompletion, service: Service, context: Context, reply: Reply
 ) -> Any:
