@@ -1,5 +1,6 @@
 """What is said to the server: a call for each thing it can be asked for."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -22,6 +23,8 @@ from ._models import (
 )
 
 PLAIN_TEXT = "text/plain; charset=utf-8"
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 M = TypeVar("M", bound=Wire)
 
@@ -187,7 +190,16 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def check_key(key: str) -> str:
+    """An Idempotency-Key, as it is. Raises ValueError for one that the server would refuse, or httpx not send."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"a key has 1 to 255 printable ASCII characters, and no space, unlike {key!r}")
+    return key
+
+
 def _headers(key: str | None = None, if_version: int | None = None) -> dict[str, str]:
+    if key is not None:
+        check_key(key)
     version = None if if_version is None else f'"{if_version}"'
     return _given({"Idempotency-Key": key, "If-Match": version})
 

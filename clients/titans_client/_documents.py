@@ -1,11 +1,13 @@
 """The forms in which a document may be given, each turned into a body that httpx sends piece by piece."""
 
 import asyncio
+import errno
 import io
 import os
+import select
 import stat
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +133,23 @@ def read_some(file: BinaryFile, size: int) -> bytes:
     """At most `size` bytes of a file, none at its end.
 
     A pipe's are not waited for until they are so many: the server would take a client that keeps them for a silent one.
+    Raises BlockingIOError where it has none yet and cannot be waited for.
     """
-    return file.read1(size) if isinstance(file, io.BufferedReader) else file.read(size)
+    read: Callable[[int], bytes | None] = file.read1 if isinstance(file, io.BufferedReader) else file.read
+    piece = read(size)
+    if not piece and _never_waits(file):  # so this may be its end, or that there is nothing yet
+        select.select([file], [], [])
+        piece = read(size)
+    if piece is None:
+        raise BlockingIOError(errno.EAGAIN, "a file that has nothing to read yet")
+    return piece
+
+
+def _never_waits(file: BinaryFile) -> bool:
+    try:
+        return not os.get_blocking(file.fileno())  # type: ignore[attr-defined]  # where there is one
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _pieces(file: BinaryFile, length: int | None = None) -> Iterator[bytes]:

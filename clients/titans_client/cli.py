@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import _extensions
+from ._calls import check_key
 from ._client import Client
 from ._errors import (
     APIConnectionError,
@@ -128,7 +129,7 @@ def _add_ingestions(parser: _extensions.Parser, url: _extensions.Parser) -> None
 def _add_ingest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a text in UTF-8; -: standard input")
     parser.add_argument("--session", metavar="ID", type=_session_id, help="(default: a new one; its id is printed)")
-    parser.add_argument("--key", help="an Idempotency-Key: what is sent again under it is learnt once")
+    parser.add_argument("--key", type=_key, help="an Idempotency-Key: what is sent again under it is learnt once")
     parser.add_argument("--later", action="store_true", help="return once it is durable; print its ingestion's id")
     _set_command(parser, _ingest)
 
@@ -304,6 +305,13 @@ def _session_id(text: str) -> str:
     if not text.strip("."):
         raise argparse.ArgumentTypeError(f"not a session's id: {text!r}")
     return text
+
+
+def _key(text: str) -> str:
+    try:
+        return check_key(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _describe(error: TitansError) -> str:

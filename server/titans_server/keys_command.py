@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     create = actions.add_parser("create", parents=[store], help="make a key and print it, this once")
     create.add_argument("name", type=_line, help="for people: who it is for")
-    create.add_argument("--owner", metavar="ID", help="a key's id: the new one gets at the same sessions")
+    create.add_argument("--owner", metavar="ID", type=_line, help="a key's id: the new one gets at the same sessions")
     for quota in fields(Quotas):
         flag = "--" + quota.name.replace("_", "-")
         number = _number if quota.name in {"sessions", "bytes"} else _number_above_0  # as in the settings
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.set_defaults(action=_list)
 
     revoke = actions.add_parser("revoke", parents=[store], help="have a key let nobody in any more")
-    revoke.add_argument("id", metavar="ID")
+    revoke.add_argument("id", metavar="ID", type=_line)
     revoke.set_defaults(action=_revoke)
 
 
@@ -75,7 +75,12 @@ async def _create(store: KeyStore, args: argparse.Namespace) -> int:
     quotas = Quotas(**{quota.name: getattr(args, quota.name) for quota in fields(Quotas)})
     key, secret = keys.make(args.name, time.time(), quotas, owner)
     await store.put(key)
-    sys.stdout.write(f"{secret}\n")
+    try:
+        sys.stdout.write(f"{secret}\n")
+        sys.stdout.flush()
+    except OSError:  # nobody has it, or ever will
+        await store.put(replace(key, revoked_at=time.time()))
+        raise
     sys.stderr.write("this is the only time that the key is shown\n")
     return 0
 

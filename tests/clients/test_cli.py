@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from titans_client import _extensions, _terminal, cli
+from titans_client import Client, _extensions, _terminal, cli
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -64,6 +64,17 @@ def test_a_session_is_made_shown_and_deleted(run: Run, contract: Any) -> None:
     assert (status, json.loads(out), err) == (0, contract.sessions["ses_1"], "")
     assert run("sessions", "delete", "ses_1") == (0, "deleted ses_1\n", "")
     assert run("sessions", "show", "ses_1") == (1, "", "titans: no session ses_1 (session_not_found)\n")
+
+
+@pytest.mark.parametrize("key", ["", " x ", "a\nb", "é", "k" * 256])
+def test_a_key_that_cannot_be_sent_is_refused_before_a_session_is_made(
+    run: Run, contract: Any, tmp_path: Path, key: str
+) -> None:
+    (tmp_path / "one.txt").write_text("text")
+    assert run("ingest", str(tmp_path / "one.txt"), "--key", key)[0] == 2
+    assert not contract.sessions
+    with Client(contract.url) as client, pytest.raises(ValueError, match="printable ASCII"):
+        client.ingest("ses_1", "text", key=key)
 
 
 def test_health_is_shown(run: Run) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import select
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ async def test_a_file_is_sent_as_it_is_read_and_stays_open(driver: Any) -> None:
     assert len(upload.read_ahead) > 3
     assert upload.headers["Transfer-Encoding"] == "chunked"
     assert not file.closed
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+async def test_a_file_that_never_waits_is_sent_to_its_end(driver: Any, buffering: int) -> None:
+    """As a terminal's or a socket's, whose owner has asked for that: that it has nothing yet is not its end."""
+    read, written = os.pipe()
+    os.set_blocking(read, False)
+
+    def write() -> None:
+        with os.fdopen(written, "wb", buffering=0) as file:
+            for piece in (b"the first half ", b"and the second"):
+                time.sleep(0.2)
+                file.write(piece)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    with os.fdopen(read, "rb", buffering=buffering) as file:
+        upload = Upload()
+        await driver.use(upload, lambda c: c.ingest("s", file))
+    writing.join()
+    assert upload.body == b"the first half and the second"
 
 
 async def test_a_file_is_sent_from_where_it_stands(driver: Any) -> None:

@@ -45,6 +45,16 @@ def test_a_key_that_replaces_another_has_its_sessions(capsys: pytest.CaptureFixt
     assert lines[second].endswith(f"owner={first}") and lines[third].endswith(f"owner={first}")
 
 
+def test_a_key_whose_secret_nobody_was_told_lets_nobody_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        assert main(["keys", "create", "Bob"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert "\trevoked 20" in titans(capsys, "list")
+
+
 @pytest.mark.parametrize(
     ("words", "status", "reason"),
     [
@@ -55,6 +65,8 @@ def test_a_key_that_replaces_another_has_its_sessions(capsys: pytest.CaptureFixt
         (["list", "--store", "redis://127.0.0.1:1/0"], 1, "Redis"),
         (["create"], 2, "name"),
         (["create", "Bob\tactive"], 2, "not all of it can be printed"),
+        (["revoke", "\udcff"], 2, "not all of it can be printed"),
+        (["create", "Bob", "--owner", "\udcff"], 2, "not all of it can be printed"),
         (["create", "Bob\n"], 2, "not all of it can be printed"),
         (["create", "Bob", "--sessions", "-1"], 2, "--sessions"),
         (["create", "Bob", "--sessions", "many"], 2, "not a number"),
