@@ -137,7 +137,7 @@ def read_some(file: BinaryFile, size: int) -> bytes:
     """
     read: Callable[[int], bytes | None] = file.read1 if isinstance(file, io.BufferedReader) else file.read
     piece = read(size)
-    if not piece and _never_waits(file):  # so this may be its end, or that there is nothing yet
+    if not piece and isinstance(file, io.IOBase) and _never_waits(file):  # its end, or that there is nothing yet
         select.select([file], [], [])
         piece = read(size)
     if piece is None:
@@ -145,9 +145,9 @@ def read_some(file: BinaryFile, size: int) -> bytes:
     return piece
 
 
-def _never_waits(file: BinaryFile) -> bool:
+def _never_waits(file: io.IOBase) -> bool:
     try:
-        return not os.get_blocking(file.fileno())  # type: ignore[attr-defined]  # where there is one
+        return not os.get_blocking(file.fileno())
     except (AttributeError, OSError, ValueError):
         return False
 

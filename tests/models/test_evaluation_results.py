@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from titans.evaluation import table
 from titans.evaluation.__main__ import add_arguments, run
 from titans.evaluation.names import met_again
 from titans.evaluation.perplexity import Perplexity
-from titans.evaluation.plot import by_depth, plot
+from titans.evaluation.plot import by_depth, check, plot
 from titans.evaluation.results import Results, read_results
 from titans.evaluation.scoring import cells, wilson
 from titans.evaluation.task import EvaluationError
@@ -109,6 +109,42 @@ def test_results_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(EvaluationError, match="not a file of results"):
         Results(path, {"seed": 1})
+
+
+def test_where_no_results_can_be_kept_nothing_is_measured() -> None:
+    with pytest.raises(OSError):
+        Results(Path("/proc/results.json"), {"seed": 0})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole["documents"][0].pop("questions"),
+        lambda whole: whole["documents"][0]["questions"].clear(),
+        lambda whole: whole["documents"][0]["questions"][0].pop("memory"),
+        lambda whole: whole["documents"][0]["questions"][0]["memory"].pop("right"),
+        lambda whole: whole["documents"][0].update(task=["facts"]),
+        lambda whole: whole["documents"].append(1),
+        lambda whole: whole["perplexity"].append(1),
+        lambda whole: whole["perplexity"].append({"tokens": 1, "nats": None, "names": {}, "num_names": 0}),
+        lambda whole: whole.pop("settings"),
+    ],
+)
+def test_results_that_are_not_whole_are_refused_before_any_work(
+    tmp_path: Path, damage: Callable[[Any], object]
+) -> None:
+    path = results_file(tmp_path / "results.json", graded("facts", 100, 0, [True, False]))
+    whole = json.loads(path.read_bytes())
+    damage(whole)
+    path.write_text(json.dumps(whole))
+    with pytest.raises(EvaluationError, match="not a file of results"):
+        read_results([path])
+
+
+def test_results_that_are_nested_too_deep_are_none(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    with pytest.raises(EvaluationError, match="not a file of results"):
+        read_results([tmp_path / "results.json"])
 
 
 def results_file(
@@ -222,3 +258,13 @@ def test_recall_by_depth_counts_fifths_and_is_drawn(tmp_path: Path) -> None:
     assert by_depth(documents) == {100: [(0, 0)] * 4 + [(1, 2)], 200: [(0, 0), (1, 1), (0, 0), (0, 0), (0, 0)]}
     plot(cells(documents), documents, tmp_path / "recall.png")
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_where_it_was_asked_for_whatever_its_name(tmp_path: Path) -> None:
+    documents = [graded("facts", 100, 0, [True, False])]
+    del documents[0]["questions"][0]["off"], documents[0]["questions"][1]["off"]
+    for name in ("recall", "recall.foo"):
+        plot(cells(documents), documents, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(EvaluationError, match="is a folder"):
+        check(tmp_path)

@@ -13,7 +13,9 @@ _PARTS = 5  # of a document, in the picture by depth
 
 
 def check(target: Path) -> None:
-    """Raises EvaluationError where there is nothing to draw with, or no folder to draw in."""
+    """Raises EvaluationError where there is nothing to draw with, or no file to draw in."""
+    if target.is_dir():
+        raise EvaluationError(f"{target} is a folder")
     if not target.parent.is_dir():
         raise EvaluationError(f"{target.parent} is not a folder")
     if importlib.util.find_spec("matplotlib") is None:
@@ -37,8 +39,8 @@ def plot(cells: Sequence[Cell], documents: Iterable[dict[str, Any]], target: Pat
         of_task = [cell for cell in cells if cell.task == task]
         lengths = [cell.tokens for cell in of_task]
         color = _draw(left, lengths, [_counts(cell, "memory") for cell in of_task], task)
-        off = [right / asked for right, asked in (_counts(cell, "off") for cell in of_task)]
-        left.plot(lengths, off, "--", color=color, linewidth=0.8)
+        off = [(cell.tokens, *_counts(cell, "off")) for cell in of_task if "off" in cell.tallies]
+        left.plot([x for x, *_ in off], [right / asked for *_, right, asked in off], "--", color=color, linewidth=0.8)
     lengths = sorted({cell.tokens for cell in cells})
     left.set(xscale="log", xlabel="tokens", ylabel="exact match", title="by length; dashed: memory off")
     left.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -51,7 +53,7 @@ def plot(cells: Sequence[Cell], documents: Iterable[dict[str, Any]], target: Pat
         xlabel="depth (0: the document's beginning)", title="by depth; all tasks of one value", ylim=(-0.05, 1.05)
     )
     right.legend()
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=110, format="png")
     plt.close(figure)
 
 

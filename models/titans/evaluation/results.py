@@ -4,7 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from pydantic import BaseModel, Field
 
 from titans.evaluation.perplexity import Perplexity
 from titans.evaluation.scoring import Cell, cells
@@ -16,18 +19,66 @@ Key = tuple[str, int, int]  # task, tokens, index of a document
 _COMMON = "fingerprint", "text"  # what files must share to be shown together
 
 
+class _Answer(BaseModel):
+    answer: str
+    right: bool
+    share: float  # of what was to be given
+
+
+class _Question(BaseModel):
+    depths: list[float]  # of what it asks for, 0 to 1
+    memory: _Answer
+    off: _Answer | None = None
+    full: _Answer | None = None
+
+
+class _Absent(BaseModel):
+    answer: str
+    value: bool  # it gives one
+    planted: bool  # of something else
+
+
+class _Document(BaseModel):
+    task: str
+    tokens: int
+    index: int
+    read: int  # tokens
+    questions: list[_Question] = Field(min_length=1)
+    absent: list[_Absent]
+
+
+class _Nats(BaseModel):
+    tokens: int
+    nats: dict[str, float]
+    names: dict[str, float]
+    num_names: int
+
+
+class _File(BaseModel):
+    """What a file has, beside what can be counted from it."""
+
+    settings: dict[str, Any]
+    documents: list[_Document]
+    perplexity: list[_Nats]
+
+
 class Results:
     """What has been measured so far; kept in memory alone where there is no file."""
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        """Goes on with what the file has. Raises EvaluationError for one of other settings, or none of ours."""
+        """Goes on with what the file has.
+
+        Raises EvaluationError for one of other settings, or none of ours, OSError where there cannot be one.
+        """
         self.path, self.settings = path, settings
         self.documents: dict[Key, dict[str, Any]] = {}
         self.perplexity: dict[int, Perplexity] = {}
-        if path is not None and path.exists():
-            self._load(path)
-        elif path is not None:
+        if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path.parent):  # hours of work are not to end where nothing can be written
+                pass
+            if path.exists():
+                self._load(path)
 
     def add(self, documents: Iterable[dict[str, Any]]) -> None:
         """Documents that have been examined; durable when this returns, beside what others have put there meanwhile.
@@ -103,11 +154,13 @@ def read_results(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[int,
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]], dict[int, Perplexity]]:
     """A file's settings, documents and nats per token."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        _File.model_validate_json(text)
+        found = json.loads(text)
         documents = {_key(document): document for document in found["documents"]}
         nats = {row.pop("tokens"): Perplexity(**row) for row in found["perplexity"]}
         return dict(found["settings"]), documents, nats
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise EvaluationError(f"{path} is not a file of results") from error
 
 
