@@ -100,6 +100,8 @@ def _fuse(get: Callable[[str], Tensor], config: BackboneConfig, names: dict[str,
     for name, x in tensors.items():
         if tuple(x.shape) != (expected := shapes[re.sub(r"layers\.\d+\.", "", name)]):
             raise ValueError(f"{name} is {tuple(x.shape)}, where the config says {expected}")
+        if not x.isfinite().all():
+            raise ValueError(f"not all of {name} is finite")
     return tensors
 
 

@@ -141,6 +141,9 @@ def read_memory(model: TitansModel, path: Path) -> None:
     _check_shape(path, config, model.config)
     with safe_open(str(path), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise CheckpointError(f"{path} is damaged: not all of {name} is finite")
     expected = memory_tensors(model).keys() - (() if config.adapted else model.adapted.keys())
     if tensors.keys() != expected:
         raise CheckpointError(f"{path} does not hold the memory that its header describes")

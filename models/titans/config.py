@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 Architecture = Literal["mac", "mag", "mal", "lmm"]  # memory as context, as gate, as layer; memory alone
@@ -15,7 +15,8 @@ MOMENTUM_REACH = 24  # tokens, after which momentum, of an eta below a half, has
 class BackboneConfig:
     """A Llama-family transformer body (RMSNorm, rotary positions, grouped queries, SwiGLU).
 
-    Raises ValueError where num_heads is not a multiple of num_kv_heads, and where bos_token or eos_token is no id.
+    Raises ValueError where a field is of another type, num_heads is not a multiple of num_kv_heads, rope_theta or
+    norm_eps is not above 0, and where bos_token or eos_token is no id.
     """
 
     vocab_size: int
@@ -32,10 +33,13 @@ class BackboneConfig:
     eos_token: int  # id
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        if not (0 < self.rope_theta < math.inf and 0 < self.norm_eps < math.inf):
+            raise ValueError("rope_theta and norm_eps are above 0, and finite")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError("num_heads must be a multiple of num_kv_heads")
         for name, token in (("bos_token", self.bos_token), ("eos_token", self.eos_token)):
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name} {token!r} is none of {self.vocab_size} tokens")
 
 
@@ -43,10 +47,11 @@ class BackboneConfig:
 class MemoryConfig:
     """What every neural memory of a model is made of, and its rule.
 
-    Raises ValueError where a size is below 1, there is no such rule, the rule is exact and the memory not linear, keys
-    are protected and the rule is not exact, a gate is made of more tokens than a key, a key has too few neighbours for
-    its products, no gate, answer or margin could pass its threshold, margins are asked for without protected keys or a
-    read_threshold, or with `residual` what the memory is asked with and values differ in size.
+    Raises ValueError where a field is of another type, a size is below 1, there is no such rule, the rule is exact and
+    the memory not linear, keys are protected and the rule is not exact, a gate is made of more tokens than a key, a key
+    has too few neighbours for its products, no gate, answer or margin could pass its threshold, margins are asked for
+    without protected keys or a read_threshold, or with `residual` what the memory is asked with and values differ in
+    size.
     """
 
     num_heads: int = 4  # each with weights of its own
@@ -70,6 +75,7 @@ class MemoryConfig:
     margin_threshold: float = 0.0  # below it, an answer is no larger than read_threshold (`titans.memory.margin`)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.rule not in get_args(RuleName):
             raise ValueError(f"there is no rule {self.rule!r}")
         if self.rule == "exact" and (self.depth > 1 or self.residual):
@@ -147,9 +153,9 @@ class MemoryConfig:
 class TitansConfig:
     """A body, its memories and where they stand, and how far attention sees.
 
-    Raises ValueError where `memory_layers` is empty, out of order or names what the body has not, where there is no
-    such architecture, where a MAC's window is not a multiple of the memory's chunk_size or its memory has a
-    margin_threshold, and where a readout is asked of another architecture than "mal".
+    Raises ValueError where a field is of another type, `memory_layers` is empty, out of order or names what the body
+    has not, where there is no such architecture, where a MAC's window is not a multiple of the memory's chunk_size or
+    its memory has a margin_threshold, and where a readout is asked of another architecture than "mal".
     """
 
     backbone: BackboneConfig
@@ -162,6 +168,7 @@ class TitansConfig:
     adapted: bool = False  # True: norms and persistent tokens above the last memory are trained beside it
 
     def __post_init__(self) -> None:
+        _check_types(self)
         layers = self.memory_layers
         if self.architecture not in get_args(Architecture):
             raise ValueError(f"there is no architecture {self.architecture!r}")
@@ -199,6 +206,19 @@ class TitansConfig:
             readout=fields.get("readout", False),
             adapted=fields.get("adapted", False),
         )
+
+
+def _check_types(config: BackboneConfig | MemoryConfig | TitansConfig) -> None:
+    """Raises ValueError where a number or a switch is none: they may come from any JSON."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        is_right = {
+            int: isinstance(value, int) and not isinstance(value, bool),
+            float: isinstance(value, int | float) and not isinstance(value, bool),
+            bool: isinstance(value, bool),
+        }
+        if isinstance(each.type, type) and not is_right.get(each.type, True):
+            raise ValueError(f"{each.name} is {value!r}, which is no {each.type.__name__}")
 
 
 def tiny(

@@ -113,10 +113,13 @@ def bpe_tokenizer(tokens: Sequence[str], merges: Iterable[str], special: Sequenc
     """SmolLM2's tokenizer from its vocabulary: digits one by one, GPT-2's words, bytes as letters.
 
     `tokens` by id; `merges` "left right", the first one first; `special` the control tokens, which are among `tokens`.
-    Raises ValueError where a merge is not a pair.
+    Raises ValueError where a merge is not a pair of these.
     """
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    raw = RawTokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    try:
+        raw = RawTokenizer(BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"the merges: {error}") from error
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,6 +1,7 @@
 """The real body beside transformers, which reads the same files by code of its own."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_a_hugging_face_directory_is_the_same_body(body: Backbone, theirs: Any, 
     plain.save_pretrained(tmp_path)
     body.tokenizer._raw.save(str(tmp_path / "tokenizer.json"))
     loaded = load_backbone(tmp_path)
-    assert replace(loaded.config, norm_eps=0.0) == replace(body.config, norm_eps=0.0)
+    assert replace(loaded.config, norm_eps=1.0) == replace(body.config, norm_eps=1.0)
     assert loaded.config.norm_eps == pytest.approx(body.config.norm_eps)
     assert set(loaded.tensors) == set(body.tensors)
     for name, tensor in body.tensors.items():
@@ -168,6 +169,13 @@ def test_a_chat_template_is_found_where_hugging_face_keeps_it(
     [
         {"bos_token_id": None},
         {"bos_token_id": 259},
+        {"bos_token_id": True},
+        {"rms_norm_eps": 0},
+        {"rms_norm_eps": "x"},
+        {"rms_norm_eps": math.nan},
+        {"rope_theta": -1},
+        {"rope_theta": math.inf},
+        {"tie_word_embeddings": 1},
         {"eos_token_id": None},
         {"eos_token_id": [-1]},
         {"vocab_size": 400},
@@ -185,6 +193,17 @@ def test_a_config_that_is_not_its_tensors_and_tokens_is_refused(tmp_path: Path, 
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(BackboneError):
+        load_backbone(path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, number: float) -> None:
+    """They would be served: what is learnt lies below them, and an answer of nothing looks like one."""
+    path = write_tiny_checkpoint(tmp_path).body
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][1, 2] = number
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(BackboneError, match=r"layers\.3\.mlp\.down\.weight is finite"):
         load_backbone(path)
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,9 @@ def test_tensors_that_do_not_fit_their_header_are_refused(tiny: TinyCheckpoint) 
     [
         {"num_heads": 2.0},
         {"num_heads": 2.5},
+        {"momentum": None},
+        {"forgetting": "no"},
+        {"chunk_size": 1.0},
         {"num_heads": 10**9},
         {"key_dim": 10**12},
         {"products": 1.5},
@@ -172,6 +176,15 @@ def test_a_header_that_lies_is_refused_and_takes_no_memory(tiny: TinyCheckpoint,
     config = json.loads(header["config"])
     save_file(tensors, tiny.memory, header | {"config": json.dumps(config | {"memory": config["memory"] | change})})
     with pytest.raises(CheckpointError):
+        load_tiny(tiny)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny: TinyCheckpoint) -> None:
+    tensors, header = contents(tiny.memory)
+    name = next(name for name in tensors if name.endswith("persistent_keys"))
+    tensors[name].fill_(math.nan)
+    save_file(tensors, tiny.memory, header)
+    with pytest.raises(CheckpointError, match=f"{name} is finite"):
         load_tiny(tiny)
 
 

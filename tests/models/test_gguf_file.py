@@ -222,6 +222,13 @@ def test_a_tensor_that_would_be_left_out_is_refused(tmp_path: Path, name: str) -
         load_backbone(write(tmp_path / "odd.gguf", more=name))
 
 
+def test_a_merge_into_a_token_that_is_not_there_is_refused(tmp_path: Path, whole: bytes) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(whole.replace("a ü".encode(), "a é".encode()))
+    with pytest.raises(BackboneError, match="merges"):
+        load_backbone(path)
+
+
 def test_a_first_token_that_is_none_is_refused(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "odd.gguf"
     path.write_bytes(after(b"ggml.bos_token_id", "<II", 4, 4)(whole))
