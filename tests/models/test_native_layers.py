@@ -80,6 +80,22 @@ def test_weights_off_the_grid_are_not_put_on_one() -> None:
         assert find(torch.randn(64, 96)) is None
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1.0, 100.0, 1e8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_grid_too_fine_or_too_coarse_for_half_precision_costs_no_precision(bits: int, size: float) -> None:
+    weight, x = on_a_grid(bits, 64, 96) * size, torch.randn(3, 96).bfloat16()
+    packed = PackedLinear(weight, Team(1), torch.float32)
+    assert packed.native is not None and packed.native.has_codes == (1 <= size <= 100)
+    expected = x.double() @ weight.double().T
+    assert (packed(x) - expected).norm() < 0.004 * expected.norm()
+
+
+def test_a_matrix_of_nothing_has_codes() -> None:
+    packed = PackedLinear(torch.zeros(16, 32), Team(1), torch.float32)
+    assert packed.native is not None and packed.native.has_codes
+    assert not packed(torch.randn(2, 32).bfloat16()).any()
+
+
 def aligned(**form: object) -> TitansModel:
     """`make_tiny`, its widths such as the kernels take, in bfloat16."""
     config = tiny(**form)  # type: ignore[arg-type]

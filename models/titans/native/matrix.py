@@ -17,6 +17,7 @@ from titans.native.build import library
 
 _BLOCK = 16  # outputs that are computed together
 _ROWS = 4_096  # that are put on a grid at once; whole blocks
+_ROUNDING = 2.0**-9  # of a number in bfloat16, at most
 _FOUR, _EIGHT, _SIXTEEN = 4, 8, 16
 
 
@@ -104,13 +105,21 @@ class Held:
 
 
 def _codes(weight_NK: Tensor, find: Callable[[Tensor], Grid | None], lay: Callable[[Grid], Tensor]) -> Tensor | None:
-    """None where weights are off the grid. Not all rows at once: a head's would be seen to be off it too late."""
+    """None where weights are off the grid, or on one that is too fine or too coarse for codes. Not all rows at once: a head's would be seen to be off it too late."""
     parts: list[Tensor] = []
     for rows in weight_NK.split(_ROWS):
-        if (grid := find(rows)) is None:
+        if (grid := find(rows)) is None or not _fits_half(grid):
             return None
         parts.append(lay(grid))
     return torch.cat(parts)
+
+
+def _fits_half(grid: Grid) -> bool:
+    """Whether half precision, in which codes have their steps and levels, does no more harm than bfloat16 would."""
+    farthest = grid.codes.abs().amax(-1, keepdim=True)
+    moved = farthest * (grid.step.half().float() - grid.step).abs() + (grid.lowest.half().float() - grid.lowest).abs()
+    largest = torch.maximum(grid.lowest.abs(), (farthest * grid.step + grid.lowest).abs())
+    return bool((moved <= _ROUNDING * largest).all())
 
 
 def _four(grid: Grid) -> Tensor:
