@@ -20,6 +20,7 @@ from titans_server.sessions.history import Writing
 from titans_server.sessions.ledger import Ledger
 from titans_server.sessions.memory import MemoryStore
 from titans_server.sessions.record import Draft, Outcome, SessionRecord
+from titans_server.telemetry.metrics import Metrics
 from titans_server.writers import Writers
 
 
@@ -77,9 +78,11 @@ async def test_a_store_and_a_document_that_fail_for_a_while_are_told_of_with_one
     store = Faulty()
     session = await left_behind(store)
     store.faults = ["due", "due", "due", "log", "log", "log"]
-    async with server_on(store, engine):
+    metrics = Metrics()
+    async with server_on(store, engine, observer=metrics):
         await learnt(store, [session])
     assert not store.faults
+    assert 'titans_ingestions_put_off_total{code="internal_error"} 3.0' in metrics.exposition().decode()
     assert told(caplog, "cannot look for work that was left: a fault of the server's") == [True, False, False]
     assert told(caplog, f"ingestion ing_{session} waits: a fault of the server's") == [True, False, False]
 

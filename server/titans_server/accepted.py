@@ -139,6 +139,7 @@ class Accepted:
         retries = Retries(log, f"ingestion {work.draft.ingestion} waits", first=_MIN_PAUSE, most=_MAX_PAUSE)
         try:
             while (error := await self._try(work)) is not None:
+                self._learning.observer.put_off(error.code if isinstance(error, TitansError) else "internal_error")
                 await retries.pause(error)
         finally:
             self._works.pop(work.draft.ingestion, None)

@@ -115,7 +115,7 @@ class Learning:
         self._ledger = ledger
         self._states = states
         self._num_kept = num_kept_versions
-        self._observer = observer
+        self.observer = observer
         self.separator = separator
 
     @property
@@ -145,7 +145,7 @@ class Learning:
                 learner = work.learner = work.learner or await self._begin(work, portion)
                 while tokens := await self._next(work, learner, last=portion.is_last):
                     work.check()
-                    with self._observer.working("ingest", len(tokens)):
+                    with self.observer.working("ingest", len(tokens)):
                         learner.state = await self._engine.ingest(learner.state, tokens, admitted=True)
                     yield self._progress(work, learner, portion)
                     await self._checkpoint(work, learner)
@@ -251,7 +251,7 @@ class Learning:
             num_bytes=portion.num_bytes,
             seconds=time.monotonic() - work.started,
         )
-        with self._observer.working("commit"):
+        with self.observer.working("commit"):
             record = await self._ledger.change(
                 work.session_id,
                 lambda record: history.seal(record, draft, self.separator, writing, outcome),

@@ -56,6 +56,9 @@ class Observer:
     def surprised(self, by: float) -> None:
         """A stride has moved its session's memories by so much a token; see `Runner.surprise`."""
 
+    def put_off(self, code: str) -> None:
+        """An accepted document cannot be learnt now, for an error of this code, and is tried again."""
+
 
 class Observers(Observer):
     """Tells several."""
@@ -86,6 +89,11 @@ class Observers(Observer):
         """See Observer."""
         for observer in self._observers:
             observer.surprised(by)
+
+    def put_off(self, code: str) -> None:
+        """See Observer."""
+        for observer in self._observers:
+            observer.put_off(code)
 
 
 class _All(Answering):

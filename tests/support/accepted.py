@@ -77,11 +77,11 @@ def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def server_on(
-    store: MemoryStore, engine: Engine, writers: Writers | None = None
+    store: MemoryStore, engine: Engine, writers: Writers | None = None, observer: Observer | None = None
 ) -> AsyncIterator[tuple[TakeOver, Accepted]]:
     """As much of a server as takes over."""
     ledger, states = Ledger(store), states_on(store, engine)
-    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=Observer())
+    learning = Learning(engine, ledger, states, (3,), num_kept_versions=8, observer=observer or Observer())
     accepted = Accepted(ledger, learning, writers or Writers(4), Leases(ledger), works={})
     take_over = TakeOver(store, states, accepted)
     take_over.start()

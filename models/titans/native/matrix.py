@@ -105,7 +105,10 @@ class Held:
 
 
 def _codes(weight_NK: Tensor, find: Callable[[Tensor], Grid | None], lay: Callable[[Grid], Tensor]) -> Tensor | None:
-    """None where weights are off the grid, or on one that is too fine or too coarse for codes. Not all rows at once: a head's would be seen to be off it too late."""
+    """None where weights are off the grid, or on one that codes cannot tell.
+
+    Not all rows at once: a head's would be seen to be off it too late.
+    """
     parts: list[Tensor] = []
     for rows in weight_NK.split(_ROWS):
         if (grid := find(rows)) is None or not _fits_half(grid):

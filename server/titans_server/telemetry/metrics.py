@@ -85,6 +85,7 @@ class Metrics(Observer):
             )
         }
         self._failures = counter("work_failures", "Loads, strides and commits that failed", "work")
+        self._put_off = counter("ingestions_put_off", "Accepted documents that are to be tried again", "code")
         self._conflicts = counter("commit_conflicts", "Commits refused because the session had moved on")
         self._surprise = histogram("surprise", "How far a token moved its memories' weights, by stride", _SURPRISES)
         self._ingest_tokens = counter("ingest_tokens", "Tokens of documents learnt")
@@ -119,6 +120,7 @@ class Metrics(Observer):
         kinds: list[type[TitansError]] = [TitansError, *TitansError.__subclasses__()]
         for kind in kinds:
             self._errors.labels(kind.default_code)
+            self._put_off.labels(kind.default_code)
         for work in self._work:
             self._failures.labels(work)
         for reason in ("stop", "length", "abort"):
@@ -174,6 +176,10 @@ class Metrics(Observer):
     def surprised(self, by: float) -> None:
         """See Observer."""
         self._surprise.observe(by)
+
+    def put_off(self, code: str) -> None:
+        """See Observer."""
+        self._put_off.labels(code).inc()
 
 
 class _Timed(Answering):
