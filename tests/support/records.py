@@ -1,6 +1,7 @@
 """Sessions as a store is given them: records, and the commits that move them on."""
 
 import hashlib
+import os
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 from titans_server.sessions.record import SessionRecord, Snapshot, Version
 from titans_server.sessions.store import Commit, SessionStore
+
+STATE = os.urandom(1 << 20)  # of a session that tests share: as its snapshot
 
 
 def a_session(**fields: Any) -> SessionRecord:

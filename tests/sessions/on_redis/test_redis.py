@@ -3,39 +3,18 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.proxy import SWALLOWED, FaultProxy
-from support.records import a_session, logged, made, made_with_snapshot, snapshot_of, with_snapshot
+from support.records import STATE, a_session, logged, made, snapshot_of, with_snapshot
 from support.redis_server import RedisServer, redis_cluster
 from titans_server.errors import SessionNotFound, StateCorrupted, StoreUnavailable
 from titans_server.sessions.record import SessionRecord
 from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.store import Commit, Usage
-
-STATE = os.urandom(1 << 20)
-
-
-@pytest.fixture
-def server(start_redis: Callable[[], RedisServer]) -> RedisServer:
-    return start_redis()
-
-
-@pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    store = RedisStore(server.url)
-    await store.open()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-async def record(store: RedisStore) -> SessionRecord:
-    """A session at version 1, with the snapshot STATE."""
-    return await made_with_snapshot(store, STATE)
 
 
 async def test_a_commit_survives_sigkill(server: RedisServer, store: RedisStore, record: SessionRecord) -> None:

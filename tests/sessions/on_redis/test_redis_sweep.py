@@ -1,40 +1,17 @@
 """What the Redis store finds to be done later, and what it sweeps, against a real server."""
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
-from support.records import a_session, logged, made, made_with_snapshot, moved, snapshot_of, with_snapshot
+from support.records import STATE, a_session, logged, made, moved, snapshot_of, with_snapshot
 from support.redis_server import RedisServer
 from titans_server.errors import SessionNotFound, VersionConflict
 from titans_server.sessions.record import Draft, SessionRecord
 from titans_server.sessions.redis import RedisStore
 from titans_server.sessions.redis_layout import blob_keys
 from titans_server.sessions.store import Commit, Usage
-
-STATE = os.urandom(1 << 20)
-
-
-@pytest.fixture
-def server(start_redis: Callable[[], RedisServer]) -> RedisServer:
-    return start_redis()
-
-
-@pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    store = RedisStore(server.url)
-    await store.open()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-async def record(store: RedisStore) -> SessionRecord:
-    """A session at version 1, with the snapshot STATE."""
-    return await made_with_snapshot(store, STATE)
 
 
 async def test_a_record_that_cannot_be_read_keeps_no_other_session_from_being_due_or_swept(

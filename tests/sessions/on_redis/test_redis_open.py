@@ -1,7 +1,6 @@
 """What the Redis store demands of a server, and what it warns of, when it is opened."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,6 @@ from support.redis_server import RedisServer, redis_cluster
 from titans_server.errors import StoreUnavailable
 from titans_server.sessions import redis_client
 from titans_server.sessions.redis import RedisStore
-
-
-@pytest.fixture
-def server(start_redis: Callable[[], RedisServer]) -> RedisServer:
-    return start_redis()
-
-
-@pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
-    store = RedisStore(server.url)
-    await store.open()
-    yield store
-    await store.close()
 
 
 async def test_a_good_server_is_opened_in_silence(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
